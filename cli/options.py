@@ -1,0 +1,45 @@
+"""Options that several verbs share, spelled once."""
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from srdeploy.core.errors import UsageError
+from srdeploy.core.shapes import Shape, parse_shape
+
+Decorated = TypeVar("Decorated")
+
+EXISTING = click.Path(exists=True, path_type=Path)
+OUTPUT_PATH = click.Path(path_type=Path)
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+force_option = click.option("--force", is_flag=True, help="Replace an existing output.")
+
+
+def output_option(*, required: bool = True, help_text: str = "Output file.") -> Any:
+    """Return the -o/--output option."""
+    return click.option("-o", "--output", type=OUTPUT_PATH, required=required, help=help_text)
+
+
+class ShapeType(click.ParamType):
+    """A shape written as 1x3x180x320."""
+
+    name = "NxCxHxW"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Shape:
+        """Parse the text; a wrong one is a usage error."""
+        if isinstance(value, tuple):
+            return value  # type: ignore[return-value]
+        try:
+            return parse_shape(str(value))
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+
+
+SHAPE = ShapeType()
+
+
+def example(text: str) -> str:
+    """Return the worked example at the end of a verb's --help."""
+    return "\b\nExample:\n  " + text.strip().replace("\n", "\n  ")

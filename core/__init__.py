@@ -1,0 +1,1 @@
+"""Shared ground of every stage: errors, artifacts and manifests, shapes, precisions, progress."""

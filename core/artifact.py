@@ -1,0 +1,163 @@
+"""Files that cross stages: written whole or not at all.
+
+Every output is written under a temporary name in the folder it belongs to and renamed at the end, so that a crash,
+a full disk or Ctrl-C leaves the previous artifact untouched and no half-written file behind.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from srdeploy.core.errors import OutputError, UsageError
+
+_OUTPUT_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EFBIG}
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` when the block ends well.
+
+    Raises:
+        UsageError: `path` exists and `force` is false.
+        OutputError: the disk is full, or the folder cannot be written.
+    """
+    with atomic_files(path, force=force) as (temporary,):
+        yield temporary
+
+
+@contextlib.contextmanager
+def atomic_files(*paths: Path, force: bool = False) -> Iterator[tuple[Path, ...]]:
+    """Yield one temporary path per output; rename them all when the block ends well.
+
+    The renames happen in the given order with Ctrl-C held back, so a set (an engine and its sidecar) changes as one.
+    A temporary that was not written by the block is not renamed. Missing parent folders are created.
+
+    Raises:
+        UsageError: one of the outputs exists and `force` is false.
+        OutputError: the disk is full, or a folder cannot be written.
+    """
+    for path in paths:
+        _refuse_existing(path, force)
+    temporaries: list[Path] = []
+    try:
+        with _output_errors(paths[0]):
+            for path in paths:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                # The suffix stays: libraries choose formats by it.
+                handle, name = tempfile.mkstemp(prefix=f".{path.stem[:60]}.", suffix=path.suffix, dir=path.parent)
+                os.close(handle)
+                os.unlink(name)
+                temporaries.append(Path(name))
+            yield tuple(temporaries)
+            for temporary in temporaries:
+                if temporary.exists():
+                    _fsync(temporary)
+            with _interrupts_held():
+                for temporary, path in zip(temporaries, paths, strict=True):
+                    if temporary.exists():
+                        _default_mode(temporary)
+                        os.replace(temporary, path)
+    finally:
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; it takes the place of `path` when the block ends well.
+
+    Raises:
+        UsageError: `path` exists and `force` is false, or is not a folder.
+        OutputError: the disk is full, or the parent folder cannot be written.
+    """
+    _refuse_existing(path, force)
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file", expected="a folder", next_step="choose another output name")
+    temporary: Path | None = None
+    try:
+        with _output_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:60]}.", dir=path.parent))
+            yield temporary
+            temporary.chmod(0o777 & ~_umask())
+            with _interrupts_held():
+                old = None
+                if path.exists():
+                    old = Path(tempfile.mkdtemp(prefix=f".{path.name[:60]}.old.", dir=path.parent))
+                    os.rename(path, old / "previous")
+                os.replace(temporary, path)
+            if old is not None:
+                shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes as 64 hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_of_bytes(data: bytes) -> str:
+    """Return the SHA-256 of some bytes as 64 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _refuse_existing(path: Path, force: bool) -> None:
+    try:
+        exists = path.exists() or path.is_symlink()
+    except OSError as error:
+        raise OutputError(f"cannot look at {path}: {error.strerror}") from error
+    if exists and not force:
+        raise UsageError(f"{path} exists already", next_step="choose another name, or pass --force to replace it")
+
+
+@contextlib.contextmanager
+def _output_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _OUTPUT_ERRNOS:
+            raise
+        reason = (error.strerror or str(error)).lower()
+        step = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose a folder you can write to"
+        raise OutputError(f"cannot write {path}: {reason}", next_step=step) from error
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold SIGINT back for the duration of a few renames, and deliver it afterwards."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pending: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: pending.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if pending:
+            signal.raise_signal(signal.SIGINT)
+
+
+def _fsync(path: Path) -> None:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _default_mode(path: Path) -> None:
+    path.chmod(0o666 & ~_umask())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

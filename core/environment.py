@@ -1,0 +1,60 @@
+"""What a number was measured on: package versions, processor, memory, threads. Read when asked, never at import."""
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16")
+"""CPU flags that decide which INT8 and BF16 kernels exist."""
+
+
+def package_versions(distributions: Iterable[str]) -> dict[str, str]:
+    """Return the versions of the installed ones among some distributions, by name."""
+    versions = {}
+    for distribution in distributions:
+        try:
+            versions[distribution] = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def cpu_count() -> int:
+    """Return the number of processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def machine() -> dict[str, Any]:
+    """Return the machine in words and numbers: processor, flags, cores, memory, system, Python, governor."""
+    cpuinfo = _read("/proc/cpuinfo")
+    entries = dict(
+        (part.strip() for part in line.split(":", 1)) for line in cpuinfo.splitlines()[:40] if ":" in line
+    )
+    flags = entries.get("flags", "").split()
+    return {
+        "processor": entries.get("model name", platform.processor() or platform.machine()),
+        "cpu_flags": [flag for flag in _FLAGS if flag in flags],
+        "cpus": cpu_count(),
+        "memory_bytes": memory_bytes(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip() or None,
+    }
+
+
+def memory_bytes() -> int | None:
+    """Return the machine's memory in bytes, None where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return None
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

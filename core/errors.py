@@ -1,0 +1,99 @@
+"""Everything a user can cause ends in one of these errors, and each carries its exit code.
+
+    SrdeployError
+    ├── UsageError            2   options that do not fit together, or an output that exists already
+    ├── InputError            3   a checkpoint, model, engine, image or bundle that is not understood
+    ├── ExportError           4   the ONNX export, or its check against the network, failed
+    ├── BuildError            5   an engine could not be built, or is not what was asked for
+    ├── GateError             6   a parity or quality gate was missed
+    ├── UnstableError         7   a measurement is too noisy to be printed as a number
+    └── CapabilityError       8   this machine lacks what was asked for (GPU, package, disk space, permission)
+        ├── MissingExtraError
+        └── OutputError
+
+Exit code 0 is success, 1 a bug in srdeploy (with a traceback), 130 an interruption (Ctrl-C).
+An error says what was found, what was expected and what to do next; the command line prints it as one line.
+"""
+
+from typing import ClassVar
+
+
+class SrdeployError(Exception):
+    """Base of every error a user can cause.
+
+    Args:
+        found: what was found, as a sentence part that names the file, tensor or option.
+        expected: what would have been right.
+        next_step: what the user can do now.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, found: str, *, expected: str | None = None, next_step: str | None = None) -> None:
+        self.found = found
+        self.expected = expected
+        self.next_step = next_step
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        line = self.found
+        if self.expected:
+            line += f"; expected {self.expected}"
+        if self.next_step:
+            line += f"; {self.next_step}"
+        return " ".join(line.split())
+
+
+class UsageError(SrdeployError):
+    """Options that do not fit together, or an output that exists already (exit 2)."""
+
+    exit_code = 2
+
+
+class InputError(SrdeployError):
+    """A checkpoint, model, engine, image or bundle that is not understood (exit 3)."""
+
+    exit_code = 3
+
+
+class ExportError(SrdeployError):
+    """The ONNX export, or its check against the network, failed (exit 4)."""
+
+    exit_code = 4
+
+
+class BuildError(SrdeployError):
+    """An engine could not be built, or is not what was asked for (exit 5)."""
+
+    exit_code = 5
+
+
+class GateError(SrdeployError):
+    """A parity or quality gate was missed (exit 6)."""
+
+    exit_code = 6
+
+
+class UnstableError(SrdeployError):
+    """A measurement is too noisy to be printed as a number (exit 7)."""
+
+    exit_code = 7
+
+
+class CapabilityError(SrdeployError):
+    """This machine lacks what was asked for: a GPU, a package, disk space or a permission (exit 8)."""
+
+    exit_code = 8
+
+
+class MissingExtraError(CapabilityError):
+    """An optional package is not installed (exit 8)."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed", next_step=f"install it with: pip install 'srdeploy[{extra}]'")
+        self.package = package
+        self.extra = extra
+
+
+class OutputError(CapabilityError):
+    """An output could not be written: disk full, read-only folder or no permission (exit 8)."""

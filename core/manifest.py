@@ -1,0 +1,118 @@
+"""The manifest beside an artifact: what made it, from which bytes, with which versions.
+
+The manifest of `model.onnx` is `model.onnx.json`; that of an engine is its sidecar. The artifact itself stays clean:
+other tools open it without knowing about srdeploy.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from srdeploy.core.artifact import sha256_of_file
+from srdeploy.core.errors import InputError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file an artifact was made from: its role ("checkpoint", "onnx", "calibration-set"), name and SHA-256."""
+
+    role: str
+    name: str
+    sha256: str
+
+    @classmethod
+    def of(cls, role: str, path: Path) -> "Source":
+        """Hash a file and record it under a role."""
+        return cls(role, path.name, sha256_of_file(path))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is known about one artifact.
+
+    Attributes:
+        kind: "onnx", "engine", "calibration-set", "ranges", "bundle" or "report".
+        sha256: of the artifact's bytes.
+        sources: the files it was made from.
+        details: everything the stage has to say, as JSON values; the stage documents its keys.
+        versions: of the packages that took part, by distribution name.
+        created: UTC time, ISO 8601.
+        schema: version of this layout.
+    """
+
+    kind: str
+    sha256: str
+    sources: tuple[Source, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        """Return the manifest as an indented JSON document with a final newline."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, name: str) -> "Manifest":
+        """Read a manifest.
+
+        Raises:
+            InputError: the text is not a manifest of this schema; `name` says which file it came from.
+        """
+        try:
+            data = json.loads(text)
+            schema = data["schema"]
+            sources = tuple(Source(**source) for source in data["sources"])
+            if schema == SCHEMA:
+                return cls(**{**data, "sources": sources})
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{name} is not a srdeploy manifest ({error})") from error
+        raise InputError(
+            f"{name} has manifest schema {schema}",
+            expected=f"schema {SCHEMA}",
+            next_step="make the artifact again with this version of srdeploy",
+        )
+
+
+def manifest_path(artifact: Path) -> Path:
+    """Return where the manifest of an artifact lies: the artifact's name with ".json" added."""
+    return artifact.with_name(artifact.name + ".json")
+
+
+def read_manifest(artifact: Path) -> Manifest:
+    """Read the manifest beside an artifact.
+
+    Raises:
+        InputError: it is missing or unreadable.
+    """
+    path = manifest_path(artifact)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{artifact} has no readable manifest {path.name} beside it",
+            next_step="copy both files together, or make the artifact again",
+        ) from error
+    return Manifest.from_json(text, name=str(path))
+
+
+def verified_manifest(artifact: Path) -> Manifest:
+    """Read the manifest beside an artifact and check the artifact's SHA-256 against it.
+
+    Raises:
+        InputError: the manifest is missing or unreadable, or belongs to other bytes.
+    """
+    manifest = read_manifest(artifact)
+    actual = sha256_of_file(artifact)
+    if actual != manifest.sha256:
+        raise InputError(
+            f"{artifact} has SHA-256 {actual[:16]}…",
+            expected=f"{manifest.sha256[:16]}… as its manifest says",
+            next_step="the file was changed or truncated, or the manifest belongs to another file: make it again",
+        )
+    return manifest

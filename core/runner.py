@@ -1,0 +1,68 @@
+"""A Runner computes a network: from named arrays to named arrays, on a stated device.
+
+Every engine is one, and so is the eager PyTorch network that all of them are compared with.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from srdeploy.core.contract import INPUT, OUTPUT, ModelContract
+from srdeploy.core.shapes import ShapeProfile
+
+
+@dataclass(frozen=True)
+class RunnerInfo:
+    """What is behind a runner.
+
+    Attributes:
+        name: short name for tables, for example "openvino int8".
+        engine: "eager", "onnxruntime", "openvino", "tensorrt" or "tensorrt-rtx".
+        device: "cpu" or "cuda:0".
+        contract: what the graph promises; its precision is what the heavy layers compute in.
+        numeric_mode: the arithmetic in words, for example "FP32, inference precision hint f32".
+        threads: CPU threads, None on a GPU.
+        profile: the shapes the engine accepts; None when it accepts all.
+        versions: of the packages and libraries that compute.
+        built: what was read back from the engine: kernels or layers by type and data type, as JSON values.
+    """
+
+    name: str
+    engine: str
+    device: str
+    contract: ModelContract
+    numeric_mode: str
+    threads: int | None = None
+    profile: ShapeProfile | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    built: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Runner(Protocol):
+    """An opened engine. Use it as a context manager; leaving the block frees the engine."""
+
+    @property
+    def info(self) -> RunnerInfo:
+        """What is behind this runner."""
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Compute all outputs from the named inputs.
+
+        Raises:
+            UsageError: an input is missing, unknown, of another type, or its shape is outside the profile.
+        """
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def run_image(runner: Runner, image: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Run one batch: image (N, C, H, W) float32 in [0, 1] to (N, C, H', W') float32, not clamped."""
+    return runner.run({INPUT: image})[OUTPUT]

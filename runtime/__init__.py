@@ -1,0 +1,1 @@
+"""Engines, runners, images, verification, measurement and the report."""

@@ -1,0 +1,1 @@
+"""One module per engine family, each with the same two functions: build and open."""
