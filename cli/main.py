@@ -65,7 +65,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:
         # The reader of our output went away (`srdeploy ... | head`): nothing is wrong, and nobody is listening.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         return 0
     return result if isinstance(result, int) else 0
 

@@ -22,7 +22,7 @@ def output_option(*, required: bool = True, help_text: str = "Output file.") -> 
     return click.option("-o", "--output", type=OUTPUT_PATH, required=required, help=help_text)
 
 
-class ShapeType(click.ParamType):
+class ShapeType(click.ParamType[Shape]):
     """A shape written as 1x3x180x320."""
 
     name = "NxCxHxW"
@@ -30,7 +30,7 @@ class ShapeType(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Shape:
         """Parse the text; a wrong one is a usage error."""
         if isinstance(value, tuple):
-            return value  # type: ignore[return-value]
+            return value
         try:
             return parse_shape(str(value))
         except UsageError as error:

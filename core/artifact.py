@@ -53,8 +53,9 @@ def atomic_files(*paths: Path, force: bool = False) -> Iterator[tuple[Path, ...]
                 # The suffix stays: libraries choose formats by it.
                 handle, name = tempfile.mkstemp(prefix=f".{path.stem[:60]}.", suffix=path.suffix, dir=path.parent)
                 os.close(handle)
-                os.unlink(name)
-                temporaries.append(Path(name))
+                temporary = Path(name)
+                temporary.unlink()
+                temporaries.append(temporary)
             yield tuple(temporaries)
             for temporary in temporaries:
                 if temporary.exists():
@@ -63,7 +64,7 @@ def atomic_files(*paths: Path, force: bool = False) -> Iterator[tuple[Path, ...]
                 for temporary, path in zip(temporaries, paths, strict=True):
                     if temporary.exists():
                         _default_mode(temporary)
-                        os.replace(temporary, path)
+                        temporary.replace(path)
     finally:
         for temporary in temporaries:
             temporary.unlink(missing_ok=True)
@@ -91,8 +92,8 @@ def atomic_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
                 old = None
                 if path.exists():
                     old = Path(tempfile.mkdtemp(prefix=f".{path.name[:60]}.old.", dir=path.parent))
-                    os.rename(path, old / "previous")
-                os.replace(temporary, path)
+                    path.rename(old / "previous")
+                temporary.replace(path)
             if old is not None:
                 shutil.rmtree(old, ignore_errors=True)
     finally:

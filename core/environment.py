@@ -7,7 +7,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16")
+_FLAGS = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_int8",
+    "amx_bf16",
+)
 """CPU flags that decide which INT8 and BF16 kernels exist."""
 
 
@@ -30,9 +40,8 @@ def cpu_count() -> int:
 def machine() -> dict[str, Any]:
     """Return the machine in words and numbers: processor, flags, cores, memory, system, Python, governor."""
     cpuinfo = _read("/proc/cpuinfo")
-    entries = dict(
-        (part.strip() for part in line.split(":", 1)) for line in cpuinfo.splitlines()[:40] if ":" in line
-    )
+    pairs = (line.partition(":") for line in cpuinfo.splitlines()[:40])
+    entries = {name.strip(): value.strip() for name, _, value in pairs}
     flags = entries.get("flags", "").split()
     return {
         "processor": entries.get("model name", platform.processor() or platform.machine()),
