@@ -1,8 +1,8 @@
 """What the outside may rely on about a super-resolution graph, and how that is written into ONNX metadata.
 
 Outside, every graph takes `input` (N, C, H, W) float32 in [0, 1] and gives `output` (N, C, H', W') float32, not
-clamped, with H' = scale * H - trim. Colours are RGB, or the Y of BT.601 in studio swing (16..235)/255 for one-channel networks.
-Numbers a checkpoint was trained with (0..255, mean shift) are inside the graph and concern nobody here.
+clamped, with H' = scale * H - trim. Colours are RGB, or the Y of BT.601 in studio swing (16..235)/255 for networks of
+one channel. Numbers a checkpoint was trained with (0..255, mean shift) are inside the graph and concern nobody here.
 """
 
 import json
