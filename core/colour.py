@@ -29,7 +29,8 @@ def y_from_rgb(rgb: NDArray[Float]) -> NDArray[Float]:
     _check(rgb)
     dtype = rgb.dtype.type
     red, green, blue = (dtype(weight / 255.0) for weight in _Y)
-    return rgb[..., 0] * red + rgb[..., 1] * green + rgb[..., 2] * blue + dtype(_OFFSET[0] / 255.0)
+    luma: NDArray[Float] = rgb[..., 0] * red + rgb[..., 1] * green + rgb[..., 2] * blue + dtype(_OFFSET[0] / 255.0)
+    return luma
 
 
 def ycbcr_from_rgb(rgb: NDArray[Float]) -> NDArray[Float]:
