@@ -1,9 +1,66 @@
-# Each of `make demo` and `make test` does all its own set-up; a second run reuses the environment.
+# `make demo` and `make test` each do all their own set-up in $(VENV); a second run reuses it, and a change of
+# pyproject.toml or constraints.txt brings it up to date. `make help` lists the targets.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: types
-types:  # links that give the root folders their import names, for type checkers
+# TensorRT for RTX is published for x86-64 only; elsewhere the demo and the tests go without it.
+comma := ,
+RTX := $(if $(filter x86_64,$(shell uname -m)),tensorrt-rtx)
+RUN_EXTRAS := cpu,report$(addprefix $(comma),$(RTX))
+TEST_EXTRAS := $(RUN_EXTRAS),video,huge,dev
+
+# Two test processes with one thread each use two cores better than one process with two.
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lint types fuzz bench clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1@\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F@ '{printf "%-12s %s\n", $$1, $$2}'
+
+demo: $(VENV)/run.stamp  ## deploy and run the two example networks; writes demo-output/
+	$(BIN)/srdeploy demo --force -o demo-output $(DEMO_ARGS)
+
+test: $(VENV)/test.stamp types  ## run the tests (PYTEST_ARGS="-k name" narrows them)
+	$(PYTEST) $(PYTEST_ARGS)
+
+check: lint test  ## everything a commit must pass: lint, format, types, imports, tests
+
+lint: $(VENV)/test.stamp types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+types:  ## links that give the root folders their import names, for type checkers
 	@mkdir -p build/types/srdeploy
-	@for folder in core models export calibration runtime cli; do ln -sfn ../../../$$folder build/types/srdeploy/$$folder; done
+	@for folder in core models export calibration runtime cli; do \
+	  ln -sfn ../../../$$folder build/types/srdeploy/$$folder; done
+
+fuzz: $(VENV)/test.stamp  ## mutate checkpoints for some minutes: only success or a documented error may come back
+	$(BIN)/python benchmarks/fuzz_reader.py
+
+bench: $(VENV)/test.stamp  ## measure latency on this machine beside eager PyTorch (benchmarks/README.md tells the rest)
+	$(BIN)/python benchmarks/latency.py
+
+clean:  ## remove the environment and everything made by these targets
+	rm -rf $(VENV) build dist *.egg-info demo-output test-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+
+$(VENV)/run.stamp: pyproject.toml constraints.txt
+	$(call install,$(RUN_EXTRAS))
+	@touch $@
+
+$(VENV)/test.stamp: pyproject.toml constraints.txt
+	$(call install,$(TEST_EXTRAS))
+	@touch $(VENV)/run.stamp $@
+
+define install
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $$($(PYTHON) --version) found; Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(1)]'
+endef
