@@ -17,7 +17,16 @@ from pathlib import Path
 
 from srdeploy.core.errors import OutputError, UsageError
 
-_OUTPUT_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EFBIG}
+_OUTPUT_ERRNOS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EFBIG,
+    errno.ENAMETOOLONG,
+}
 
 
 @contextlib.contextmanager
@@ -49,7 +58,7 @@ def atomic_files(*paths: Path, force: bool = False) -> Iterator[tuple[Path, ...]
     try:
         with _output_errors(paths[0]):
             for path in paths:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                _make_folder(path.parent)
                 # The suffix stays: libraries choose formats by it.
                 handle, name = tempfile.mkstemp(prefix=f".{path.stem[:60]}.", suffix=path.suffix, dir=path.parent)
                 os.close(handle)
@@ -84,7 +93,7 @@ def atomic_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         with _output_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(path.parent)
             temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:60]}.", dir=path.parent))
             yield temporary
             temporary.chmod(0o777 & ~_umask())
@@ -147,6 +156,13 @@ def _interrupts_held() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
         if pending:
             signal.raise_signal(signal.SIGINT)
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise OutputError(f"cannot write into {path}: it is a file", next_step="choose another folder") from error
 
 
 def _fsync(path: Path) -> None:
