@@ -3,10 +3,10 @@
 Every engine is one, and so is the eager PyTorch network that all of them are compared with.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +61,21 @@ class Runner(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+@runtime_checkable
+class TimedRunner(Runner, Protocol):
+    """A runner that can compute without moving data, so that compute is measured apart from the road around it."""
+
+    def prepare(self, feeds: Mapping[str, NDArray[Any]]) -> Callable[[], float]:
+        """Put the inputs on the device, allocate the outputs, and return a function that computes once.
+
+        That function returns the milliseconds of the computation alone (wall clock on a CPU, device events on a GPU),
+        when the result is complete on the device; it neither converts nor copies inputs or outputs.
+
+        Raises:
+            UsageError: as `run`.
+        """
 
 
 def run_image(runner: Runner, image: NDArray[np.float32]) -> NDArray[np.float32]:
