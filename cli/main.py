@@ -1,7 +1,9 @@
 """srdeploy's command line: which verb lives where, and the one place where errors become lines and exit codes."""
 
+import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 
 import click
 
@@ -43,6 +45,8 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the documented code (see `srdeploy.core.errors`)."""
+    # Like Ctrl-C, a polite kill unwinds the stack, so that temporary files are removed on the way out.
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run(arguments))
 
 
@@ -63,11 +67,16 @@ def run(arguments: Sequence[str] | None = None) -> int:
             click.echo(usage, err=True)
         error_line(error.format_message())
         return 2
-    except BrokenPipeError:
-        # The reader of our output went away (`srdeploy ... | head`): nothing is wrong, and nobody is listening.
-        sys.stdout = None
-        return 0
+    except SystemExit as error:
+        # click ends like this when the reader of our output went away (`srdeploy ... | head`): nothing is wrong.
+        if isinstance(error.__context__, BrokenPipeError):
+            return 0
+        raise
     return result if isinstance(result, int) else 0
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 def _interrupted() -> int:
