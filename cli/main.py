@@ -67,11 +67,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
             click.echo(usage, err=True)
         error_line(error.format_message())
         return 2
-    except SystemExit as error:
-        # click ends like this when the reader of our output went away (`srdeploy ... | head`): nothing is wrong.
-        if isinstance(error.__context__, BrokenPipeError):
-            return 0
-        raise
     return result if isinstance(result, int) else 0
 
 
