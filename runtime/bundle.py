@@ -1,0 +1,277 @@
+"""A bundle: one folder NAME.srd that holds a network as ONNX, its engines, and the report that proves them.
+
+    manifest.json                     this module's: SHA-256 of every other file, the contract, the engines in order
+    model.fp32.onnx, model.fp16.onnx, model.int8.<target>.onnx   each with its manifest beside it
+    calibration/                      set.json (files, hashes, crop recipe) and ranges.json
+    engines/                          one file per engine with its sidecar
+    report/                           report.json, report.html
+    reproduce.sh                      the commands that make the bundle again
+
+Engines are code, so a file is opened only when its bytes are those that the manifest names. Engines that missed their
+gate are not in the bundle; the manifest lists them under `left_out` with the reason.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from srdeploy.core.artifact import sha256_of_bytes, sha256_of_file
+from srdeploy.core.contract import PREFIX, ModelContract
+from srdeploy.core.errors import CapabilityError, InputError
+from srdeploy.core.manifest import Manifest, Source
+from srdeploy.core.precision import Precision
+
+MANIFEST = "manifest.json"
+SUFFIX = ".srd"
+
+
+@dataclass(frozen=True)
+class BundleEngine:
+    """One engine of a bundle, with the numbers measured when the bundle was made.
+
+    Attributes:
+        file: path inside the bundle, with forward slashes.
+        engine: engine family, for example "openvino".
+        precision: what the heavy layers compute in.
+        verified: whether it ran on the machine that made the bundle and passed its gate there. An engine that could be
+            built but not run there (a TensorRT plan without a GPU) is not verified.
+        fidelity_db: PSNR between its output and the eager FP32 network's; None when not verified, inf when equal.
+        latency_ms: median on the machine that made the bundle; None when it did not run there.
+        speedup: eager FP32 latency divided by this one's; None likewise.
+    """
+
+    file: str
+    engine: str
+    precision: Precision
+    verified: bool
+    fidelity_db: float | None = None
+    latency_ms: float | None = None
+    speedup: float | None = None
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """An engine that was asked for and is not in the bundle, and why."""
+
+    engine: str
+    precision: Precision
+    stage: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: what its manifest says. Call `file` to get a path whose bytes were checked."""
+
+    path: Path
+    manifest: Manifest
+    contract: ModelContract
+    engines: tuple[BundleEngine, ...]
+    left_out: tuple[LeftOut, ...]
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """SHA-256 of every file by its path inside the bundle."""
+        files: Mapping[str, str] = self.manifest.details["files"]
+        return files
+
+    def file(self, name: str) -> Path:
+        """Return the path of a file after checking its bytes, and those of its sidecar if it has one.
+
+        Raises:
+            InputError: the bundle does not list it, or its bytes are others.
+        """
+        if name not in self.files:
+            raise InputError(f"bundle {self.path} holds no {name}", expected=f"one of {', '.join(sorted(self.files))}")
+        for entry in (name, name + ".json"):
+            if entry in self.files:
+                self._check(entry)
+        return self.path / name
+
+    def onnx(self, precision: Precision = Precision.FP32) -> Path:
+        """Return the checked path of the ONNX file of a precision that has only one (FP32, FP16)."""
+        return self.file(f"model.{precision}.onnx")
+
+    def verify(self) -> None:
+        """Check every file.
+
+        Raises:
+            InputError: a file is missing, has other bytes, or is not listed.
+        """
+        for name in self.files:
+            self._check(name)
+        strangers = sorted(set(_files_below(self.path)) - set(self.files) - {MANIFEST})
+        if strangers:
+            raise InputError(
+                f"bundle {self.path} holds {strangers[0]}, which its manifest does not list",
+                next_step="remove it, or deploy again",
+            )
+
+    def _check(self, name: str) -> None:
+        path = self.path / name
+        try:
+            actual = sha256_of_file(path)
+        except OSError as error:
+            raise InputError(f"bundle {self.path} lacks {name}", next_step="copy the whole folder again") from error
+        if actual != self.files[name]:
+            raise InputError(
+                f"{path} has SHA-256 {actual[:16]}…",
+                expected=f"{self.files[name][:16]}… as the bundle's manifest says",
+                next_step="the file was changed or truncated: copy the whole folder again, or deploy again",
+            )
+
+
+def is_bundle(path: Path) -> bool:
+    """Tell whether a path looks like a bundle: a folder with a manifest in it."""
+    return path.is_dir() and (path / MANIFEST).is_file()
+
+
+def write_bundle_manifest(
+    folder: Path,
+    *,
+    contract: ModelContract,
+    checkpoint: Source,
+    engines: Sequence[BundleEngine],
+    left_out: Sequence[LeftOut] = (),
+    details: Mapping[str, Any] | None = None,
+    versions: Mapping[str, str] | None = None,
+) -> Manifest:
+    """Hash every file of a finished folder and write its manifest.
+
+    Args:
+        folder: the bundle, complete but for its manifest.
+        contract: of the FP32 graph.
+        checkpoint: the file it all came from.
+        engines: those in the folder, best first: the order in which `choose_engine` tries them.
+        left_out: those that were asked for and are not in the folder.
+        details: more facts of the caller's, as JSON values.
+        versions: of the packages that took part.
+    """
+    files = {name: sha256_of_file(folder / name) for name in _files_below(folder) if name != MANIFEST}
+    manifest = Manifest(
+        kind="bundle",
+        sha256=_tree_hash(files),
+        sources=(checkpoint,),
+        details={
+            **(details or {}),
+            "files": files,
+            "contract": {name.removeprefix(PREFIX): text for name, text in contract.to_metadata().items()},
+            "engines": [_engine_to_json(engine) for engine in engines],
+            "left_out": [asdict(entry) for entry in left_out],
+        },
+        versions=versions or {},
+    )
+    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def read_bundle(path: Path) -> Bundle:
+    """Read a bundle's manifest; the files are checked when they are asked for, or all of them by `Bundle.verify`.
+
+    Raises:
+        InputError: the folder is no bundle, or its manifest is unreadable or inconsistent.
+    """
+    try:
+        text = (path / MANIFEST).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path} is not a bundle: it has no readable {MANIFEST}",
+            next_step="make one with: srdeploy deploy CHECKPOINT --images DIR -o NAME.srd",
+        ) from error
+    manifest = Manifest.from_json(text, name=str(path / MANIFEST))
+    try:
+        files = manifest.details["files"]
+        metadata = {PREFIX + name: value for name, value in manifest.details["contract"].items()}
+        engines = tuple(_engine_from_json(entry) for entry in manifest.details["engines"])
+        left_out = tuple(
+            LeftOut(**{**entry, "precision": Precision(entry["precision"])}) for entry in manifest.details["left_out"]
+        )
+        consistent = manifest.kind == "bundle" and manifest.sha256 == _tree_hash(files)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path / MANIFEST} is not a bundle's manifest ({error!r})") from error
+    escaping = [name for name in files if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
+    unlisted = [engine.file for engine in engines if engine.file not in files]
+    if not consistent or escaping or unlisted:
+        raise InputError(
+            f"{path / MANIFEST} does not fit together: {', '.join(escaping + unlisted) or 'its file list was edited'}",
+            next_step="copy the whole folder again, or deploy again",
+        )
+    contract = ModelContract.from_metadata(metadata, name=str(path / MANIFEST))
+    return Bundle(path, manifest, contract, engines, left_out)
+
+
+def choose_engine(
+    bundle: Bundle,
+    *,
+    engine: str | None = None,
+    precision: Precision | None = None,
+    obstacles: Mapping[str, str | None] | None = None,
+) -> BundleEngine:
+    """Return the best engine of a bundle that can run here.
+
+    Verified engines come before others, and among them the order of the manifest decides (fastest first, as measured
+    where the bundle was made).
+
+    Args:
+        bundle: the bundle.
+        engine: take only this engine family.
+        precision: take only this precision.
+        obstacles: by engine family, why it cannot run here, None when it can; default: asked of this machine.
+
+    Raises:
+        CapabilityError: none fits; each is named with its reason.
+    """
+    wanted = [
+        entry
+        for entry in bundle.engines
+        if (engine is None or entry.engine == engine) and (precision is None or entry.precision == precision)
+    ]
+    if not wanted:
+        held = ", ".join(f"{entry.engine} {entry.precision}" for entry in bundle.engines) or "none"
+        raise CapabilityError(f"bundle {bundle.path} holds no such engine", expected=f"one of its own: {held}")
+    known = machine_obstacles() if obstacles is None else obstacles
+    able = [entry for entry in wanted if known.get(entry.engine, "unknown engine") is None]
+    if not able:
+        reasons = {entry.engine: known.get(entry.engine, "unknown engine") for entry in wanted}
+        raise CapabilityError(
+            f"no engine of bundle {bundle.path} can run here: "
+            + ", ".join(f"{name} ({reason})" for name, reason in reasons.items()),
+            next_step="srdeploy doctor tells what this machine lacks",
+        )
+    return min(able, key=lambda entry: not entry.verified)  # min is stable: the first among equals
+
+
+def machine_obstacles() -> dict[str, str | None]:
+    """Return by engine family why it cannot run on this machine, None when it can."""
+    from srdeploy.runtime.engines.registry import availability
+
+    return {entry.engine: None if entry.can_run else entry.why_not_run for entry in availability()}
+
+
+def _engine_to_json(engine: BundleEngine) -> dict[str, Any]:
+    # JSON has no infinity; identical engines have an infinite fidelity.
+    data = asdict(engine)
+    if engine.fidelity_db == float("inf"):
+        data["fidelity_db"] = "inf"
+    return data
+
+
+def _engine_from_json(data: Mapping[str, Any]) -> BundleEngine:
+    fidelity = data["fidelity_db"]
+    return BundleEngine(
+        **{
+            **data,
+            "precision": Precision(data["precision"]),
+            "fidelity_db": None if fidelity is None else float(fidelity),
+        }
+    )
+
+
+def _files_below(folder: Path) -> Iterable[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _tree_hash(files: Mapping[str, str]) -> str:
+    return sha256_of_bytes(json.dumps(dict(sorted(files.items()))).encode())
