@@ -209,10 +209,21 @@ def choose_engine(
     precision: Precision | None = None,
     obstacles: Mapping[str, str | None] | None = None,
 ) -> BundleEngine:
-    """Return the best engine of a bundle that can run here.
+    """Return the best engine of a bundle that can run here: the first of `runnable_engines`."""
+    return runnable_engines(bundle, engine=engine, precision=precision, obstacles=obstacles)[0]
+
+
+def runnable_engines(
+    bundle: Bundle,
+    *,
+    engine: str | None = None,
+    precision: Precision | None = None,
+    obstacles: Mapping[str, str | None] | None = None,
+) -> tuple[BundleEngine, ...]:
+    """Return the engines of a bundle whose family can run here, best first, at least one.
 
     Verified engines come before others, and among them the order of the manifest decides (fastest first, as measured
-    where the bundle was made).
+    where the bundle was made). An engine may still refuse to open, when it was built with another release.
 
     Args:
         bundle: the bundle.
@@ -240,14 +251,14 @@ def choose_engine(
             + ", ".join(f"{name} ({reason})" for name, reason in reasons.items()),
             next_step="srdeploy doctor tells what this machine lacks",
         )
-    return min(able, key=lambda entry: not entry.verified)  # min is stable: the first among equals
+    return tuple(sorted(able, key=lambda entry: not entry.verified))  # sorted is stable: the manifest's order stays
 
 
 def machine_obstacles() -> dict[str, str | None]:
     """Return by engine family why it cannot run on this machine, None when it can."""
     from srdeploy.runtime.engines.registry import availability
 
-    return {entry.engine: None if entry.can_run else entry.why_not_run for entry in availability()}
+    return {entry.name: entry.why_not_run for entry in availability()}
 
 
 def _engine_to_json(engine: BundleEngine) -> dict[str, Any]:

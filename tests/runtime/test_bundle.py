@@ -18,6 +18,7 @@ from srdeploy.runtime.bundle import (
     is_bundle,
     machine_obstacles,
     read_bundle,
+    runnable_engines,
     write_bundle_manifest,
 )
 
@@ -168,6 +169,11 @@ def test_the_best_engine_that_can_run_is_chosen(
     bundle: Path, obstacles: dict[str, str | None], wanted: dict[str, Any], expected: BundleEngine
 ) -> None:
     assert choose_engine(read_bundle(bundle), obstacles=obstacles, **wanted) == expected
+
+
+def test_all_that_can_run_are_listed_best_first(bundle: Path) -> None:
+    assert runnable_engines(read_bundle(bundle), obstacles=ALL) == (INT8, FP32, PLAN)
+    assert runnable_engines(read_bundle(bundle), obstacles={**ALL, "openvino": "no"}) == (FP32, PLAN)
 
 
 def test_when_none_can_run_each_reason_is_told(bundle: Path) -> None:
