@@ -1,0 +1,155 @@
+"""The sidecar of an engine: a manifest beside the file that tells what the bytes are. The bytes stay clean.
+
+Keys of `details`:
+
+    engine             family: "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"
+    key, key_sha256    everything that decides the bytes (see `srdeploy.runtime.engines.cache`), and its hash
+    contract           the ONNX metadata of the graph, word for word
+    inputs, outputs    name, type and shape (-1: free)
+    profiles           shape ranges, empty when all shapes are accepted
+    precision          {"asked": ..., "layers_asked": ..., "built": ...}
+    built              layers or kernels by type and data type, memory in bytes, where it was read
+    target             GPUs or instruction sets the engine runs on
+    notes              lines a user should read
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from srdeploy.core.artifact import atomic_files, sha256_of_bytes
+from srdeploy.core.contract import ModelContract
+from srdeploy.core.errors import InputError
+from srdeploy.core.manifest import Manifest, Source, manifest_path, read_manifest
+from srdeploy.core.shapes import ShapeProfile
+from srdeploy.runtime.engines.graph import Graph
+from srdeploy.runtime.engines.options import BuildOptions, BuiltEngine, profile_from_json, profile_to_json
+from srdeploy.runtime.engines.tensors import TensorSpec
+
+KIND = "engine"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine file whose bytes match its sidecar, read into memory once so that they cannot change afterwards."""
+
+    path: Path
+    data: bytes
+    manifest: Manifest
+
+    @property
+    def family(self) -> str:
+        """Engine family."""
+        return str(self._detail("engine"))
+
+    @property
+    def contract(self) -> ModelContract:
+        """The contract of the graph it was built from."""
+        return ModelContract.from_metadata(self._detail("contract"), name=str(manifest_path(self.path)))
+
+    @property
+    def profiles(self) -> tuple[ShapeProfile, ...]:
+        """The shape ranges; empty when all shapes are accepted."""
+        return tuple(profile_from_json(value) for value in self._detail("profiles"))
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """The inputs."""
+        return tuple(TensorSpec.from_json(value) for value in self._detail("inputs"))
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """The outputs."""
+        return tuple(TensorSpec.from_json(value) for value in self._detail("outputs"))
+
+    @property
+    def built(self) -> dict[str, Any]:
+        """What was read back from the engine when it was built."""
+        return dict(self._detail("built"))
+
+    @property
+    def precision_built(self) -> str:
+        """The type the heavy layers were built in."""
+        return str(self._detail("precision")["built"])
+
+    @property
+    def target(self) -> dict[str, Any]:
+        """What it runs on."""
+        return dict(self._detail("target"))
+
+    def _detail(self, name: str) -> Any:
+        try:
+            return self.manifest.details[name]
+        except KeyError as error:
+            raise InputError(
+                f"{manifest_path(self.path)} lacks {name!r}", next_step="build the engine again with srdeploy build"
+            ) from error
+
+
+def read_engine(path: Path) -> Engine:
+    """Read an engine and its sidecar, and check that they belong together before anything looks into the bytes.
+
+    An engine is native code. It is opened only when its SHA-256 is the one its sidecar states.
+
+    Raises:
+        InputError: the file or the sidecar is missing, the bytes are others, or the sidecar is not an engine's.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
+    manifest = read_manifest(path)
+    actual = sha256_of_bytes(data)
+    if actual != manifest.sha256:
+        raise InputError(
+            f"{path} has SHA-256 {actual[:16]}…",
+            expected=f"{manifest.sha256[:16]}… as its sidecar says",
+            next_step="the engine was changed or truncated, or the sidecar belongs to another engine: build it again",
+        )
+    if manifest.kind != KIND:
+        raise InputError(f"{manifest_path(path)} describes a file of kind {manifest.kind!r}", expected=KIND)
+    return Engine(path, data, manifest)
+
+
+def engine_manifest(
+    graph: Graph, engine: str, options: BuildOptions, key: dict[str, Any], built: BuiltEngine
+) -> Manifest:
+    """Assemble the sidecar of a freshly built engine."""
+    from srdeploy.runtime.engines.cache import key_sha256
+
+    details = {
+        "engine": engine,
+        "key": key,
+        "key_sha256": key_sha256(key),
+        "contract": graph.contract.to_metadata(),
+        "inputs": [spec.to_json() for spec in graph.inputs],
+        "outputs": [spec.to_json() for spec in graph.outputs],
+        "profiles": [profile_to_json(profile) for profile in options.profiles],
+        "precision": {
+            "asked": graph.contract.precision.value,
+            "layers_asked": graph.layers_by_type(),
+            "built": built.precision_built,
+        },
+        "built": dict(built.built),
+        "target": dict(built.target),
+        "notes": list(built.notes),
+    }
+    return Manifest(
+        kind=KIND,
+        sha256=sha256_of_bytes(built.data),
+        sources=(Source("onnx", graph.path.name, graph.sha256),),
+        details=details,
+        versions=dict(built.versions),
+    )
+
+
+def write_engine(output: Path, data: bytes, manifest: Manifest, *, force: bool) -> None:
+    """Write engine and sidecar together; on any failure the previous pair stays.
+
+    Raises:
+        UsageError: the output exists and `force` is false.
+        OutputError: disk full or folder not writable.
+    """
+    with atomic_files(output, manifest_path(output), force=force) as (engine_file, sidecar_file):
+        engine_file.write_bytes(data)
+        sidecar_file.write_text(manifest.to_json(), encoding="utf-8")
