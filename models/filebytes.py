@@ -1,0 +1,125 @@
+"""The bytes of an untrusted file: every read is checked against the file's real size, and nothing is mapped.
+
+Reading by position (instead of mapping the file) gives each tensor its own aligned memory, costs memory only for what
+is asked for, and cannot crash the process when another program shortens the file meanwhile.
+"""
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from srdeploy.core.errors import InputError
+
+LARGEST_FILE_BYTES = 2 * 1024**3
+"""A default-size RCAN with its EMA copy and Adam state takes 0.3 GB; more than this is something else."""
+
+_CHUNK_BYTES = 1 << 20
+
+
+class RefusedError(Exception):
+    """Part of a file is not what it should be. The reader turns this into an `InputError` that names the file.
+
+    Args:
+        found: what was found, as the rest of a sentence whose subject is the file ("is truncated: ...").
+        expected: what would have been right.
+        next_step: what the user can do now.
+    """
+
+    def __init__(self, found: str, *, expected: str | None = None, next_step: str | None = None) -> None:
+        super().__init__(found)
+        self.found = found
+        self.expected = expected
+        self.next_step = next_step
+
+
+def shown(text: object, limit: int = 80) -> str:
+    """Return text from an untrusted file fit for one terminal line: no control characters, at most `limit` long."""
+    printable = "".join(character if character.isprintable() else "�" for character in str(text)[: limit + 1])
+    return printable if len(printable) <= limit else printable[: limit - 1] + "…"
+
+
+class FileBytes:
+    """A regular file that is read by position."""
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        self._descriptor = descriptor
+        self.size = size
+
+    def read(self, offset: int, length: int, what: str) -> bytes:
+        """Return exactly `length` bytes from `offset`.
+
+        Raises:
+            RefusedError: they are not all inside the file; `what` names them in the message.
+        """
+        return bytes(self.read_into(bytearray(self._checked(offset, length, what)), offset, what))
+
+    def buffer(self, offset: int, length: int, what: str) -> bytearray:
+        """Return exactly `length` bytes from `offset` in fresh writable memory.
+
+        Raises:
+            RefusedError: they are not all inside the file.
+        """
+        return self.read_into(bytearray(self._checked(offset, length, what)), offset, what)
+
+    def read_into(self, target: bytearray, offset: int, what: str) -> bytearray:
+        """Fill `target` from `offset` and return it."""
+        view = memoryview(target)
+        done = 0
+        while done < len(view):
+            count = os.preadv(self._descriptor, [view[done:]], offset + done)
+            if count == 0:
+                raise RefusedError(
+                    f"became shorter while its {what} was read", next_step="wait until it is fully written"
+                )
+            done += count
+        return target
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of the whole file as 64 hexadecimal digits."""
+        digest = hashlib.sha256()
+        for offset in range(0, self.size, _CHUNK_BYTES):
+            digest.update(self.read(offset, min(_CHUNK_BYTES, self.size - offset), "content"))
+        return digest.hexdigest()
+
+    def _checked(self, offset: int, length: int, what: str) -> int:
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise RefusedError(
+                f"is truncated or damaged: its {what} should lie at bytes {shown(offset)} to {shown(offset + length)}, "
+                f"but the file has {self.size} bytes",
+                next_step="copy or download the file again",
+            )
+        return length
+
+
+@contextmanager
+def open_file_bytes(path: Path) -> Iterator[FileBytes]:
+    """Open a regular file of reasonable size.
+
+    Raises:
+        InputError: it does not exist, cannot be read, is a folder or a device, is empty, or is too large.
+    """
+    try:
+        # O_NONBLOCK: opening a named pipe must not wait for a writer; it changes nothing for regular files.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise InputError(f"cannot read {path}: {reason.lower()}", expected="a checkpoint file") from error
+    try:
+        status = os.fstat(descriptor)
+        if stat.S_ISDIR(status.st_mode):
+            raise InputError(f"{path} is a folder", expected="a checkpoint file", next_step="name the file inside it")
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{path} is not a regular file", expected="a checkpoint file")
+        if status.st_size == 0:
+            raise InputError(f"{path} is empty", expected="a checkpoint file", next_step="copy or download it again")
+        if status.st_size > LARGEST_FILE_BYTES:
+            raise InputError(
+                f"{path} has {status.st_size / 1e9:.1f} GB",
+                expected=f"at most {LARGEST_FILE_BYTES / 1e9:.1f} GB (the largest known checkpoint has 0.3 GB)",
+            )
+        yield FileBytes(descriptor, status.st_size)
+    finally:
+        os.close(descriptor)
