@@ -1,0 +1,216 @@
+"""The timing code on known durations, its statistics on known sequences, and its refusals."""
+
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from srdeploy.core.contract import INPUT, OUTPUT, ModelContract
+from srdeploy.core.errors import UnstableError, UsageError
+from srdeploy.core.precision import Precision
+from srdeploy.core.runner import RunnerInfo, TimedRunner
+from srdeploy.runtime.latency import (
+    BenchResult,
+    Effort,
+    bench,
+    bench_image,
+    measure,
+    statistics_of,
+    timed,
+    why_unstable,
+)
+from srdeploy.runtime.memory import run_memory
+
+QUICK = Effort(warmup_runs=1, warmup_seconds=0.0, min_runs=8, max_runs=12, seconds=0.3, tolerance=0.5, drift=0.5)
+SHAPE = (1, 3, 8, 8)
+
+
+class SleepingRunner:
+    """Answers after a stated time."""
+
+    def __init__(self, name: str, seconds: float) -> None:
+        contract = ModelContract("rcan", {}, 2, "rgb", Precision.FP32, None, 1.0, 1, "0" * 64)
+        self._info = RunnerInfo(name, "eager", "cpu", contract, "FP32", threads=1)
+        self.seconds = seconds
+        self.shapes: list[tuple[int, ...]] = []
+
+    @property
+    def info(self) -> RunnerInfo:
+        return self._info
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        self.shapes.append(feeds[INPUT].shape)
+        time.sleep(self.seconds)
+        return {OUTPUT: feeds[INPUT]}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
+class PreparedRunner(SleepingRunner):
+    """Also computes without moving data."""
+
+    def prepare(self, feeds: Mapping[str, NDArray[Any]]) -> Callable[[], float]:
+        return timed(lambda: time.sleep(self.seconds / 2))
+
+
+def test_a_known_sleep_is_measured_to_five_percent() -> None:
+    runner = SleepingRunner("sleep", 0.03)
+    effort = Effort(warmup_runs=2, warmup_seconds=0.0, min_runs=15, max_runs=15)
+
+    result = bench([runner], shape=SHAPE, effort=effort)
+
+    assert result.rows[0].statistics.median_ms == pytest.approx(30.0, rel=0.05)
+    assert result.rows[0].statistics.n == 15
+    assert runner.shapes == [SHAPE] * 18  # one for memory, two for warm-up, fifteen measured
+
+
+def test_compute_and_end_to_end_are_two_rows_with_their_own_ratios() -> None:
+    result = bench(
+        [PreparedRunner("a", 0.02), PreparedRunner("b", 0.01), SleepingRunner("c", 0.01)], shape=SHAPE, effort=QUICK
+    )
+
+    assert [(row.runner.name, row.kind) for row in result.rows] == [
+        ("a", "compute"), ("a", "end-to-end"), ("b", "compute"), ("b", "end-to-end"), ("c", "end-to-end"),
+    ]  # fmt: skip
+    assert isinstance(PreparedRunner("a", 0.0), TimedRunner)
+    assert not isinstance(SleepingRunner("c", 0.0), TimedRunner)
+    ratios = [result.ratio(row) for row in result.rows]
+    assert ratios[:2] == [1.0, 1.0]
+    assert ratios[2] == pytest.approx(2.0, rel=0.3)
+
+
+def test_candidates_take_turns() -> None:
+    calls: list[str] = []
+
+    def named(name: str) -> Callable[[], float]:
+        return lambda: calls.append(name) or 1.0  # type: ignore[func-returns-value]
+
+    durations = measure([named("a"), named("b")], Effort(1, 0.0, 5, 6, 0.0))
+
+    assert calls == ["a", "b", *("abbaabbaabba"[:10])]
+    assert [len(times) for times in durations] == [5, 5]
+
+
+def test_measuring_ends_early_when_all_is_known() -> None:
+    durations = measure([lambda: 1.0], Effort(1, 0.0, 5, 400, 60.0))
+
+    assert len(durations[0]) == 5
+
+
+@pytest.mark.parametrize(
+    ("times", "reason"),
+    [
+        ([10.0, 10.1, 9.9] * 10, None),
+        ([10.0, 14.0] * 10, "known only to"),
+        ([10.0] * 20 + [13.0] * 20, "moved by"),
+        ([10.0] * 29 + [200.0], None),
+    ],
+    ids=["steady", "two-levels", "drifting", "one-outlier"],
+)
+def test_what_is_stable(times: list[float], reason: str | None) -> None:
+    effort = Effort(tolerance=0.05, drift=0.10)
+    if reason == "moved by":
+        effort = Effort(tolerance=0.5, drift=0.10)
+
+    verdict = why_unstable(statistics_of(times), effort)
+
+    if reason is None:
+        assert verdict is None
+    else:
+        assert verdict is not None
+        assert reason in verdict
+
+
+def test_statistics_of_a_known_sequence() -> None:
+    statistics = statistics_of([float(value) for value in range(1, 101)])
+
+    assert (statistics.median_ms, statistics.min_ms, statistics.n) == (50.5, 1.0, 100)
+    assert statistics.p90_ms == pytest.approx(90.1)
+    assert statistics.p99_ms == pytest.approx(99.01)
+    assert statistics.cov == pytest.approx(29.01 / 50.5, rel=1e-3)
+
+
+def test_the_interval_of_the_median_holds_what_it_promises() -> None:
+    generator = np.random.default_rng(0)
+    truth = float(np.exp(0.0))  # median of a log-normal with mu = 0
+    hits = 0
+    for _ in range(300):
+        statistics = statistics_of(list(generator.lognormal(0.0, 0.3, 25)))
+        hits += abs(statistics.median_ms - truth) <= statistics.ci_share * statistics.median_ms
+
+    assert hits >= 0.93 * 300
+
+
+def test_unstable_rows_raise_with_advice() -> None:
+    steps = iter([0.001, 0.02] * 100)
+
+    class Erratic(SleepingRunner):
+        def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+            self.seconds = next(steps)
+            return super().run(feeds)
+
+    result = bench([Erratic("erratic", 0.0)], shape=SHAPE, effort=Effort(1, 0.0, 10, 10, 0.1))
+
+    assert [row.stable for row in result.rows] == [False]
+    assert result.to_json()["rows"][0]["stable"] is False
+    with pytest.raises(UnstableError, match="erratic.*--allow-unstable"):
+        result.require_stable()
+
+
+def test_stable_rows_do_not_raise() -> None:
+    result: BenchResult = bench([SleepingRunner("steady", 0.01)], shape=SHAPE, effort=QUICK)
+
+    result.require_stable()
+
+    assert result.unstable == ()
+    assert result.to_json()["shape"] == "1x3x8x8"
+
+
+@pytest.mark.parametrize("names", [[], ["a", "a"]], ids=["none", "twice"])
+def test_names_must_tell_runners_apart(names: list[str]) -> None:
+    with pytest.raises(UsageError, match="another name"):
+        bench([SleepingRunner(name, 0.0) for name in names], shape=SHAPE)
+
+
+def test_an_image_of_another_shape_is_refused() -> None:
+    with pytest.raises(UsageError, match="1x3x8x8"):
+        bench([SleepingRunner("a", 0.0)], shape=SHAPE, image=np.zeros((1, 3, 4, 4), np.float32))
+
+
+@pytest.mark.parametrize("options", [{"min_runs": 3}, {"max_runs": 2}, {"warmup_runs": 0}], ids=str)
+def test_too_few_runs_are_refused(options: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match="fewer give no median"):
+        Effort(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 5, 17), (1, 3, 64, 48)], ids=str)
+def test_the_image_is_smooth_and_reproducible(shape: tuple[int, int, int, int]) -> None:
+    image = bench_image(shape)
+
+    assert image.shape == shape
+    assert image.dtype == np.float32
+    assert 0 <= image.min() <= image.max() <= 1
+    np.testing.assert_array_equal(image, bench_image(shape))
+
+
+def test_memory_of_a_run_is_seen() -> None:
+    size = 64 * 2**20
+
+    used = run_memory(lambda: np.ones(size, np.uint8).sum())
+    nothing = run_memory(lambda: None)
+
+    if used is None:
+        pytest.skip("the kernel does not let this process reset its peak memory")
+    assert used == pytest.approx(size, rel=0.1)
+    assert nothing is not None
+    assert nothing < size / 10
