@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from srdeploy.models.filebytes import FileBytes, RefusedError, shown
 
 MOST_ENTRIES = 100_000
-"""A default-size RCAN with EMA copy and Adam state has 9,000 storages."""
+"""A default-size RCAN with EMA copy and Adam state has 8,200 entries."""
 MOST_INFLATED_BYTES = 256 * 1024**2
 """torch.save never compresses; an archive that was packed again may hold this much of compressed data."""
 

@@ -37,6 +37,8 @@ class RefusedError(Exception):
 
 def shown(text: object, limit: int = 80) -> str:
     """Return text from an untrusted file fit for one terminal line: no control characters, at most `limit` long."""
+    if isinstance(text, str) and len(text) <= limit and text.isprintable():
+        return text
     printable = "".join(character if character.isprintable() else "�" for character in str(text)[: limit + 1])
     return printable if len(printable) <= limit else printable[: limit - 1] + "…"
 
@@ -54,7 +56,9 @@ class FileBytes:
         Raises:
             RefusedError: they are not all inside the file; `what` names them in the message.
         """
-        return bytes(self.read_into(bytearray(self._checked(offset, length, what)), offset, what))
+        self._check(offset, length, what)
+        data = os.pread(self._descriptor, length, offset)
+        return data if len(data) == length else bytes(self.buffer(offset, length, what))
 
     def buffer(self, offset: int, length: int, what: str) -> bytearray:
         """Return exactly `length` bytes from `offset` in fresh writable memory.
@@ -62,13 +66,11 @@ class FileBytes:
         Raises:
             RefusedError: they are not all inside the file.
         """
-        return self.read_into(bytearray(self._checked(offset, length, what)), offset, what)
-
-    def read_into(self, target: bytearray, offset: int, what: str) -> bytearray:
-        """Fill `target` from `offset` and return it."""
+        self._check(offset, length, what)
+        target = bytearray(length)
         view = memoryview(target)
         done = 0
-        while done < len(view):
+        while done < length:
             count = os.preadv(self._descriptor, [view[done:]], offset + done)
             if count == 0:
                 raise RefusedError(
@@ -84,14 +86,13 @@ class FileBytes:
             digest.update(self.read(offset, min(_CHUNK_BYTES, self.size - offset), "content"))
         return digest.hexdigest()
 
-    def _checked(self, offset: int, length: int, what: str) -> int:
+    def _check(self, offset: int, length: int, what: str) -> None:
         if offset < 0 or length < 0 or offset + length > self.size:
             raise RefusedError(
                 f"is truncated or damaged: its {what} should lie at bytes {shown(offset)} to {shown(offset + length)}, "
                 f"but the file has {self.size} bytes",
                 next_step="copy or download the file again",
             )
-        return length
 
 
 @contextmanager

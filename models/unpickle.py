@@ -16,8 +16,8 @@ from typing import Any
 from srdeploy.models.filebytes import RefusedError, shown
 from srdeploy.models.inert import Record, dict_key, instance, named, rebuilt
 
-MOST_OPERATIONS = 1_000_000
-"""A default-size RCAN needs about 60,000, with its EMA copy and Adam state about 300,000."""
+MOST_OPERATIONS = 600_000
+"""A default-size RCAN needs about 55,000, with its EMA copy and Adam state 270,000."""
 MOST_BYTES = 32 * 1024**2
 """Of one pickle, without tensor data; a default-size RCAN has about 0.2 MB."""
 
@@ -42,23 +42,25 @@ def unpickle(data: bytes, start: int, persistent_load: PersistentLoad) -> tuple[
         RefusedError: it is damaged, too large, or asks for something a checkpoint has no business with.
     """
     machine = _Machine(data, start, persistent_load)
-    operations = 0
-    while machine.result is _RUNNING:
-        operations += 1
-        if operations > MOST_OPERATIONS or machine.position - start > MOST_BYTES:
-            raise RefusedError(
-                f"holds a pickle of more than {MOST_OPERATIONS:,} operations or {MOST_BYTES:,} bytes",
-                expected="a checkpoint (the largest known takes 300,000 operations)",
-            )
-        code = machine.take(1)[0]
+    for _ in range(MOST_OPERATIONS):
+        code = machine.byte()
         operation = _OPERATIONS.get(code)
         if operation is None:
             raise RefusedError(f"is damaged: pickle opcode 0x{code:02x} is not used in checkpoints", next_step=_DAMAGED)
         operation(machine)
-    return machine.result, machine.position
+        if machine.result is not _RUNNING:
+            return machine.result, machine.position
+    raise RefusedError(
+        f"holds a pickle of more than {MOST_OPERATIONS:,} operations",
+        expected="a checkpoint (the largest known takes 270,000)",
+    )
 
 
 _RUNNING = object()
+
+
+def _ends_early() -> RefusedError:
+    return RefusedError("is truncated: it ends inside a pickle", next_step=_DAMAGED)
 
 
 class _Machine:
@@ -75,10 +77,18 @@ class _Machine:
         self.memo: dict[int, Any] = {}
         self.result: Any = _RUNNING
 
+    def byte(self) -> int:
+        try:
+            code = self.data[self.position]
+        except IndexError:
+            raise _ends_early() from None
+        self.position += 1
+        return code
+
     def take(self, length: int) -> bytes:
         end = self.position + length
         if end > len(self.data):
-            raise RefusedError("is truncated: it ends inside a pickle", next_step=_DAMAGED)
+            raise _ends_early()
         taken = self.data[self.position : end]
         self.position = end
         return taken
@@ -86,7 +96,7 @@ class _Machine:
     def line(self) -> bytes:
         end = self.data.find(b"\n", self.position)
         if end < 0:
-            raise RefusedError("is truncated: it ends inside a pickle", next_step=_DAMAGED)
+            raise _ends_early()
         taken = self.data[self.position : end]
         self.position = end + 1
         return taken
@@ -97,9 +107,9 @@ class _Machine:
         return self.stack.pop()
 
     def top(self) -> Any:
-        value = self.pop()
-        self.stack.append(value)
-        return value
+        if len(self.stack) <= (self.marks[-1] if self.marks else 0):
+            raise RefusedError("is damaged: its pickle takes more from the stack than it put there", next_step=_DAMAGED)
+        return self.stack[-1]
 
     def pop_to_mark(self) -> list[Any]:
         if not self.marks:
@@ -110,11 +120,11 @@ class _Machine:
         return items
 
     def remembered(self, index: int) -> Any:
-        if index not in self.memo:
-            raise RefusedError(
-                f"is damaged: its pickle refers to value {index}, which it does not hold", next_step=_DAMAGED
-            )
-        return self.memo[index]
+        try:
+            return self.memo[index]
+        except KeyError:
+            what = f"is damaged: its pickle refers to value {index}, which it does not hold"
+            raise RefusedError(what, next_step=_DAMAGED) from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -401,6 +411,18 @@ def _get_text(machine: _Machine) -> None:
     machine.stack.append(machine.remembered(_decimal(machine.line())))
 
 
+def _push_byte(machine: _Machine) -> None:
+    machine.stack.append(machine.byte())
+
+
+def _put_byte(machine: _Machine) -> None:
+    machine.memo[machine.byte()] = machine.top()
+
+
+def _get_byte(machine: _Machine) -> None:
+    machine.stack.append(machine.remembered(machine.byte()))
+
+
 def _memoize(machine: _Machine) -> None:
     machine.memo[len(machine.memo)] = machine.top()
 
@@ -420,7 +442,7 @@ _OPERATIONS: dict[int, _Operation] = {
     ord("N"): _push(None),
     0x88: _push(True),
     0x89: _push(False),
-    ord("K"): _push_number("<B"),
+    ord("K"): _push_byte,
     ord("M"): _push_number("<H"),
     ord("J"): _push_number("<i"),
     ord("G"): _push_number(">d"),
@@ -480,10 +502,10 @@ _OPERATIONS: dict[int, _Operation] = {
     ord("1"): _pop_mark,
     ord("2"): _duplicate,
     ord("p"): _put_text,
-    ord("q"): _put("<B"),
+    ord("q"): _put_byte,
     ord("r"): _put("<I"),
     ord("g"): _get_text,
-    ord("h"): _get("<B"),
+    ord("h"): _get_byte,
     ord("j"): _get("<I"),
     0x94: _memoize,
     # frame of the stream
