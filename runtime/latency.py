@@ -18,9 +18,10 @@ import gc
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from types import TracebackType
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -230,6 +231,11 @@ def bench(
     return BenchResult(shape, effort, tuple(rows), memory, environment or {})
 
 
+def named(runner: Runner, name: str) -> Runner:
+    """Return the same runner under another name, for tables in which two runners would share one."""
+    return _NamedTimed(runner, name) if isinstance(runner, TimedRunner) else _Named(runner, name)
+
+
 def timed(function: Callable[[], object]) -> Callable[[], float]:
     """Return a function that calls `function` and returns its wall-clock milliseconds."""
 
@@ -338,6 +344,38 @@ def bench_image(shape: Shape) -> NDArray[np.float32]:
     upper = corner(0, 0) * (1 - right) + corner(0, 1) * right
     lower = corner(1, 0) * (1 - right) + corner(1, 1) * right
     return np.ascontiguousarray(upper * (1 - down) + lower * down)
+
+
+class _Named:
+    """A runner under another name."""
+
+    def __init__(self, runner: Runner, name: str) -> None:
+        self._runner = runner
+        self._info = replace(runner.info, name=name)
+
+    @property
+    def info(self) -> RunnerInfo:
+        return self._info
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        return self._runner.run(feeds)
+
+    def __enter__(self) -> Self:
+        self._runner.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._runner.__exit__(kind, error, trace)
+
+
+class _NamedTimed(_Named):
+    """A timed runner under another name."""
+
+    def prepare(self, feeds: Mapping[str, NDArray[Any]]) -> Callable[[], float]:
+        assert isinstance(self._runner, TimedRunner)
+        return self._runner.prepare(feeds)
 
 
 def _warm_up(function: Callable[[], float], effort: Effort) -> None:

@@ -1,0 +1,266 @@
+"""The report as one JSON document: what was made, whether it may be trusted, how good and how fast it is.
+
+`report_document` joins what the stages found; `srdeploy.runtime.report.write.write_report` checks it against the
+published schema (report.schema.json in this package) and writes report.json, report.html and the pictures.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from srdeploy.core.contract import ModelContract
+from srdeploy.core.precision import Precision
+from srdeploy.runtime.conditions import conditions
+from srdeploy.runtime.latency import BenchResult, Row
+from srdeploy.runtime.parity import VerifyResult
+from srdeploy.runtime.report.pictures import Pictures, image_entries
+
+SCHEMA = 1
+KIND = "srdeploy-report"
+
+Status = Literal["passed", "failed", "not-run", "left-out"]
+
+
+@dataclass(frozen=True, eq=False)
+class EngineEntry:
+    """One line of the report's table of engines.
+
+    Attributes:
+        name: unique in the report; the bench row of the same runner name is shown in this line.
+        engine: the family, for example "openvino".
+        precision: what was asked for.
+        file: the artifact's name or path inside the bundle; None for what has no file.
+        size_bytes: of the artifact.
+        sha256: of the artifact.
+        precision_built: what was read back from the built engine, in words; None when nothing was read back.
+        verify: the verdict; None for what did not run here.
+        reason: why it did not run here or was left out; None when `verify` says it all.
+        left_out: it was asked for and is not delivered; then `reason` or the verdict's failures say why.
+    """
+
+    name: str
+    engine: str
+    precision: Precision
+    file: str | None = None
+    size_bytes: int | None = None
+    sha256: str | None = None
+    precision_built: str | None = None
+    verify: VerifyResult | None = None
+    reason: str | None = None
+    left_out: bool = False
+
+    @property
+    def status(self) -> Status:
+        """Where this engine stands: "passed" and "failed" are verdicts of a run."""
+        if self.left_out:
+            return "left-out"
+        if self.verify is None:
+            return "not-run"
+        return "passed" if self.verify.passed else "failed"
+
+
+def report_document(
+    *,
+    title: str,
+    contract: ModelContract,
+    engines: Sequence[EngineEntry],
+    bench: BenchResult | Sequence[BenchResult] = (),
+    checkpoint: Mapping[str, Any] | None = None,
+    calibration: Mapping[str, Any] | None = None,
+    sensitivity: Sequence[Mapping[str, Any]] = (),
+    studies: Mapping[str, Any] | None = None,
+    stages: Sequence[Mapping[str, Any]] = (),
+    commands: Sequence[str] = (),
+    environment: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Join what the stages found into one document.
+
+    Args:
+        title: the report's headline, for example the bundle's name.
+        contract: of the FP32 graph.
+        engines: the lines of the table, in the order in which they are shown. Give the reference no line: it appears
+            as the baseline of the bench.
+        bench: one result per shape; the first one fills the table's latency columns. Its runner names must be the
+            entries' names (see `srdeploy.runtime.latency.named`); other rows (the baselines) are shown beside them.
+        checkpoint: where the weights came from: {"name", "sha256", "dialect", "evidence": JSON of what was assumed}.
+        calibration: the calibration set as its `to_json()` gives it, with the coverage of the evaluation images if
+            it was measured; shown key by key.
+        sensitivity: one entry per layer, {"layer": name, "drop_db" or "fidelity_db": number, "kept": precision that
+            the layer was kept in, or None}; plotted in the given order.
+        studies: further measurements by name, as `srdeploy.runtime.studies` gives them ("throughput", "scaling").
+        stages: one entry per stage of the road, {"name", "seconds", "note"}.
+        commands: the exact commands that reproduce the run, one line each.
+        environment: the conditions (`srdeploy.runtime.conditions.conditions()`); None reads them now.
+
+    Returns:
+        JSON values only; not-finite numbers are the strings "inf", "-inf" and "nan". Pictures are held as base64 under
+        "pictures" until `write_report` moves them into files.
+    """
+    benches = [bench] if isinstance(bench, BenchResult) else list(bench)
+    pictures = Pictures()
+    lines = [_engine_line(entry, benches[0] if benches else None) for entry in engines]
+    verdicts = [entry.verify for entry in engines if entry.verify is not None]
+    document = {
+        "kind": KIND,
+        "schema": SCHEMA,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "title": title,
+        "verdict": _verdict(lines, benches),
+        "model": _model(contract, checkpoint),
+        "engines": lines,
+        "verification": [{"name": entry.name, **entry.verify.to_json()} for entry in engines if entry.verify],
+        "bench": [result.to_json() for result in benches],
+        "images": image_entries([(entry.name, entry.verify) for entry in engines if entry.verify], pictures),
+        "calibration": None if calibration is None else dict(calibration),
+        "sensitivity": [dict(entry) for entry in sensitivity],
+        "studies": dict(studies or {}),
+        "stages": [dict(stage) for stage in stages],
+        "commands": list(commands),
+        "environment": dict(environment) if environment is not None else _environment(benches, verdicts),
+        "pictures": pictures.to_json(),
+    }
+    plain: dict[str, Any] = jsonable(document)
+    return plain
+
+
+def jsonable(value: Any) -> Any:
+    """Return JSON values: tuples as lists, paths and enumerations as strings, not-finite numbers as strings."""
+    if isinstance(value, bool) or value is None:
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, (str, Path)):
+        return str(value)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [jsonable(entry) for entry in value]
+    if hasattr(value, "item"):  # numpy scalars
+        return jsonable(value.item())
+    return str(value)
+
+
+@dataclass
+class _Best:
+    """The quickest engine that passed, for the headline."""
+
+    name: str
+    latency_ms: float
+    speedup: float | None
+    fidelity_db: float
+    drop_db: float | None = field(default=None)
+
+
+def _engine_line(entry: EngineEntry, bench: BenchResult | None) -> dict[str, Any]:
+    verify = entry.verify
+    rows: dict[str, Row] = {}
+    if bench is not None:
+        rows = {row.kind: row for row in bench.rows if row.runner.name == entry.name}
+    reasons = list(verify.failures) if verify is not None else []
+    if entry.reason is not None:
+        reasons.insert(0, entry.reason)
+    worst = None if verify is None else verify.worst_case
+    return {
+        "name": entry.name,
+        "engine": entry.engine,
+        "precision": str(entry.precision),
+        "precision_built": entry.precision_built,
+        "file": entry.file,
+        "size_bytes": entry.size_bytes,
+        "sha256": entry.sha256,
+        "status": entry.status,
+        "reasons": reasons,
+        "numeric_mode": None if verify is None else verify.candidate.numeric_mode,
+        "built": {} if verify is None else dict(verify.candidate.built),
+        "fidelity_min_db": None if verify is None else verify.min_fidelity_db,
+        "fidelity_mean_db": None if verify is None else verify.mean_fidelity_db,
+        "max_abs": None if worst is None else worst.difference.max_abs,
+        "changed_share": None if worst is None else worst.difference.changed_share,
+        "worst_image": None if worst is None else worst.name,
+        "psnr_drop_db": None if verify is None else verify.psnr_drop_db,
+        "ssim_drop": None if verify is None else verify.ssim_drop,
+        "latency": {kind: _latency(row, bench) for kind, row in rows.items() if bench is not None},
+        "memory_bytes": None if bench is None else bench.memory_bytes.get(entry.name),
+    }
+
+
+def _latency(row: Row, bench: BenchResult) -> dict[str, Any]:
+    statistics = row.statistics
+    return {
+        "median_ms": statistics.median_ms,
+        "p90_ms": statistics.p90_ms,
+        "p99_ms": statistics.p99_ms,
+        "n": statistics.n,
+        "cov": statistics.cov,
+        "stable": row.stable,
+        "ratio": bench.ratio(row),
+    }
+
+
+def _verdict(lines: Sequence[Mapping[str, Any]], benches: Sequence[BenchResult]) -> dict[str, Any]:
+    counts = {status: sum(line["status"] == status for line in lines) for status in ("passed", "failed", "left-out")}
+    if counts["failed"] or not counts["passed"]:
+        status = "failed" if counts["failed"] else "not-verified"
+    else:
+        status = "partial" if counts["left-out"] else "passed"
+    best = _best(lines)
+    sentences = [f"{counts['passed']} of {len(lines)} engines passed"]
+    if best is not None:
+        sentence = f"Quickest of them: {best.name}, {best.latency_ms:.3g} ms"
+        if best.speedup is not None and benches:
+            sentence += f", {best.speedup:.2f}x {benches[0].rows[0].runner.name}"
+        sentence += f", fidelity {best.fidelity_db:.1f} dB"
+        if best.drop_db is not None:
+            sentence += f", PSNR change {-best.drop_db:+.3f} dB"
+        sentences.append(sentence)
+    return {
+        "status": status,
+        "headline": ". ".join(sentences) + ".",
+        "best": None if best is None else best.name,
+        "reasons": [f"{line['name']}: {reason}" for line in lines for reason in line["reasons"]],
+    }
+
+
+def _best(lines: Sequence[Mapping[str, Any]]) -> _Best | None:
+    candidates = []
+    for line in lines:
+        latency = line["latency"].get("end-to-end")
+        if line["status"] == "passed" and latency and latency["stable"]:
+            candidates.append(
+                _Best(
+                    line["name"],
+                    latency["median_ms"],
+                    latency["ratio"],
+                    line["fidelity_min_db"],
+                    line["psnr_drop_db"],
+                )
+            )
+    return min(candidates, key=lambda entry: entry.latency_ms, default=None)
+
+
+def _model(contract: ModelContract, checkpoint: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {
+        "architecture": contract.architecture,
+        "configuration": dict(contract.configuration),
+        "scale": contract.scale,
+        "colours": contract.colours,
+        "receptive_radius": contract.receptive_radius,
+        "macs_per_pixel": contract.macs_per_pixel,
+        "checkpoint": {"sha256": contract.checkpoint_sha256, **(checkpoint or {})},
+        "provenance": dict(contract.provenance),
+    }
+
+
+def _environment(benches: Sequence[BenchResult], verdicts: Sequence[VerifyResult]) -> dict[str, Any]:
+    """Conditions of the bench where there is one: they hold for the numbers."""
+    if benches and benches[0].environment:
+        return dict(benches[0].environment)
+    found = conditions()
+    if verdicts:
+        found["reference"] = f"{verdicts[0].reference.name}: {verdicts[0].reference.numeric_mode}"
+    return found

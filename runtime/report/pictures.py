@@ -1,0 +1,108 @@
+"""Pictures of a report: lossless, small enough to travel inside one HTML file, and always with a stated scale."""
+
+import base64
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from srdeploy.runtime.parity import VerifyResult
+from srdeploy.runtime.views import View
+
+# Anchors of a perceptually even ramp from black over violet, red and yellow to near-white; nan is drawn in cyan.
+_RAMP = np.array(
+    [(0, 0, 4), (50, 10, 94), (120, 28, 109), (188, 55, 84), (237, 105, 37), (251, 180, 26), (252, 255, 164)],
+    dtype=np.float64,
+)
+RAMP_CSS = ", ".join(f"rgb({int(r)} {int(g)} {int(b)})" for r, g, b in _RAMP)
+
+
+class Pictures:
+    """Collects pictures under names that are safe as file names."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, dict[str, Any]] = {}
+
+    def add(self, name: str, pixels: NDArray[np.uint8]) -> str:
+        """Store (H, W, 3) uint8 losslessly and return its key."""
+        safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "picture"
+        key, number = safe, 2
+        while key in self._entries:
+            key, number = f"{safe}-{number}", number + 1
+        stream = io.BytesIO()
+        Image.fromarray(pixels).save(stream, "WEBP", lossless=True, quality=70, method=4)
+        self._entries[key] = {
+            "file": f"crops/{key}.webp",
+            "width": pixels.shape[1],
+            "height": pixels.shape[0],
+            "data": base64.b64encode(stream.getvalue()).decode("ascii"),
+        }
+        return key
+
+    def to_json(self) -> dict[str, dict[str, Any]]:
+        """Return the pictures by key; "data" is base64 of a lossless WebP file."""
+        return self._entries
+
+
+def image_entries(verdicts: Sequence[tuple[str, VerifyResult]], pictures: Pictures) -> list[dict[str, Any]]:
+    """Return the views of all engines, grouped by image, and the worst crop of each engine.
+
+    Args:
+        verdicts: engine names with their verdicts; their views of one image show the same crop.
+        pictures: where the pictures go.
+    """
+    names = list(dict.fromkeys(view.name for _, verdict in verdicts for view in verdict.views))
+    entries = []
+    for name in names:
+        views = [(engine, view) for engine, verdict in verdicts for view in verdict.views if view.name == name]
+        entries.append({"kind": "view", **_entry(name, views, pictures, prefix=name)})
+    for engine, verdict in verdicts:
+        if verdict.worst is not None:
+            prefix = f"worst-{engine}"
+            entries.append(
+                {
+                    "kind": "worst",
+                    "engine": engine,
+                    **_entry(verdict.worst.name, [(engine, verdict.worst)], pictures, prefix=prefix),
+                }
+            )
+    return entries
+
+
+def heat_map(error: NDArray[np.float32], peak: float) -> NDArray[np.uint8]:
+    """Colour an error map (H, W) linearly from 0 to `peak`; nan is cyan."""
+    position = np.clip(np.nan_to_num(error.astype(np.float64) / peak), 0.0, 1.0) * (len(_RAMP) - 1)
+    low = np.minimum(position.astype(int), len(_RAMP) - 2)
+    share = (position - low)[..., None]
+    colours = _RAMP[low] * (1 - share) + _RAMP[low + 1] * share
+    colours[~np.isfinite(error)] = (0, 255, 255)
+    pixels: NDArray[np.uint8] = np.rint(colours).astype(np.uint8)
+    return pixels
+
+
+def _entry(name: str, views: Sequence[tuple[str, View]], pictures: Pictures, *, prefix: str) -> dict[str, Any]:
+    first = views[0][1]
+    # One scale for all engines of an image, at least one grey level: an error below that is meant to look black.
+    largest = max((float(np.nanmax(view.error)) for _, view in views if np.isfinite(view.error).any()), default=0.0)
+    peak = max(1.0 / 255.0, largest)
+    return {
+        **first.box_json(),
+        "heat_peak": peak,
+        "bicubic": pictures.add(f"{prefix}-bicubic", first.bicubic),
+        "reference": pictures.add(f"{prefix}-reference", first.reference),
+        "truth": None if first.truth is None else pictures.add(f"{prefix}-truth", first.truth),
+        "engines": [
+            {
+                "name": engine,
+                "output": pictures.add(f"{prefix}-{engine}", view.candidate),
+                "heat": pictures.add(f"{prefix}-{engine}-heat", heat_map(view.error, peak)),
+                "max_abs": float(np.nanmax(view.error)) if np.isfinite(view.error).any() else float("nan"),
+                "mean_abs": float(np.nanmean(view.error)) if np.isfinite(view.error).any() else float("nan"),
+            }
+            for engine, view in views
+        ],
+    }
