@@ -17,6 +17,8 @@ MOST_INFLATED_BYTES = 256 * 1024**2
 """torch.save never compresses; an archive that was packed again may hold this much of compressed data."""
 
 _STORED, _DEFLATED = 0, 8
+_STEEPEST = 1032  # bytes out per byte in, the limit of the deflate format
+_PIECE_BYTES = 1 << 20
 _END = struct.Struct("<4s4H2IH")
 _END64_LOCATOR = struct.Struct("<4sIQI")
 _END64 = struct.Struct("<4sQ2H2I4Q")
@@ -87,15 +89,24 @@ class Archive:
                 expected="an uncompressed archive, as torch.save writes it",
                 next_step="unpack it and store it without compression, if you trust it",
             )
-        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+        if entry.size > _STEEPEST * entry.packed_size + 64:
+            raise RefusedError(f"is damaged: entry {shown(entry.name)} claims more than deflate can hold")
         packed = self._file.read(start, entry.packed_size, f"entry {shown(entry.name)}")
+        data = bytearray(entry.size)
+        done = 0
+        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
         try:
-            data = inflater.decompress(packed, entry.size + 1)
+            while piece := inflater.decompress(packed, _PIECE_BYTES):
+                data[done : done + len(piece)] = piece
+                done += len(piece)
+                packed = inflater.unconsumed_tail
+                if done > entry.size:
+                    break
         except zlib.error:
-            data = b""
-        if len(data) != entry.size:
+            done = -1
+        if done != entry.size:
             raise RefusedError(f"is damaged: compressed entry {shown(entry.name)} cannot be unpacked", next_step=_AGAIN)
-        return bytearray(data)
+        return data
 
 
 def _directory(file: FileBytes) -> dict[str, Entry]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from srdeploy.models.filebytes import RefusedError, shown
 
+_LONGEST_NAME = 512
 _UNTRUSTED = "nothing in it was run; get the checkpoint from its authors, or ask them for the state_dict as safetensors"
 
 
@@ -128,8 +129,10 @@ def named(module: Any, name: Any) -> Global:
     Raises:
         RefusedError: the name is one no checkpoint needs.
     """
-    if not isinstance(module, str) or not isinstance(name, str):
-        raise RefusedError("is damaged: a class name in its pickle is not text", next_step="copy or download it again")
+    if not isinstance(module, str) or not isinstance(name, str) or max(len(module), len(name)) > _LONGEST_NAME:
+        raise RefusedError(
+            "is damaged: a class in its pickle has no sensible name", next_step="copy or download it again"
+        )
     module = _PYTHON_2_MODULES.get(module, module)
     root = module.partition(".")[0]
     if (root in sys.stdlib_module_names or root in _OTHER_BLOCKED) and (module, name) not in _HARMLESS_STDLIB:
@@ -183,6 +186,12 @@ def _kind_of(value: Any) -> str:
 
 
 def _blocked(name: Global) -> RefusedError:
+    if name.module == "torch._utils" and name.name.startswith("_rebuild_"):
+        return RefusedError(
+            f"holds a tensor of a special kind ({name})",
+            expected="dense tensors, as RCAN and SRDenseNet have",
+            next_step="save the float32 state_dict",
+        )
     return RefusedError(
         f"wants to use {name} while it is read",
         expected="only tensors, plain values and network modules",

@@ -16,8 +16,10 @@ import torch
 from srdeploy.core.errors import InputError
 from srdeploy.models.containers import Container, open_container
 from srdeploy.models.filebytes import FileBytes, RefusedError, open_file_bytes
+from srdeploy.models.pickled_network import ModuleRecord
+from srdeploy.models.plain import plain_dict
 from srdeploy.models.tensors import TensorBuilder
-from srdeploy.models.wrappers import Found, ModuleRecord, find_states, plain_dict
+from srdeploy.models.wrappers import Found, find_states
 
 _LONGEST_METADATA = 1 << 20
 

@@ -11,7 +11,7 @@ from typing import Any
 from srdeploy.models.filebytes import FileBytes, RefusedError, shown
 from srdeploy.models.inert import ITEM_BYTES, StorageRecord, TensorRecord
 
-MOST_HEADER_BYTES = 8 * 1024**2
+MOST_HEADER_BYTES = 4 * 1024**2
 """A default-size RCAN has 0.2 MB."""
 
 _DTYPES = {

@@ -72,7 +72,7 @@ def _check(name: str, record: TensorRecord) -> None:
             expected="tensors inside their storages",
             next_step=_DAMAGED,
         )
-    if len(record.storage.key) and record.dtype != (record.storage.dtype or record.dtype):
+    if record.dtype != (record.storage.dtype or record.dtype):
         raise RefusedError(f"has tensor {shown(name)} of another dtype than its storage", next_step=_DAMAGED)
 
 
