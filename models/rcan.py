@@ -130,15 +130,19 @@ class Rcan(nn.Module):
             mean = DIV2K_MEAN if config.channels == 3 else (0.0,)
             self.sub_mean = MeanShift([-value * config.value_range for value in mean])
             self.add_mean = MeanShift([value * config.value_range for value in mean])
-        for name in ("mean", "std"):
-            values = getattr(config, name)
-            if values is not None:
-                self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+        self.set_constants()
         self.first = _convolution(config.channels * config.unshuffle**2, features)
         self.groups = nn.ModuleList(_Group(config) for _ in range(config.groups))
         self.body_end = _convolution(features, features)
         self.upsampler = nn.ModuleList(_Upsampling(config, factor) for factor in config.upsampler)
         self.last = _convolution(features, config.channels)
+
+    def set_constants(self) -> None:
+        """Fill the constants of the configuration; needed again after building on the meta device."""
+        for name in ("mean", "std"):
+            values = getattr(self.config, name)
+            if values is not None:
+                self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
         """Upscale.
@@ -225,6 +229,7 @@ class _Block(nn.Module):
         elif self.fixed_scale != 1.0:
             branch = branch * self.fixed_scale
         return branch + maps
+        return branch + maps  # type: ignore[no-any-return]
 
 
 class _Gate(nn.Module):

@@ -78,7 +78,7 @@ def config_from_json(architecture: str, values: Mapping[str, Any]) -> NetworkCon
     unknown = set(values) - {entry.name for entry in fields(kind)}
     if unknown:
         raise InputError(f"{architecture} configuration has unknown fields {', '.join(sorted(unknown))}")
-    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     try:
         if "deconvolutions" in plain:
             plain["deconvolutions"] = tuple(Deconvolution(**step) for step in plain["deconvolutions"])
@@ -156,7 +156,8 @@ def _upsampling_radius(config: SrDenseNetConfig) -> int:
     """Return how far, in LR pixels, upsampling and last convolution reach beyond an output pixel's own LR pixel.
 
     The span of output rows 0..scale-1, which belong to LR row 0, is walked back: a 3x3 convolution widens it by one
-    on both sides, a deconvolution maps output row y to input rows x with y + padding - kernel < stride x <= y + padding.
+    on both sides, a deconvolution maps output row y to the input rows x with
+    y + padding - kernel < stride * x <= y + padding.
     """
     low, high = -1, config.scale  # what the last convolution reads for rows 0..scale-1
     for step in reversed(config.deconvolutions):

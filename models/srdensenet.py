@@ -74,7 +74,8 @@ class SrDenseNetConfig:
         upsampler_bias: the upsampling steps have a bias.
         last_bias: the last convolution has a bias.
         mean_shift: stored 1x1 convolutions (mean and standard deviation) around the network.
-        residual_scale: factor on a block's maps before they leave it.
+        layer_scale: factor on the maps of every dense layer, after its activation.
+        upsampler_normalisation: every upsampling step ends with a batch normalisation, before its activation.
     """
 
     growth: int
@@ -102,6 +103,8 @@ class SrDenseNetConfig:
     bottleneck_bias: bool = True
     upsampler_bias: bool = True
     last_bias: bool = True
+    layer_scale: float = 1.0
+    upsampler_normalisation: bool = False
     mean_shift: Literal["none", "matrix"] = "none"
 
     def __post_init__(self) -> None:
@@ -330,7 +333,8 @@ class _Block(nn.Module):
         made = [maps] if config.layer_input == "everything" else []
         for index in range(len(self.layers)):
             read = maps if index == 0 else self._join(made)
-            made.append(self._layer(index, read))
+            new = self._layer(index, read)
+            made.append(new if config.layer_scale == 1.0 else new * config.layer_scale)
         return self._join(made)
 
     def _join(self, made: list[Tensor]) -> Tensor:
@@ -366,12 +370,15 @@ class _Upsampling(nn.Module):
         else:
             self.convolution = _convolution(inputs, outputs * step**2, bias=bias)
             self.shuffle = nn.PixelShuffle(step)
+        self.norm = nn.BatchNorm2d(outputs) if config.upsampler_normalisation else None
         self.activation = _activation(config) if config.upsampler_activation else None
 
     def forward(self, maps: Tensor) -> Tensor:
         maps = self.convolution(maps)
         if self.shuffle is not None:
             maps = self.shuffle(maps)
+        if self.norm is not None:
+            maps = self.norm(maps)
         return maps if self.activation is None else self.activation(maps)
 
 

@@ -1,0 +1,59 @@
+"""What several RCAN dialects share: the mean shift stored as convolutions, and the words of common questions."""
+
+from torch import Tensor
+
+from srdeploy.models.dialects.base import Answer, Question, Survey
+from srdeploy.models.mean_shift import DIV2K_MEAN
+
+DIVFLICKR2K_MEAN = (0.4690, 0.4490, 0.4036)
+"""Mean RGB of DIV2K and Flickr2K together on 0..1."""
+
+MEANS: dict[str, tuple[float, ...]] = {"div2k": DIV2K_MEAN, "df2k": DIVFLICKR2K_MEAN, "none": (0.0, 0.0, 0.0)}
+"""Means that public training codes use, by the name the command line knows them under."""
+
+
+def has_mean_shift(survey: Survey) -> bool:
+    """Tell whether the mean shift convolutions are stored."""
+    return "sub_mean.weight" in survey
+
+
+def range_of_mean_shift(survey: Survey) -> float | None:
+    """Return the value range that a stored mean shift was written for; None when its size does not tell.
+
+    Public means lie between 0.4 and 0.5 of the range, so the bias is about -0.44 or about -114.
+    """
+    bias: Tensor = survey.tensors["sub_mean.bias"]
+    survey.sources["mean_shift"] = f"sub_mean.weight, sub_mean.bias (mean {bias.float().mean():.4g})"
+    size = float(bias.float().abs().mean())
+    if 0.05 < size < 5:
+        return 1.0
+    return 255.0 if 20 < size < 255 else None
+
+
+def value_range_question(answer: Answer | None = None, usual: Answer | None = None) -> Question:
+    """Return the question which value range the network works in."""
+    return Question(
+        choice="value_range",
+        fields=("value_range",),
+        meaning="the largest value of the network's own input and output",
+        candidates=(255.0, 1.0),
+        answer=answer,
+        usual=usual,
+    )
+
+
+def colour_order_question(config_channels: int) -> tuple[Question, ...]:
+    """Return the question in which order the channels are; none for one channel."""
+    if config_channels != 3:
+        return ()
+    return (
+        Question(
+            choice="colours",
+            fields=(),
+            meaning="the order of the three channels",
+            candidates=("rgb", "bgr"),
+            usual=Answer("rgb", "default", "every public source feeds RGB"),
+            probed=False,
+            contested=False,
+        ),
+    )
