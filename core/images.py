@@ -126,18 +126,30 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Picture:
         MissingExtraError: a 16-bit colour image, and pyvips is not installed.
     """
     with opened(path, max_pixels=max_pixels) as image:
-        info: dict[Any, Any] = dict(image.info)
         pixels = _wide_pixels(path) if _is_wide_colour(path, image) else _narrow_pixels(path, image)
-        format_name = "jpeg" if image.format == "MPO" else str(image.format).lower()
-        palette = image.mode in ("P", "PA")
-        exif = _exif(image)
+        return _picture(image, pixels)
+
+
+def picture_metadata(path: Path) -> Picture:
+    """Return what comes along with an image of any size, without decoding it: `pixels` is empty, (0, 0, C).
+
+    Raises:
+        InputError: as `read_image`, but no image is too large.
+    """
+    with opened(path, max_pixels=None) as image:
+        return _picture(image, np.empty((0, 0, len(image.getbands())), np.uint8))
+
+
+def _picture(image: Image.Image, pixels: Pixels) -> Picture:
+    """Put pixels and what an opened image says about them together."""
+    info: dict[Any, Any] = dict(image.info)
     dpi = info.get("dpi")
     return Picture(
         pixels=pixels,
-        format=format_name,
-        palette=palette,
+        format="jpeg" if image.format == "MPO" else str(image.format).lower(),
+        palette=image.mode in ("P", "PA"),
         icc=info.get("icc_profile") or None,
-        exif=exif,
+        exif=_exif(image),
         xmp=_bytes_or_none(info.get("xmp")),
         dpi=(float(dpi[0]), float(dpi[1])) if dpi and all(0 < float(value) < 1e6 for value in dpi) else None,
     )
@@ -335,6 +347,9 @@ def _wide_pixels(path: Path) -> NDArray[np.uint16]:
 
 def _exif(image: Image.Image) -> bytes | None:
     """Return the EXIF block; a TIFF's own directory also describes its strips, which must not travel."""
+    stored = image.info.get("exif")
+    if image.format != "TIFF" and isinstance(stored, bytes) and stored:
+        return stored
     found = image.getexif()
     if image.format == "TIFF":
         kept = Image.Exif()

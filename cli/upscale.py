@@ -1,0 +1,177 @@
+"""srdeploy upscale: images, folders and videos through an engine, an ONNX file or a bundle."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from srdeploy.cli.console import RichProgress, emit_json, next_command, warning_line
+from srdeploy.cli.options import example, force_option, json_option, output_option
+
+EXAMPLE = example(
+    """
+srdeploy upscale rcan_x4.srd photo.png -o photo_x4.png
+srdeploy upscale model.int8.onnx photos/ -o photos_x4/ --engine openvino
+srdeploy upscale rcan_x2.srd clip.mp4 -o clip_x2.mp4 --quality 16
+"""
+)
+
+
+@click.command(epilog=EXAMPLE)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("source", type=click.Path(path_type=Path))
+@output_option(help_text="Output file; a folder when SOURCE is one.")
+@click.option("--engine", help="Engine family: for an ONNX file (default onnxruntime), or to choose from a bundle.")
+@click.option("--precision", help="Take only engines of this precision from a bundle.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all.")
+@click.option("--memory", metavar="SIZE", help="Memory a run may take, such as 1.5G; default: half of what is free.")
+@click.option(
+    "--tiles",
+    type=click.Choice(["auto", "whole", "overlapped", "exact"]),
+    default="auto",
+    show_default=True,
+    help="auto: the whole image when it fits, else tiles. exact: tiles that equal the whole image.",
+)
+@click.option("--tile", type=click.IntRange(min=1), metavar="PIXELS", help="Side of the tiles; default: what fits.")
+@click.option("--overlap", type=click.IntRange(min=0), metavar="PIXELS", help="Overlap on each side of a seam.")
+@click.option("--batch", type=click.IntRange(min=1), help="Tiles per run.")
+@click.option("--fallback", type=click.Path(path_type=Path), help="FP32 ONNX file for tiles that the engine fails on.")
+@click.option("--float", "as_float", is_flag=True, help="Write 32-bit floating-point TIFF, not clamped.")
+@click.option("--format", "suffix", help="For folders: png, jpg, webp or tif; default: as each input.")
+@click.option(
+    "--quality", type=click.IntRange(0, 100), help="JPEG and WebP: 1 to 100. Video: the codec's CRF, lower is better."
+)
+@click.option("--codec", help="Video codec: libx264 (default), libx265, libsvtav1, libvpx-vp9, ffv1, ...")
+@force_option
+@json_option
+def command(model: Path, source: Path, output: Path, **options: Any) -> None:
+    """Upscale SOURCE (an image, a folder of images or a video) with MODEL (an engine, ONNX file or bundle).
+
+    Sizes that do not fit the memory or the engine run in tiles. A tile that comes out as NaN, infinity or one colour
+    is run again in FP32 where the bundle (or --fallback) has it; else the command ends with exit code 6, no output.
+    """
+    from srdeploy.core.errors import InputError
+    from srdeploy.runtime.pictures import OutputOptions, refuse_same
+
+    if not source.exists():
+        raise InputError(f"{source} does not exist", expected="an image, a folder of images or a video")
+    refuse_same(source, output)
+    written = OutputOptions(as_float=options["as_float"], quality=options["quality"], force=options["force"])
+    progress = RichProgress()
+    with _open(model, options) as up:
+        info = up.info
+        progress.note(f"{info.name} on {info.device}, {info.numeric_mode}; x{up.contract.scale}, {up.contract.colours}")
+        if source.is_dir():
+            document = _folder(up, source, output, written, options["suffix"], progress)
+        elif _is_video(source):
+            document = _video(up, source, output, written, options["codec"], progress)
+        else:
+            document = _image(up, source, output, written, progress)
+        document = {"model": str(model), "engine": info.name, "versions": dict(info.versions), **document}
+    failures = document.pop("failures", None)
+    if options["as_json"]:
+        emit_json(document)
+    if failures is not None:
+        failures.raise_failures()
+    next_command("srdeploy", "inspect", str(model))
+
+
+def _image(up: Any, source: Path, output: Path, written: Any, progress: RichProgress) -> dict[str, Any]:
+    from srdeploy.runtime.pictures import upscale_file
+
+    started = time.monotonic()
+    report = upscale_file(up, source, output, written, progress=progress)
+    seconds = time.monotonic() - started
+    progress.note(report.decision.reason)
+    _warn_repaired(report.tally.repaired)
+    if report.seam_score is not None and not report.decision.exact:
+        progress.note(f"seam score {report.seam_score:.3f} (1.0: no seam is visible)")
+    height, width = report.output_size
+    progress.note(f"{output}: {width}x{height} in {seconds:.2f} s")
+    return {"output": str(output), "seconds": round(seconds, 3), **report.to_json()}
+
+
+def _folder(
+    up: Any, source: Path, output: Path, written: Any, suffix: str | None, progress: RichProgress
+) -> dict[str, Any]:
+    from srdeploy.core.errors import UsageError
+    from srdeploy.runtime.folders import upscale_folder
+    from srdeploy.runtime.image_io import FORMATS
+
+    if suffix is not None and f".{suffix.lower().lstrip('.')}" not in FORMATS:
+        raise UsageError(f"--format {suffix}", expected=", ".join(name.lstrip(".") for name in FORMATS))
+    ending = None if suffix is None else "." + suffix.lower().lstrip(".")
+    if written.as_float:
+        ending = ending or ".tif"
+    report = upscale_folder(up, source, output, written, suffix=ending, progress=progress)
+    for name, error in report.failed.items():
+        warning_line(f"{name}: {error}")
+    repaired: dict[str, int] = {}
+    for made in report.made.values():
+        for fault, count in made.tally.repaired.items():
+            repaired[fault] = repaired.get(fault, 0) + count
+    _warn_repaired(repaired)
+    progress.note(
+        f"{output}: {len(report.made)} made, {len(report.skipped)} there already, {len(report.failed)} failed "
+        f"in {report.seconds:.1f} s"
+    )
+    return {"output": str(output), **report.to_json(), "failures": report}
+
+
+def _video(
+    up: Any, source: Path, output: Path, written: Any, codec: str | None, progress: RichProgress
+) -> dict[str, Any]:
+    from srdeploy.runtime.video import VideoOptions, upscale_video
+
+    options = VideoOptions(codec=codec, quality=written.quality, force=written.force)
+    report = upscale_video(up, source, output, options, progress=progress)
+    for line in report.notes:
+        progress.note(line)
+    _warn_repaired(report.repaired)
+    progress.note(
+        f"{output}: {report.frames} frames in {report.seconds:.1f} s ({report.frames_per_second:.2f} a second)"
+    )
+    return {"output": str(output), **report.to_json()}
+
+
+def _is_video(source: Path) -> bool:
+    from srdeploy.runtime.video_io import is_video
+
+    found: bool = is_video(source)
+    return found
+
+
+def _warn_repaired(repaired: dict[str, int]) -> None:
+    for fault, count in repaired.items():
+        warning_line(f"{count} tiles came out as {fault} and were run again on the FP32 fallback")
+
+
+def _open(model: Path, options: dict[str, Any]) -> Any:
+    from srdeploy.core.errors import UsageError
+    from srdeploy.core.precision import Precision
+    from srdeploy.runtime.budget import TileSettings, parse_bytes
+    from srdeploy.runtime.upscaler import Upscaler
+
+    try:
+        precision = Precision(options["precision"]) if options["precision"] else None
+    except ValueError as error:
+        expected = ", ".join(entry.value for entry in Precision)
+        raise UsageError(f"precision {options['precision']!r}", expected=expected) from error
+    settings = TileSettings(
+        mode=options["tiles"],
+        side=options["tile"],
+        overlap=options["overlap"],
+        batch=options["batch"],
+        memory_bytes=parse_bytes(options["memory"]) if options["memory"] else None,
+    )
+    return Upscaler.open(
+        model,
+        settings,
+        engine=options["engine"],
+        precision=precision,
+        device=options["device"],
+        threads=options["threads"],
+        fallback=options["fallback"],
+    )

@@ -1,0 +1,236 @@
+"""Writing pictures with what came in with them: bit depth, alpha, colour profile, EXIF, XMP, resolution.
+
+Pillow writes what it can write without loss; 16-bit colour and floating point go through libvips (the `huge` extra).
+The EXIF block is passed on byte for byte, except that the pixel dimensions in it, if any, are set to the new ones. The
+resolution (pixels per inch) stays as it was, so a picture twice as wide in pixels prints twice as wide.
+"""
+
+import contextlib
+import errno
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin
+
+from srdeploy.core.errors import UsageError
+from srdeploy.core.extras import import_extra
+from srdeploy.core.images import Picture
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
+"""What can be written, by the end of the name."""
+JPEG_QUALITY = 95
+_MAX_SIDE = {"JPEG": 65_500, "WEBP": 16_383, "PNG": 2**31 - 1, "TIFF": 2**31 - 1}
+_EXIF_HEADER = b"Exif\0\0"
+_XMP_KEYWORD = "XML:com.adobe.xmp"
+
+
+def check_output(path: Path, *, size: tuple[int, int], channels: int, dtype: Any) -> str:
+    """Tell whether a picture can be written under a name, before anything is computed; return the format.
+
+    Args:
+        path: output file.
+        size: (height, width).
+        channels: 1 gray, 2 gray + alpha, 3 RGB, 4 RGB + alpha.
+        dtype: uint8, uint16 or float32.
+
+    Raises:
+        UsageError: the format is unknown, or cannot hold the picture. Nothing is dropped to make it fit.
+    """
+    name = FORMATS.get(path.suffix.lower())
+    if name is None:
+        raise UsageError(f"output {path}", expected=f"a name ending in {', '.join(FORMATS)}")
+    kind = np.dtype(dtype)
+    if kind.kind == "f" and name != "TIFF":
+        raise UsageError(f"{name} holds no floating-point pixels", expected="a .tif output")
+    if kind.itemsize == 2 and name in ("JPEG", "WEBP"):
+        raise UsageError(f"{name} holds 8 bits and the picture has 16", expected="a .png or .tif output")
+    if channels in (2, 4) and name == "JPEG":
+        raise UsageError("JPEG holds no alpha and the picture has some", expected="a .png, .webp or .tif output")
+    if max(size) > _MAX_SIDE[name]:
+        raise UsageError(
+            f"{size[1]}x{size[0]} is too large for {name}, which ends at {_MAX_SIDE[name]} pixels a side",
+            expected="a .png or .tif output",
+        )
+    return name
+
+
+def write_image(path: Path, pixels: NDArray[Any], *, like: Picture | None = None, quality: int | None = None) -> None:
+    """Write a picture under a (temporary) name; see `srdeploy.core.artifact.atomic_file`.
+
+    Args:
+        path: output file; its suffix chooses the format.
+        pixels: (H, W, C) uint8, uint16 or float32; C = 1 gray, 2 gray + alpha, 3 RGB, 4 RGB + alpha.
+        like: the picture whose colour profile, EXIF, XMP and resolution are passed on.
+        quality: 1 to 100, for JPEG (default 95) and WebP (default lossless).
+
+    Raises:
+        UsageError: the format cannot hold the picture.
+        OSError: the disk is full or the folder cannot be written.
+    """
+    height, width, channels = pixels.shape
+    name = check_output(path, size=(height, width), channels=channels, dtype=pixels.dtype)
+    if pixels.dtype == np.uint8 or (pixels.dtype == np.uint16 and channels == 1):
+        _save_with_pillow(path, pixels, name, like, quality)
+    else:
+        write_vips(path, vips_image(pixels), name, like, pixels.dtype)
+
+
+def resized_exif(exif: bytes, *, width: int, height: int) -> bytes:
+    """Set the pixel dimensions inside an EXIF block, if it states any; every other byte stays.
+
+    Args:
+        exif: the block, with or without its "Exif" header.
+        width, height: of the new picture.
+    """
+    header = len(_EXIF_HEADER) if exif.startswith(_EXIF_HEADER) else 0
+    block = bytearray(exif[header:])
+    order = {b"II": "<", b"MM": ">"}.get(bytes(block[:2]))
+    if order is None:
+        return exif
+    values = {0x0100: width, 0x0101: height, 0xA002: width, 0xA003: height}
+    try:
+        pending = [struct.unpack_from(order + "I", block, 4)[0]]
+        while pending:
+            start = pending.pop()
+            for entry in range(struct.unpack_from(order + "H", block, start)[0]):
+                at = start + 2 + 12 * entry
+                tag, _, count = struct.unpack_from(order + "HHI", block, at)
+                if tag == 0x8769:
+                    pending.append(struct.unpack_from(order + "I", block, at + 8)[0])
+                elif tag in values and count == 1:
+                    struct.pack_into(order + "HHII", block, at, tag, 4, 1, values[tag])
+    except struct.error:  # a damaged directory is passed on as it is
+        return exif
+    return exif[:header] + bytes(block)
+
+
+@contextlib.contextmanager
+def vips_errors(vips: Any, path: Path) -> Iterator[None]:
+    """Turn libvips' words for a full disk into the error that `atomic_file` understands."""
+    try:
+        yield
+    except vips.Error as error:
+        text = str(error)
+        full = os.strerror(errno.ENOSPC) in text or "unable to write" in text or "write error" in text.lower()
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
+
+
+def vips_image(pixels: NDArray[Any]) -> Any:
+    """Return pixels (H, W, C) as a libvips image with the right meaning of its channels."""
+    vips: Any = import_extra("pyvips", "huge")
+    height, width, channels = pixels.shape
+    image = vips.Image.new_from_memory(
+        np.ascontiguousarray(pixels).data, width, height, channels, vips_type(pixels.dtype)
+    )
+    return image.copy(interpretation=vips_interpretation(channels, pixels.dtype))
+
+
+def vips_type(dtype: np.dtype[Any]) -> str:
+    """Return libvips' name of an element type."""
+    return {"uint8": "uchar", "uint16": "ushort", "float32": "float"}[dtype.name]
+
+
+def vips_interpretation(channels: int, dtype: np.dtype[Any]) -> str:
+    """Return libvips' name for gray or RGB of an element type."""
+    gray = channels <= 2
+    if dtype == np.uint16:
+        return "grey16" if gray else "rgb16"
+    return "b-w" if gray else "srgb"
+
+
+def with_metadata(image: Any, like: Picture | None) -> Any:
+    """Return a libvips image that carries the metadata of a picture."""
+    vips: Any = import_extra("pyvips", "huge")
+    image = image.copy()
+    for name in list(image.get_fields()):
+        if name in ("exif-data", "icc-profile-data", "xmp-data") or name.startswith("exif-ifd"):
+            image.remove(name)
+    if like is None:
+        return image
+    exif = like.exif and resized_exif(like.exif, width=image.width, height=image.height)
+    if exif and not exif.startswith(_EXIF_HEADER):
+        exif = _EXIF_HEADER + exif
+    for name, data in (("icc-profile-data", like.icc), ("exif-data", exif), ("xmp-data", like.xmp)):
+        if data:
+            image.set_type(vips.GValue.blob_type, name, data)
+    if like.dpi:
+        image = image.copy(xres=like.dpi[0] / 25.4, yres=like.dpi[1] / 25.4)
+        image.set_type(vips.GValue.gstr_type, "resolution-unit", "in")
+    if orientation := _orientation(like):
+        image.set_type(vips.GValue.gint_type, "orientation", orientation)
+    return image
+
+
+def _save_with_pillow(path: Path, pixels: NDArray[Any], name: str, like: Picture | None, quality: int | None) -> None:
+    channels = pixels.shape[2]
+    if channels == 1:
+        image = Image.fromarray(np.ascontiguousarray(pixels[..., 0]))
+    else:
+        image = Image.fromarray(np.ascontiguousarray(pixels), mode={2: "LA", 3: "RGB", 4: "RGBA"}[channels])
+    options: dict[str, Any] = {}
+    if like is not None:
+        options = _pillow_metadata(like, name, width=pixels.shape[1], height=pixels.shape[0])
+    if name == "JPEG":
+        # Chroma at full resolution: the network made it, subsampling would throw three quarters of it away.
+        options |= {"quality": quality or JPEG_QUALITY, "subsampling": 0}
+    elif name == "WEBP":
+        options |= {"quality": quality} if quality else {"lossless": True, "exact": True}
+    elif name == "TIFF":
+        options |= {"compression": "tiff_adobe_deflate"}
+    image.save(path, format=name, **options)
+
+
+def _pillow_metadata(like: Picture, name: str, *, width: int, height: int) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if like.icc:
+        options["icc_profile"] = like.icc
+    if like.dpi and name != "WEBP":  # WebP states its resolution in EXIF only
+        options["dpi"] = like.dpi
+    if like.exif:
+        options["exif"] = resized_exif(like.exif, width=width, height=height)
+    if like.xmp:
+        if name == "PNG":
+            text = PngImagePlugin.PngInfo()
+            text.add_itxt(_XMP_KEYWORD, like.xmp.decode("utf-8", "surrogateescape"))
+            options["pnginfo"] = text
+        elif name == "TIFF":
+            options["tiffinfo"] = {700: like.xmp}
+        else:
+            options["xmp"] = like.xmp
+    return options
+
+
+def write_vips(path: Path, image: Any, name: str, like: Picture | None, dtype: np.dtype[Any]) -> None:
+    """Write a libvips image as PNG or TIFF, a few rows at a time."""
+    vips: Any = import_extra("pyvips", "huge")
+    image = with_metadata(image, like)
+    with vips_errors(vips, path):
+        if name == "PNG":
+            image.pngsave(str(path), bitdepth=8 * dtype.itemsize, compression=6)
+        else:
+            image.tiffsave(str(path), **tiff_options(dtype))
+
+
+def tiff_options(dtype: np.dtype[Any]) -> dict[str, Any]:
+    """Return how TIFF files are written: lossless, with the predictor that suits the type."""
+    return {
+        "compression": "deflate",
+        "predictor": "float" if dtype.kind == "f" else "horizontal",
+        "bigtiff": True,
+    }
+
+
+def _orientation(picture: Picture) -> int | None:
+    if not picture.exif:
+        return None
+    exif = Image.Exif()
+    exif.load(picture.exif)
+    value = exif.get(0x0112)
+    return value if isinstance(value, int) and 1 <= value <= 8 else None

@@ -1,0 +1,281 @@
+"""How an image is cut into windows of one shape, and how their outputs become one picture again.
+
+All windows of a plan have the same shape, so an engine that specialises by shape (CUDA graphs, JIT kernels) does so
+once, and they are spread evenly: no sliver is left at the far side. Windows never reach beyond the image unless the
+engine's smallest shape does, so the network's own zero padding falls where it falls on the whole image. Neighbours
+overlap by at least twice the `halo`. With `blend` 0 the overlap is cut in its middle: when the halo is the network's
+receptive radius, every pixel kept saw everything it depends on, and tiles equal the whole image. Otherwise the middle
+of the overlap is crossfaded.
+
+Lengths here are input (low-resolution) pixels unless a name says output.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from srdeploy.core.errors import UsageError
+
+Planes = NDArray[np.float32]
+"""(G, C, H, W): G groups of network channels that belong to one picture (colour; colour and alpha)."""
+
+
+@dataclass(frozen=True)
+class AxisPlan:
+    """The windows along one axis.
+
+    Attributes:
+        size: length of the image.
+        window: length of every window.
+        starts: where each begins; where the last reaches beyond the image, the image is padded.
+        blend: length of the crossfade between neighbours; 0 cuts.
+    """
+
+    size: int
+    window: int
+    starts: tuple[int, ...]
+    blend: int = 0
+
+    @property
+    def padding(self) -> int:
+        """Pixels to be added at the far end, because the last window reaches beyond the image."""
+        return max(0, self.starts[-1] + self.window - self.size)
+
+    @property
+    def seams(self) -> tuple[float, ...]:
+        """Where neighbours meet: the middles of their overlaps."""
+        return tuple((left + self.window + right) / 2 for left, right in itertools.pairwise(self.starts))
+
+    def support(self, index: int, scale: int, output_size: int) -> tuple[int, int]:
+        """Return the output pixels, begin and end, that window `index` has a part in."""
+        seams = self.seams
+        begin = 0 if index == 0 else _output_seam(seams[index - 1], scale) - self.blend * scale // 2
+        end = output_size if index == len(seams) else _output_seam(seams[index], scale) + self.blend * scale // 2
+        return begin, end
+
+    def weights(self, index: int, scale: int, output_size: int) -> NDArray[np.float32] | None:
+        """Return the window's weight for each output pixel of its support; None when all are 1."""
+        width = 2 * (self.blend * scale // 2)
+        if width == 0 or len(self.starts) == 1:
+            return None
+        begin, end = self.support(index, scale, output_size)
+        weights = np.ones(end - begin, np.float32)
+        ramp = ((np.arange(width) + 0.5) / width).astype(np.float32)
+        if index > 0:
+            weights[:width] = ramp
+        if index < len(self.starts) - 1:
+            weights[-width:] = 1 - ramp
+        return weights
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """The windows over an image: rows x columns of one shape."""
+
+    rows: AxisPlan
+    columns: AxisPlan
+    halo: int
+
+    @property
+    def tiles(self) -> int:
+        """How many windows there are."""
+        return len(self.rows.starts) * len(self.columns.starts)
+
+    @property
+    def whole(self) -> bool:
+        """Whether one window covers the image."""
+        return self.tiles == 1
+
+    @property
+    def work(self) -> float:
+        """Pixels computed per pixel of the image: 1.0 for the whole image, more with overlaps."""
+        return self.tiles * self.rows.window * self.columns.window / (self.rows.size * self.columns.size)
+
+
+def plan_tiles(
+    height: int,
+    width: int,
+    *,
+    window: tuple[int, int],
+    halo: int,
+    blend: int = 0,
+    smallest: tuple[int, int] = (1, 1),
+    fixed: bool = False,
+    multiple: int = 1,
+) -> TilePlan:
+    """Cut an image into even windows.
+
+    Args:
+        height, width: of the image.
+        window: largest window, (height, width).
+        halo: least overlap on each side of a seam.
+        blend: length of the crossfade, at most `halo` * 2.
+        smallest: smallest window that the engine takes.
+        fixed: use exactly `window`, not the smallest even windows that need as few tiles.
+        multiple: windows begin at multiples of this, for networks that look at blocks of pixels.
+
+    Raises:
+        UsageError: the window has no room for two halos and at least one pixel, so no number of tiles would do.
+    """
+    blend = min(blend, 2 * halo)
+    return TilePlan(
+        rows=_plan_axis(height, window[0], halo, blend, smallest[0], fixed, multiple),
+        columns=_plan_axis(width, window[1], halo, blend, smallest[1], fixed, multiple),
+        halo=halo,
+    )
+
+
+def stitch(
+    plan: TilePlan,
+    *,
+    scale: int,
+    trim: int,
+    read_rows: Callable[[int, int], Planes],
+    run: Callable[[Planes], Planes],
+    batch: int = 1,
+    fill_batches: bool = False,
+    done: Callable[[int], None] = lambda tiles: None,
+) -> Iterator[Planes]:
+    """Run a plan from top to bottom and yield finished rows of the output, each row once and in order.
+
+    Only one row of windows is in memory at a time.
+
+    Args:
+        plan: where the windows are.
+        scale, trim: output pixels per input pixel, and output pixels missing at the bottom and right.
+        read_rows: gives input rows begin..end as (G, C, end - begin, W); called with growing, overlapping ranges.
+        run: the network on a batch, (N, C, h, w) to (N, C, scale * h - trim, scale * w - trim).
+        batch: most windows per run (groups count as windows).
+        fill_batches: repeat the last window where a batch is not full, for engines of one batch size.
+        done: told how many windows were finished.
+
+    Yields:
+        (G, C, rows, W') float32.
+    """
+    rows, columns = plan.rows, plan.columns
+    height, width = (scale * axis.size - trim for axis in (rows, columns))
+    carry: Planes | None = None
+    for index, start in enumerate(rows.starts):
+        last = min(start + rows.window, rows.size)
+        strip = _padded(read_rows(start, last), start + rows.window - last, columns.padding)
+        begin, end = rows.support(index, scale, height)
+        band = _band(
+            strip, plan, (begin - scale * start, end - scale * start), scale, width, run, batch, fill_batches, done
+        )
+        weights = rows.weights(index, scale, height)
+        if weights is not None:
+            band *= weights[:, None]
+        if carry is not None:
+            band[:, :, : carry.shape[2]] += carry
+        following = rows.support(index + 1, scale, height)[0] if index + 1 < len(rows.starts) else end
+        finished = following - begin
+        carry = band[:, :, finished:].copy() if finished < end - begin else None
+        yield band[:, :, :finished]
+
+
+def seam_score(image: NDArray[np.floating], plan: TilePlan, scale: int) -> float | None:
+    """Tell how visible the seams of a finished picture are, without a reference.
+
+    The step across each seam is compared with steps one to three input pixels away, where the picture alone makes them,
+    and at the same place within an input pixel, because upsampling has a pattern of its own. 1.0 means that seams look
+    like the rest; a visible grid is well above.
+
+    Args:
+        image: (H', W', C) finished output, any range.
+        plan: the windows it was made from.
+        scale: output pixels per input pixel.
+
+    Returns:
+        The ratio of the mean absolute step at the seams to that beside them; None without seams.
+    """
+    at_seams: list[float] = []
+    beside: list[float] = []
+    for axis, seams in ((0, plan.rows.seams), (1, plan.columns.seams)):
+        length = image.shape[axis]
+        for seam in seams:
+            position = _output_seam(seam, scale)
+            reach = 3 * scale
+            if not reach + 1 <= position < length - reach:
+                continue
+            near = np.take(image, range(position - reach - 1, position + reach + 1), axis=axis).astype(np.float64)
+            steps = np.abs(np.diff(near, axis=axis)).mean(axis=tuple({0, 1, 2} - {axis}))[::scale]  # 7, the 4th crosses
+            at_seams.append(float(steps[3]))
+            beside.append(float(np.delete(steps, 3).mean()))
+    if not at_seams:
+        return None
+    return float((np.mean(at_seams) + 1e-12) / (np.mean(beside) + 1e-12))
+
+
+def _plan_axis(size: int, window: int, halo: int, blend: int, smallest: int, fixed: bool, multiple: int) -> AxisPlan:
+    if size <= window:
+        return AxisPlan(size, window if fixed else max(size, smallest), (0,))
+    # Rounding a window's begin down to a multiple can cost up to multiple - 1 pixels of overlap: plan with more.
+    reach = halo + (multiple - 1)
+    if window < 2 * reach + 1:
+        raise UsageError(
+            f"tiles of {window} pixels with an overlap of {halo} on each side",
+            expected=f"tiles of at least {2 * reach + 1}",
+            next_step="allow more memory (--memory) or larger tiles (--tile), or choose a smaller --overlap",
+        )
+    count = 1 + math.ceil((size - window) / (window - 2 * reach))
+    if not fixed:
+        even = math.ceil((size + (count - 1) * 2 * reach) / count)
+        window = min(window, max(math.ceil(even / multiple) * multiple, smallest, 2 * reach + 1))
+    inner = [index * (size - window) / (count - 1) for index in range(1, count - 1)]
+    starts = (0, *(round(start / multiple) * multiple for start in inner), size - window)
+    if (size - window) % multiple:
+        # The last window would begin off the grid: it begins earlier, and the image is padded behind it.
+        starts = (*starts[:-1], math.ceil((size - window) / multiple) * multiple)
+    # A crossfade longer than the way to the next seam would let three windows overlap.
+    nearest = min(right - left for left, right in itertools.pairwise(starts))
+    return AxisPlan(size, window, starts, min(blend, nearest))
+
+
+def _output_seam(seam: float, scale: int) -> int:
+    return math.floor(seam * scale)
+
+
+def _padded(strip: Planes, bottom: int, right: int) -> Planes:
+    if bottom == 0 and right == 0:
+        return strip
+    for axis, count in ((2, bottom), (3, right)):
+        # Mirrored: no step for the network to sharpen. An axis too short for that repeats its edge too.
+        widths = [(0, count if index == axis else 0) for index in range(4)]
+        strip = np.pad(strip, widths, mode="reflect" if count < strip.shape[axis] else "symmetric")
+    return strip
+
+
+def _band(
+    strip: Planes,
+    plan: TilePlan,
+    rows: tuple[int, int],
+    scale: int,
+    width: int,
+    run: Callable[[Planes], Planes],
+    batch: int,
+    fill_batches: bool,
+    done: Callable[[int], None],
+) -> Planes:
+    """Run one row of windows: (G, C, window, W) to (G, C, rows, W'), crossfaded from left to right."""
+    groups, channels = strip.shape[:2]
+    columns = plan.columns
+    band = np.zeros((groups, channels, rows[1] - rows[0], width), np.float32)
+    windows = [(group, index) for index in range(len(columns.starts)) for group in range(groups)]
+    for first in range(0, len(windows), batch):
+        members = windows[first : first + batch]
+        tiles = np.stack([strip[g, :, :, columns.starts[i] : columns.starts[i] + columns.window] for g, i in members])
+        if fill_batches and len(members) < batch:
+            tiles = np.concatenate([tiles, np.repeat(tiles[-1:], batch - len(members), axis=0)])
+        outputs = run(tiles)
+        for output, (group, index) in zip(outputs[: len(members)], members, strict=True):
+            begin, end = columns.support(index, scale, width)
+            offset = scale * columns.starts[index]
+            part = output[:, rows[0] : rows[1], begin - offset : end - offset]
+            weights = columns.weights(index, scale, width)
+            band[group, :, :, begin:end] += part if weights is None else part * weights
+            done(1)
+    return band
