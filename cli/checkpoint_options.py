@@ -76,7 +76,7 @@ class CheckpointOptions:
         return words
 
 
-class _Mean(click.ParamType):
+class _Mean(click.ParamType[tuple[float, ...]]):
     """A mean colour: a known name, or values on 0..1 joined by commas."""
 
     name = "div2k|df2k|none|R,G,B"

@@ -23,7 +23,7 @@ from srdeploy.models.recognise import Recognised, build_network, recognise
 from srdeploy.models.resolve import Choices, Decision, Ranked, Resolved, resolve, with_values
 from srdeploy.models.spec import ModelSpec, NetworkConfig, config_to_json, spec_of
 
-__all__ = ["Choices", "Evidence", "LoadedCheckpoint", "load_checkpoint"]
+__all__ = ["Choices", "Evidence", "Examined", "LoadedCheckpoint", "examine_checkpoint", "load_checkpoint"]
 
 _LARGEST_NEIGHBOUR_BYTES = 1 << 20
 
@@ -149,34 +149,71 @@ def load_checkpoint(
             open that nobody answered.
         UsageError: a choice contradicts the file.
     """
+    examined = examine_checkpoint(path, choices, probe_images=probe_images, progress=progress, strict=True)
+    return LoadedCheckpoint(
+        path=path,
+        sha256=examined.raw.sha256,
+        dialect=examined.evidence.dialect,
+        config=examined.config,
+        spec=spec_of(examined.config),
+        network=build_network(examined.config, examined.tensors),
+        evidence=examined.evidence,
+    )
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A checkpoint that was read and recognised; unless it was examined strictly, questions may be open.
+
+    Attributes:
+        raw: the file as it lies there.
+        config: with every open question at some candidate.
+        tensors: by canonical name.
+        evidence: what was found, assumed, resolved or left open.
+    """
+
+    raw: RawCheckpoint
+    config: NetworkConfig
+    tensors: dict[str, Tensor]
+    evidence: Evidence
+
+
+def examine_checkpoint(
+    path: Path,
+    choices: Choices = Choices(),  # noqa: B008 - frozen
+    *,
+    probe_images: Sequence[Path] = (),
+    progress: Progress = SILENT,
+    strict: bool = False,
+) -> Examined:
+    """Read and recognise a checkpoint without building its network.
+
+    Args:
+        path, choices, probe_images, progress: as for `load_checkpoint`.
+        strict: refuse a file with a question that nobody answered, instead of listing it as open.
+
+    Raises:
+        InputError, UsageError: as for `load_checkpoint`.
+    """
     with progress.task(f"reading {path.name}"):
         raw = read_checkpoint(path)
         weights = _weights(raw, choices)
-        tensors = raw.alternatives[weights.value].tensors
-        recognised = _recognised(path, tensors, _hints(raw, path))
-        resolved = _resolved(path, recognised, choices, probe_images, progress)
-        config, tensors = _in_rgb(resolved, recognised.tensors)
-        network = build_network(config, tensors)
-    decisions = resolved.decisions if len(raw.alternatives) == 1 else (weights, *resolved.decisions)
-    return LoadedCheckpoint(
-        path=path,
-        sha256=raw.sha256,
+        state = raw.alternatives[weights.value]
+        recognised = _recognised(path, state.tensors, _hints(raw, path))
+    resolved = _resolved(path, recognised, choices, probe_images, progress, strict)
+    config, tensors = _in_rgb(resolved, recognised.tensors)
+    evidence = Evidence(
         dialect=recognised.dialect.name,
-        config=config,
-        spec=spec_of(config),
-        network=network,
-        evidence=Evidence(
-            dialect=recognised.dialect.name,
-            title=recognised.dialect.title,
-            source=recognised.dialect.source,
-            container=raw.container,
-            wrapper_path=raw.alternatives[weights.value].path,
-            hyperparameters=recognised.sources,
-            decisions=decisions,
-            ranking=resolved.ranking,
-            notes=_notes(recognised),
-        ),
+        title=recognised.dialect.title,
+        source=recognised.dialect.source,
+        container=raw.container,
+        wrapper_path=state.path,
+        hyperparameters=recognised.sources,
+        decisions=resolved.decisions if len(raw.alternatives) == 1 else (weights, *resolved.decisions),
+        ranking=resolved.ranking,
+        notes=_notes(recognised),
     )
+    return Examined(raw, config, tensors, evidence)
 
 
 def _weights(raw: RawCheckpoint, choices: Choices) -> Decision:
@@ -192,7 +229,7 @@ def _weights(raw: RawCheckpoint, choices: Choices) -> Decision:
     else:
         value = "raw"
         reason = "the trainers' own code loads these; --weights ema takes the moving average, a different network"
-    return Decision("weights", "plain weights or their moving average", value, by, reason, present)
+    return Decision("weights", (), "plain weights or their moving average", value, by, reason, present)
 
 
 def _recognised(path: Path, tensors: Mapping[str, Tensor], hints: Hints) -> Recognised:
@@ -203,7 +240,12 @@ def _recognised(path: Path, tensors: Mapping[str, Tensor], hints: Hints) -> Reco
 
 
 def _resolved(
-    path: Path, recognised: Recognised, choices: Choices, probe_images: Sequence[Path], progress: Progress
+    path: Path,
+    recognised: Recognised,
+    choices: Choices,
+    probe_images: Sequence[Path],
+    progress: Progress,
+    strict: bool,
 ) -> Resolved:
     from srdeploy.models.probe import rank_candidates
 
@@ -218,7 +260,12 @@ def _resolved(
 
     try:
         return resolve(
-            reading.config, reading.questions, choices, recognised.dialect.title, rank if probe_images else None
+            reading.config,
+            reading.questions,
+            choices,
+            recognised.dialect.title,
+            rank if probe_images else None,
+            strict=strict,
         )
     except InputError as error:
         raise InputError(f"{path}: {error.found}", expected=error.expected, next_step=error.next_step) from error

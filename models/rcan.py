@@ -228,7 +228,6 @@ class _Block(nn.Module):
             branch = branch * self.residual_scale
         elif self.fixed_scale != 1.0:
             branch = branch * self.fixed_scale
-        return branch + maps
         return branch + maps  # type: ignore[no-any-return]
 
 

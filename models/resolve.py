@@ -77,8 +77,9 @@ class Decision:
 
     Attributes:
         choice: name of the question.
+        fields: configuration fields that took the value.
         meaning: what it is about.
-        value: what was taken.
+        value: what was taken; None when it is open.
         by: who settled it.
         reason: why.
         candidates: values found in public code.
@@ -86,6 +87,7 @@ class Decision:
     """
 
     choice: str
+    fields: tuple[str, ...]
     meaning: str
     value: Any
     by: AnsweredBy
@@ -115,7 +117,13 @@ CLEAR_MARGIN_DB = 0.5
 
 
 def resolve(
-    config: NetworkConfig, questions: Sequence[Question], choices: Choices, title: str, rank: Rank | None = None
+    config: NetworkConfig,
+    questions: Sequence[Question],
+    choices: Choices,
+    title: str,
+    rank: Rank | None = None,
+    *,
+    strict: bool = True,
 ) -> Resolved:
     """Settle every question.
 
@@ -125,10 +133,11 @@ def resolve(
         choices: what the user states.
         title: of the dialect, for messages.
         rank: runs combinations on real images; None when there are no images.
+        strict: refuse what stays open; otherwise it is listed as a decision by nobody ("open"), for showing only.
 
     Raises:
         UsageError: a flag contradicts the file or asks what is no question in this family.
-        InputError: a question stays open.
+        InputError: a question stays open and `strict` is true.
     """
     _refuse_foreign_flags(config, questions, choices, title)
     settled: dict[str, Answer] = {}
@@ -145,9 +154,11 @@ def resolve(
         if question.choice not in settled and question.usual is not None:
             settled[question.choice] = question.usual
     still_open = [question for question in questions if question.choice not in settled]
-    if still_open:
+    if still_open and strict:
         raise _unresolved(still_open, title, ranking)
     values = {choice: answer.value for choice, answer in settled.items()}
+    for question in still_open:
+        settled[question.choice] = Answer(None, "open", f"state {question.flag}, or pass --probe IMAGES")
     return Resolved(
         config=with_values(config, questions, values),
         decisions=tuple(_decision(question, settled[question.choice]) for question in questions),
@@ -242,6 +253,7 @@ def _from_ranking(questions: Sequence[Question], ranking: Sequence[Ranked]) -> d
 def _decision(question: Question, answer: Answer) -> Decision:
     return Decision(
         choice=question.choice,
+        fields=question.fields,
         meaning=question.meaning,
         value=answer.value,
         by=answer.by,

@@ -16,9 +16,9 @@ from torch import Tensor
 from srdeploy.core.errors import InputError
 from srdeploy.models.spec import NetworkConfig
 
-AnsweredBy = Literal["metadata", "flag", "wrapper", "tensors", "probe", "default"]
+AnsweredBy = Literal["metadata", "flag", "wrapper", "tensors", "probe", "default", "open"]
 """Who settled a question: the file's own metadata, the user, the wrapper around the tensors, the values of tensors, a
-run on real images, or what the source's own code does when nobody says otherwise."""
+run on real images, what the source's own code does when nobody says otherwise, or nobody."""
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ class RcanLayout:
         scale = 1
         for factor in upsampler:
             scale *= factor
+        survey.sources["scale"] = survey.sources["upsampler"]
         return {
             "scale": scale,
             "groups": groups,
