@@ -1,0 +1,1 @@
+"""Tools that make checkpoints: honest ones of every container, hostile ones, and mutations of both."""
