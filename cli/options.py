@@ -1,5 +1,6 @@
 """Options that several verbs share, spelled once."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -8,7 +9,7 @@ import click
 from srdeploy.core.errors import UsageError
 from srdeploy.core.shapes import Shape, parse_shape
 
-Decorated = TypeVar("Decorated")
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 EXISTING = click.Path(exists=True, path_type=Path)
 OUTPUT_PATH = click.Path(path_type=Path)
@@ -17,7 +18,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 force_option = click.option("--force", is_flag=True, help="Replace an existing output.")
 
 
-def output_option(*, required: bool = True, help_text: str = "Output file.") -> Any:
+def output_option(*, required: bool = True, help_text: str = "Output file.") -> Callable[[Decorated], Decorated]:
     """Return the -o/--output option."""
     return click.option("-o", "--output", type=OUTPUT_PATH, required=required, help=help_text)
 
@@ -38,6 +39,24 @@ class ShapeType(click.ParamType[Shape]):
 
 
 SHAPE = ShapeType()
+
+
+class SizeType(click.ParamType[tuple[int, int]]):
+    """A height and width written as 180x320."""
+
+    name = "HxW"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """Parse the text; a wrong one is a usage error."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return parse_shape(f"1x1x{value}")[2:]
+        except UsageError:
+            self.fail(f"size {value!r}; expected height x width such as 180x320", param, ctx)
+
+
+SIZE = SizeType()
 
 
 def example(text: str) -> str:
