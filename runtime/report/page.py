@@ -1,0 +1,334 @@
+"""The report as one HTML page: nothing is loaded from anywhere, and the page forbids it to itself."""
+
+import base64
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from srdeploy.core.extras import import_extra
+from srdeploy.runtime.report import plots
+from srdeploy.runtime.report.pictures import RAMP_CSS
+
+Document = Mapping[str, Any]
+
+_HERE = Path(__file__).parent
+_STATUS_WORDS = {"passed": "passed", "failed": "failed", "not-run": "not run here", "left-out": "left out"}
+_VERDICTS = {
+    "passed": ("passed", "Passed"),
+    "partial": ("partial", "Passed, with engines left out"),
+    "failed": ("failed", "Failed"),
+    "not-verified": ("partial", "Nothing verified"),
+}
+
+
+def page(document: Document, pictures: Mapping[str, bytes]) -> str:
+    """Return the page of a document.
+
+    Args:
+        document: as `report_document` returns it, or read from report.json.
+        pictures: the WebP files by picture key.
+
+    Raises:
+        MissingExtraError: jinja2 is not installed.
+    """
+    jinja2: Any = import_extra("jinja2", "report")
+    markup: Any = import_extra("markupsafe", "report").Markup
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {
+        "size": size_words,
+        "db": db_words,
+        "change": change_words,
+        "median": median_words,
+        "ms": ms_words,
+        "ratio": ratio_words,
+        "percent": percent_words,
+        "difference": difference_words,
+        "gates": gates_words,
+    }
+    sources = {
+        key: "data:image/webp;base64," + base64.b64encode(data).decode("ascii") for key, data in pictures.items()
+    }
+    values = _values(document, sources, markup)
+    html: str = environment.get_template("report.html.j2").render(**values)
+    return html
+
+
+def _values(document: Document, sources: Mapping[str, str], markup: Any) -> dict[str, Any]:
+    verdict_class, verdict_words = _VERDICTS[document["verdict"]["status"]]
+    pareto = [plots.pareto_fidelity(document), plots.pareto_psnr(document)]
+    drawn = [markup(drawing) for drawing in pareto if drawing]
+    sensitivity = plots.sensitivity_bars(document)
+    values: dict[str, Any] = {
+        "doc": document,
+        "style": markup((_HERE / "report.css").read_text(encoding="utf-8").replace("RAMP", RAMP_CSS)),
+        "script": markup((_HERE / "report.js").read_text(encoding="utf-8")),
+        "status_words": _STATUS_WORDS,
+        "verdict_class": verdict_class,
+        "verdict_words": verdict_words,
+        "figures": _figures(document),
+        "model_line": _model_line(document),
+        "engines_caption": _engines_caption(document),
+        "has_truth": any(verdict["psnr_drop_db"] is not None for verdict in document["verification"]),
+        "pareto": drawn,
+        "views": [_view(entry, sources) for entry in document["images"] if entry["kind"] == "view"],
+        "worst": [_worst(entry, sources) for entry in document["images"] if entry["kind"] == "worst"],
+        "benches": [_bench(bench, markup) for bench in document["bench"]],
+        "studies": _studies(document, markup),
+        "sensitivity": markup(sensitivity) if sensitivity else None,
+        "calibration": _facts(document["calibration"] or {}),
+        "model_facts": _model_facts(document),
+        "configuration": _facts({**document["model"]["configuration"], **document["model"]["provenance"]}),
+        "environment": _facts(_readable_environment(document["environment"])),
+        "stages": [{"seconds": None, "note": None, **stage} for stage in document["stages"]],
+    }
+    values["sections"] = _sections(values, document)
+    return values
+
+
+def _sections(values: Mapping[str, Any], document: Document) -> list[tuple[str, str]]:
+    optional = [
+        ("tradeoff", "Trade-off", values["pareto"]),
+        ("images", "Images", values["views"]),
+        ("worst", "Worst crops", values["worst"]),
+        ("latency", "Latency", values["benches"]),
+        ("scaling", "Scaling", values["studies"]),
+        ("sensitivity", "Sensitivity", values["sensitivity"]),
+        ("verification", "Verification", True),
+        ("calibration", "Calibration", values["calibration"]),
+        ("origin", "Network", True),
+        ("environment", "Environment", True),
+        ("reproduce", "Reproduce", document["commands"]),
+    ]
+    return [("verdict", "Verdict"), ("engines", "Engines")] + [(a, words) for a, words, present in optional if present]
+
+
+def _figures(document: Document) -> list[tuple[str, str, str]]:
+    """Return the best engine's figures: words, value, unit."""
+    best = next((line for line in document["engines"] if line["name"] == document["verdict"]["best"]), None)
+    if best is None:
+        return []
+    latency = best["latency"]["end-to-end"]
+    figures = [("Quickest engine", best["precision_built"] or best["precision"], best["engine"])]
+    figures.append(("Latency, median", *_split(ms_words(latency["median_ms"]))))
+    if latency["ratio"] is not None:
+        figures.append(("Speed", ratio_words(latency["ratio"]), document["bench"][0]["rows"][0]["runner"]["name"]))
+    figures.append(("Fidelity", *_split(db_words(best["fidelity_min_db"]))))
+    if best["psnr_drop_db"] is not None:
+        figures.append(("Y PSNR change", *_split(change_words(best["psnr_drop_db"]))))
+    if best["size_bytes"] is not None:
+        figures.append(("Size", *_split(size_words(best["size_bytes"]))))
+    return figures
+
+
+def _split(words: str) -> tuple[str, str]:
+    value, _, unit = words.partition(" ")
+    return value, unit
+
+
+def _model_line(document: Document) -> str:
+    model = document["model"]
+    names = {"rcan": "RCAN", "srdensenet": "SRDenseNet"}
+    colours = {"rgb": "RGB", "y": "luma only"}[model["colours"]]
+    checkpoint = model["checkpoint"]
+    words = [
+        f"{names.get(model['architecture'], model['architecture'])} ×{model['scale']}",
+        colours,
+        f"{count_words(model['macs_per_pixel'])} multiply-adds per input pixel",
+        f"checkpoint {checkpoint.get('name', '')} {checkpoint['sha256'][:12]}".replace("  ", " "),
+        document["created"][:10],
+    ]
+    return " · ".join(words)
+
+
+def _engines_caption(document: Document) -> str:
+    if not document["bench"]:
+        return "No latency was measured."
+    bench = document["bench"][0]
+    base = bench["rows"][0]["runner"]["name"]
+    return f"Latency at {bench['shape']}; ratios to {base} in the same run, above 1 is faster."
+
+
+def _model_facts(document: Document) -> list[tuple[str, str]]:
+    model = document["model"]
+    radius = model["receptive_radius"]
+    checkpoint = dict(model["checkpoint"])
+    rows = [
+        ("Architecture", str(model["architecture"])),
+        ("Scale", f"×{model['scale']}"),
+        ("Multiply-adds", f"{count_words(model['macs_per_pixel'])} per input pixel"),
+        ("Receptive radius", "whole image (channel attention)" if radius is None else f"{radius} input pixels"),
+        ("Checkpoint SHA-256", str(checkpoint.pop("sha256"))),
+    ]
+    return rows + _facts({f"checkpoint {key}": value for key, value in checkpoint.items()})
+
+
+def _view(entry: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
+    options = [
+        {"key": "bicubic", "words": "input, bicubic", "source": sources[entry["bicubic"]]},
+        {"key": "reference", "words": "eager FP32", "source": sources[entry["reference"]]},
+    ]
+    for index, engine in enumerate(entry["engines"]):
+        options.append({"key": f"engine{index}", "words": engine["name"], "source": sources[engine["output"]]})
+    if entry["truth"] is not None:
+        options.append({"key": "truth", "words": "ground truth", "source": sources[entry["truth"]]})
+    return {
+        **entry,
+        "options": options,
+        "one": "bicubic",
+        "two": "engine0",
+        "heats": [
+            {"key": f"engine{index}", "words": _heat_words(engine), "source": sources[engine["heat"]]}
+            for index, engine in enumerate(entry["engines"])
+        ],
+        "peak_words": difference_words(entry["heat_peak"]),
+    }
+
+
+def _worst(entry: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
+    engine = entry["engines"][0]
+    named = [("input, bicubic", entry["bicubic"]), ("eager FP32", entry["reference"]), ("engine", engine["output"])]
+    if entry["truth"] is not None:
+        named.append(("ground truth", entry["truth"]))
+    named.append((f"difference, 0 to {difference_words(entry['heat_peak'])}", engine["heat"]))
+    return {
+        **entry,
+        "pictures": [{"words": words, "source": sources[key]} for words, key in named],
+        "largest": difference_words(engine["max_abs"]),
+    }
+
+
+def _heat_words(engine: Mapping[str, Any]) -> str:
+    return f"{engine['name']}: largest difference {difference_words(engine['max_abs'])}"
+
+
+def _bench(bench: Mapping[str, Any], markup: Any) -> dict[str, Any]:
+    effort = bench["effort"]
+    drawings = [plots.latency_strips(bench, kind) for kind in ("end-to-end", "compute")]
+    return {
+        **bench,
+        "plots": [markup(drawing) for drawing in drawings if drawing],
+        "caption": (
+            f"Milliseconds per run; runners took turns, after {effort['warmup_runs']} or more warm-up runs and "
+            f"{effort['warmup_seconds']:g} s each. Ratio: {bench['rows'][0]['runner']['name']} over the row, same kind."
+        ),
+    }
+
+
+def _studies(document: Document, markup: Any) -> list[dict[str, Any]]:
+    drawn = {
+        "throughput": plots.throughput_lines(document["studies"].get("throughput", {})),
+        "scaling": plots.scaling_lines(document["studies"].get("scaling", {})),
+    }
+    return [
+        {"drawing": markup(drawing), "words": document["studies"][name].get("note", "")}
+        for name, drawing in drawn.items()
+        if drawing
+    ]
+
+
+def _readable_environment(environment: Mapping[str, Any]) -> dict[str, Any]:
+    readable = dict(environment)
+    if isinstance(readable.get("memory_bytes"), int):
+        readable["memory"] = size_words(readable.pop("memory_bytes"))
+    return readable
+
+
+def _facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Flatten JSON values into lines of words; nested mappings get their keys joined."""
+    lines: list[tuple[str, str]] = []
+    for key, value in values.items():
+        words = str(key).replace("_", " ")
+        if isinstance(value, Mapping):
+            if all(not isinstance(entry, (Mapping, list)) for entry in value.values()):
+                lines.append((words, ", ".join(f"{k} {v}" for k, v in value.items()) or "–"))
+            else:
+                lines += [(f"{words}: {name}", text) for name, text in _facts(value)]
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            shown = [str(entry) for entry in value[:12]]
+            lines.append((words, ", ".join(shown) + (f" and {len(value) - 12} more" if len(value) > 12 else "") or "–"))
+        else:
+            lines.append((words, "–" if value is None else str(value)))
+    return lines
+
+
+def size_words(count: float | None) -> str:
+    """Write bytes as "1.23 MB" (powers of 1000)."""
+    if count is None:
+        return "–"
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count} B"
+
+
+def count_words(count: float) -> str:
+    """Write a count as "1.23 M"."""
+    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count:.3g}"
+
+
+def db_words(value: float | str | None, digits: int = 1) -> str:
+    """Write decibels; equal outputs have no finite value."""
+    if value is None:
+        return "–"
+    number = float(value)
+    if math.isnan(number):
+        return "none"
+    return "∞ (equal)" if math.isinf(number) else f"{number:.{digits}f} dB"
+
+
+def change_words(drop: float | str | None) -> str:
+    """Write a drop in dB as the signed change that it is."""
+    if drop is None or math.isnan(float(drop)):
+        return "–"
+    change = -float(drop)
+    return f"{0.0 if abs(change) < 5e-4 else change:+.3f} dB".replace("-", "−")
+
+
+def ms_words(value: float) -> str:
+    """Write milliseconds with three digits."""
+    return f"{value:.0f} ms" if value >= 1000 else f"{value:.3g} ms"
+
+
+def median_words(latency: Mapping[str, Any] | None) -> str:
+    """Write a median, or why there is none."""
+    if not latency:
+        return "–"
+    return ms_words(latency["median_ms"]) if latency["stable"] else "unstable"
+
+
+def ratio_words(value: float | None) -> str:
+    """Write how many times faster."""
+    return "–" if value is None else f"{value:.2f}×"
+
+
+def percent_words(value: float | str) -> str:
+    """Write a share."""
+    share = 100.0 * float(value)
+    return f"{share:.2g} %" if 0 < share < 10 else f"{share:.0f} %"
+
+
+def difference_words(value: float | str) -> str:
+    """Write an absolute difference on 0..1 in grey levels of 8 bits."""
+    number = float(value)
+    if not math.isfinite(number):
+        return "not finite"
+    levels = number * 255.0
+    return f"{levels:.3g} levels" if levels >= 0.01 or levels == 0 else f"{number:.1e} of 1"
+
+
+def gates_words(verdict: Mapping[str, Any]) -> str:
+    """Write what an engine had to reach."""
+    gates = verdict["gates"]
+    words = [
+        f"fidelity {gates['min_fidelity_db']:g} dB on images",
+        f"{gates['grid_fidelity_db']:g} dB on the shape grid",
+    ]
+    if gates["max_psnr_drop_db"] is not None:
+        words.append(f"PSNR drop at most {gates['max_psnr_drop_db']:g} dB")
+    return ", ".join(words)
