@@ -115,7 +115,9 @@ def bench_engines(
         for candidate in candidates:
             runner = open_engine(work.folder / candidate.file, engine=candidate.engine, threads=threads)
             runners.append(named(stack.enter_context(runner), candidate.name))
-        result = bench(runners, shape=shape, environment=conditions(), progress=work.progress)
+        result = bench(
+            runners, shape=shape, effort=work.request.effort, environment=conditions(), progress=work.progress
+        )
     say.append(f"{len(runners)} networks in turns at {format_shape(shape)}")
     if result.unstable:
         say.append(f"{len(result.unstable)} of {len(result.rows)} medians are unstable (marked ~)")

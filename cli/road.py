@@ -31,7 +31,7 @@ from srdeploy.runtime.bundle import BundleEngine, LeftOut
 if TYPE_CHECKING:
     from srdeploy.calibration.dataset import CalibrationSet
     from srdeploy.models.load import LoadedCheckpoint
-    from srdeploy.runtime.latency import BenchResult
+    from srdeploy.runtime.latency import BenchResult, Effort
     from srdeploy.runtime.parity import VerifyResult
 
 PRECISIONS: dict[str, tuple[Precision, ...]] = {
@@ -73,6 +73,7 @@ class Request:
         stated: what the user says about the checkpoint.
         compute_capabilities: GPUs that TensorRT-RTX engines are built for; empty for all from Ampere on.
         threads: CPU threads of engines; None for all processors.
+        effort: how long engines are measured; None for the default.
         force: replace an existing bundle.
     """
 
@@ -87,6 +88,7 @@ class Request:
     stated: CheckpointOptions = field(default_factory=CheckpointOptions)
     compute_capabilities: tuple[str, ...] = ()
     threads: int | None = None
+    effort: "Effort | None" = None
     force: bool = False
 
     def words(self) -> list[str]:
