@@ -42,7 +42,7 @@ types:  ## links that give the root folders their import names, for type checker
 	  ln -sfn ../../../$$folder build/types/srdeploy/$$folder; done
 
 fuzz: $(VENV)/test.stamp  ## mutate checkpoints for some minutes: only success or a documented error may come back
-	$(BIN)/python benchmarks/fuzz_reader.py
+	$(BIN)/python tests/fuzz/fuzz_checkpoints.py
 
 bench: $(VENV)/test.stamp  ## measure latency on this machine beside eager PyTorch (benchmarks/README.md tells the rest)
 	$(BIN)/python benchmarks/latency.py

@@ -196,8 +196,10 @@ def _wide(extra: bytes, *values: int) -> list[int]:
 
 
 def _check_name(name: str) -> None:
+    if not name.isprintable():
+        raise RefusedError(f"is damaged: a zip entry is named {shown(name)}", next_step=_AGAIN)
     parts = name.split("/")
-    if not name.isprintable() or "\\" in name or ".." in parts or name.startswith("/") or ":" in parts[0]:
+    if "\\" in name or ".." in parts or name.startswith("/") or ":" in parts[0]:
         raise RefusedError(
             f"has a zip entry named {shown(name)}",
             expected="names that stay inside the archive",
