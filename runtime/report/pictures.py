@@ -4,12 +4,14 @@ import base64
 import io
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from srdeploy.core.artifact import atomic_file
 from srdeploy.runtime.parity import VerifyResult
 from srdeploy.runtime.views import View
 
@@ -106,3 +108,20 @@ def _entry(name: str, views: Sequence[tuple[str, View]], pictures: Pictures, *, 
             for engine, view in views
         ],
     }
+
+
+def save_strip(view: View, path: Path) -> None:
+    """Save a crop as one PNG: input enlarged, reference, engine, ground truth where there is one, difference.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    finite = view.error[np.isfinite(view.error)]
+    peak = max(1.0 / 255.0, float(finite.max()) if finite.size else 0.0)
+    panels = [view.bicubic, view.reference, view.candidate]
+    panels += [] if view.truth is None else [view.truth]
+    panels.append(heat_map(view.error, peak))
+    gap = np.full((view.error.shape[0], 4, 3), 255, np.uint8)
+    strip = np.concatenate([part for panel in panels for part in (panel, gap)][:-1], axis=1)
+    with atomic_file(path, force=True) as temporary:
+        Image.fromarray(strip).save(temporary, "PNG")
