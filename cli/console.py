@@ -27,6 +27,8 @@ from rich.table import Table
 from srdeploy.core.progress import Advance
 
 console = Console(stderr=True, highlight=False)
+if not console.is_terminal:
+    console.width = 140  # a log has no edge; 80 columns would fold most tables
 
 
 class RichProgress:
