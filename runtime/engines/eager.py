@@ -63,7 +63,9 @@ class EagerRunner:
         self._lock = threading.Lock()
         network = checkpoint.reference.eval()
         if dtype is not torch.float32 or self._device.type != "cpu":
-            network = copy.deepcopy(network).to(device=self._device, dtype=dtype, memory_format=layout)
+            network = copy.deepcopy(network).to(device=self._device, dtype=dtype)
+            if channels_last:
+                network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in the stubs
         self._network = network
         contract = checkpoint.contract(_PRECISIONS[dtype])
         self._inputs = (TensorSpec(INPUT, "float32", (-1, contract.channels, -1, -1)),)

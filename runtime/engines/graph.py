@@ -190,7 +190,7 @@ def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def type_label(onnx_type: int) -> str:
     """Return "fp32", "fp16", ... for an ONNX element type; others by their ONNX name in lower case."""
-    return _TYPE_LABELS.get(onnx_type) or str(TensorProto.DataType.Name(onnx_type)).lower()  # type: ignore[arg-type]  # plain number
+    return _TYPE_LABELS.get(onnx_type) or str(TensorProto.DataType.Name(onnx_type)).lower()
 
 
 def combined_label(by_type: Mapping[str, int]) -> str:
@@ -224,12 +224,12 @@ def _weights_name(node: onnx.NodeProto, producer: Mapping[str, onnx.NodeProto]) 
 
 
 def _asked(node: onnx.NodeProto, producer: Mapping[str, onnx.NodeProto], types: Mapping[str, int]) -> str:
-    """Return the type a layer is asked to compute in: that of the Q/DQ before it, else that of its input."""
+    """Return the type a layer is asked to compute in: a quantized one where input and weights both are, else its own."""
     if node.op_type in ("QLinearConv", "ConvInteger"):
         return "int8"
-    feeding = producer.get(node.input[0])
-    if feeding is not None and feeding.op_type == DEQUANTIZE:
-        return type_label(types.get(feeding.input[0], TensorProto.UNDEFINED))
+    pair = [producer.get(name) for name in node.input[:2]]
+    if all(feeding is not None and feeding.op_type == DEQUANTIZE for feeding in pair):
+        return type_label(types.get(pair[0].input[0], TensorProto.UNDEFINED))  # type: ignore[union-attr]  # checked
     return type_label(types.get(node.input[0], TensorProto.UNDEFINED))
 
 

@@ -1,10 +1,11 @@
 """All engine families in one visible tuple, and the three questions asked of them: build, open, what works here."""
 
+import contextlib
 import importlib
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ ENGINES: tuple[Family, ...] = (
     Family("openvino", "openvino_engine", "OpenVINO on the CPU", ".blob", opens_onnx=True),
     Family("tensorrt-rtx", "tensorrt_rtx_engine", "TensorRT-RTX on GeForce and RTX GPUs, built anywhere", ".rtx"),
     Family("tensorrt", "tensorrt_full_engine", "TensorRT 10.12 to 11 on NVIDIA GPUs", ".plan"),
-    Family("onnxruntime-cuda", "onnxruntime_cuda", "ONNX Runtime on NVIDIA GPUs (CUDA)", opens_onnx=True),
+    Family("onnxruntime-cuda", "onnxruntime_cuda", "ONNX Runtime on NVIDIA GPUs", opens_onnx=True),
     Family("onnxruntime-tensorrt", "onnxruntime_tensorrt", "ONNX Runtime through TensorRT 10", opens_onnx=True),
 )
 
@@ -227,25 +228,22 @@ def _cached_or_built(
     if not options.use_cache:
         return *build(), Lookup(None, "the cache was not asked")
     cache = EngineCache()
-    try:
-        lock = cache.locked(key)
-        lock.__enter__()
-    except OSError as error:
-        reason = f"the cache folder {cache.root} cannot be used ({(error.strerror or str(error)).lower()})"
-        progress.note(reason)
-        return *build(), Lookup(None, reason)
-    try:
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(cache.locked(key))
+        except OSError as error:
+            reason = f"the cache folder {cache.root} cannot be used ({(error.strerror or str(error)).lower()})"
+            progress.note(reason)
+            return *build(), Lookup(None, reason)
         lookup = cache.lookup(key)
         if lookup.engine is not None:
-            return lookup.engine.data, replace(lookup.engine.manifest), lookup
+            return lookup.engine.data, lookup.engine.manifest, lookup
         data, manifest = build()
         try:
             cache.store(key, data, manifest)
         except OutputError as error:
             progress.note(f"the engine was built but not cached: {error}")
         return data, manifest, lookup
-    finally:
-        lock.__exit__(None, None, None)
 
 
 def _refuse_options(chosen: Family, module: Any, options: BuildOptions) -> None:

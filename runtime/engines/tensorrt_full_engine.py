@@ -1,0 +1,181 @@
+"""TensorRT 10.12 to 11 on NVIDIA GPUs: kernels are timed on the GPU that the engine is built for.
+
+Everything here needs the full TensorRT libraries and an NVIDIA GPU; the shared code path is exercised through
+TensorRT-RTX on machines without one.
+"""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from srdeploy.core.artifact import atomic_file
+from srdeploy.core.errors import CapabilityError, SrdeployError, UsageError
+from srdeploy.core.progress import Progress
+from srdeploy.core.runner import Runner
+from srdeploy.runtime.engines.graph import Graph
+from srdeploy.runtime.engines.options import BuildOptions, BuiltEngine
+from srdeploy.runtime.engines.sidecar import Engine
+from srdeploy.runtime.engines.tensorrt_build import build_plan
+from srdeploy.runtime.engines.tensorrt_flavour import Flavour, gpu, why_no_gpu
+
+REFUSED_OPTIONS: Mapping[str, str] = {
+    "compute_capabilities": "it builds for the GPU of this machine (see --hardware-compatibility)",
+    "threads": "it runs on the GPU",
+}
+_COMPATIBILITY = {"ampere_plus": "AMPERE_PLUS", "same_compute_capability": "SAME_COMPUTE_CAPABILITY"}
+
+
+def build(graph: Graph, options: BuildOptions, progress: Progress) -> BuiltEngine:
+    """Build an engine; see `srdeploy.runtime.engines.tensorrt_build.build_plan`."""
+    return build_plan(FLAVOUR, graph, options, progress)
+
+
+def open_built(
+    engine: Engine, *, threads: int | None, parity: bool, outputs: Sequence[str] | None, device: str = "cuda:0"
+) -> Runner:
+    """Open an engine on a GPU.
+
+    Raises:
+        CapabilityError: no GPU, another GPU, or another release.
+        InputError: the bytes are not an engine.
+    """
+    trt = FLAVOUR.load()
+    _check_release(engine, trt.__version__)
+    reason = why_no_gpu()
+    if reason:
+        raise CapabilityError(
+            f"{engine.path} is a TensorRT engine for {engine.target.get('words')}, and {reason}",
+            next_step="run it on a machine with such a GPU, or build for openvino or onnxruntime to run here",
+        )
+    _check_gpu(engine)
+    from srdeploy.runtime.engines.tensorrt_full_runtime import open_full
+
+    return open_full(FLAVOUR, trt, engine, device, outputs)
+
+
+def key_parts(options: BuildOptions) -> dict[str, Any]:
+    """Return what decides the engine's bytes besides graph and options."""
+    trt = FLAVOUR.load()
+    return {"versions": {FLAVOUR.name: trt.__version__}, "target": _target(options)}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what takes part."""
+    return FLAVOUR.versions()
+
+
+def why_not_build() -> str | None:
+    """Say why no engine can be built here; None when one can."""
+    FLAVOUR.load()
+    return why_no_gpu()
+
+
+def why_not_run() -> str | None:
+    """Say why no engine can run here; None when one can."""
+    return why_not_build()
+
+
+def _check_release(engine: Engine, here: str) -> None:
+    built_with = engine.manifest.versions.get(FLAVOUR.name, "")
+    lasting = bool(engine.manifest.details.get("key", {}).get("options", {}).get("version_compatible"))
+    if built_with != here and not lasting:
+        raise CapabilityError(
+            f"{engine.path} was built for TensorRT {built_with}, {engine.target.get('words')}; here is {here}",
+            next_step=f"build it again: srdeploy build MODEL.onnx --engine tensorrt -o {engine.path} --force",
+        )
+
+
+def _check_gpu(engine: Engine) -> None:
+    found = gpu()
+    wanted = engine.target.get("compute_capability")
+    if found is None or wanted is None or engine.target.get("hardware_compatibility"):
+        return
+    here = f"{found[1][0]}.{found[1][1]}"
+    if here != wanted:
+        raise CapabilityError(
+            f"{engine.path} was built for {engine.target.get('words')}; this GPU is {found[0]} ({here})",
+            next_step="build it again on this machine, or with --hardware-compatibility ampere_plus",
+        )
+
+
+def _check(graph: Graph, options: BuildOptions) -> None:
+    reason = why_no_gpu()
+    if reason:
+        raise CapabilityError(
+            f"TensorRT times kernels on the GPU it builds for, and {reason}",
+            next_step="build on the machine with the GPU, or use --engine tensorrt-rtx, which needs none",
+        )
+    if options.hardware_compatibility and options.hardware_compatibility not in _COMPATIBILITY:
+        raise UsageError(
+            f"--hardware-compatibility {options.hardware_compatibility}", expected=" or ".join(_COMPATIBILITY)
+        )
+    if options.optimization_level is not None and not 0 <= options.optimization_level <= 5:
+        raise UsageError(f"--optimization-level {options.optimization_level}", expected="0 to 5")
+
+
+def _configure(trt: Any, config: Any, options: BuildOptions) -> None:
+    if options.optimization_level is not None:
+        config.builder_optimization_level = options.optimization_level
+    if options.max_aux_streams is not None:
+        config.max_aux_streams = options.max_aux_streams
+    if options.hardware_compatibility is not None:
+        levels = trt.HardwareCompatibilityLevel.__members__
+        config.hardware_compatibility_level = levels[_COMPATIBILITY[options.hardware_compatibility]]
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if options.timing_cache is not None:
+        before = options.timing_cache.read_bytes() if options.timing_cache.exists() else b""
+        cache = config.create_timing_cache(before) or config.create_timing_cache(b"")
+        # A cache of another GPU or release is ignored by TensorRT, which is what `False` asks for.
+        config.set_timing_cache(cache, False)
+
+
+def _finish(trt: Any, config: Any, options: BuildOptions) -> None:
+    """Write the kernel timings back; a cache that cannot be written is no failure of the build."""
+    if options.timing_cache is None:
+        return
+    data = bytes(config.get_timing_cache().serialize())
+    lock = filelock.FileLock(options.timing_cache.with_name(options.timing_cache.name + ".lock"))
+    with contextlib.suppress(OSError, SrdeployError), lock, atomic_file(options.timing_cache, force=True) as path:
+        Path(path).write_bytes(data)
+
+
+def _target(options: BuildOptions) -> dict[str, Any]:
+    found = gpu()
+    if found is None:
+        return {"words": "an NVIDIA GPU"}
+    name, capability, _ = found
+    number = f"{capability[0]}.{capability[1]}"
+    level = options.hardware_compatibility
+    words = f"{name} ({number})" if level is None else f"{level} of {number}"
+    return {
+        "compute_capability": number,
+        "gpu": name if level is None else None,
+        "hardware_compatibility": level,
+        "words": words,
+    }
+
+
+FLAVOUR = Flavour(
+    name="tensorrt",
+    title="TensorRT",
+    modules=("tensorrt", "tensorrt_bindings"),
+    oldest=(10, 12),
+    check=_check,
+    configure=_configure,
+    finish=_finish,
+    target=_target,
+    reads_layers_from_log=False,
+    distributions=(
+        "tensorrt",
+        "tensorrt_cu13",
+        "tensorrt_cu13_bindings",
+        "tensorrt_cu13_libs",
+        "tensorrt_cu12",
+        "tensorrt_cu12_bindings",
+        "tensorrt_cu12_libs",
+    ),
+)
