@@ -5,6 +5,7 @@ players take it, BT.601 below 720 lines and BT.709 from there on; the output the
 number of lines would make players guess otherwise. Transfer curve and primaries are passed on as they are.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -302,11 +303,13 @@ def choose_encoding(
         options |= {"b": "0", "row-mt": "1"}
     if name == "libx265":
         options |= {"x265-params": "log-level=none"}
+    if name == "libsvtav1":
+        os.environ.setdefault("SVT_LOG", "1")  # its library writes to stderr by itself: errors only
     return Encoding(name, stored, options, tuple(notes))
 
 
 class VideoWriter:
-    """Encodes frames into a file whose container keeps exact timestamps."""
+    """Encodes frames into a file of one stream."""
 
     def __init__(self, path: Path, info: VideoInfo, encoding: Encoding, size: tuple[int, int]) -> None:
         av: Any = import_extra("av", "video")
