@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from srdeploy.cli.console import warning_line
 from srdeploy.core.artifact import sha256_of_file
 from srdeploy.core.errors import InputError
-from srdeploy.core.runner import Runner
+from srdeploy.core.runner import Runner, RunnerInfo
 
 if TYPE_CHECKING:
     from srdeploy.models.load import LoadedCheckpoint
@@ -84,3 +84,19 @@ def built_words(built: object) -> str | None:
 def spoken_command() -> str:
     """Return the command line of this process as one would type it."""
     return shlex.join(["srdeploy", *sys.argv[1:]])
+
+
+def benched_entry(path: Path, info: RunnerInfo) -> "EngineEntry":
+    """Return a measured file that was not judged as a line of the report."""
+    from srdeploy.runtime.report.document import EngineEntry
+
+    return EngineEntry(
+        name=info.name,
+        engine=info.engine,
+        precision=info.contract.precision,
+        file=path.name,
+        size_bytes=path.stat().st_size,
+        sha256=sha256_of_file(path),
+        precision_built=built_words(info.built),
+        reason="measured only; judge it with: srdeploy verify",
+    )
