@@ -5,6 +5,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -145,9 +146,12 @@ def _module(tree: dict[str, Any], kind: Name, *, legacy: bool) -> New:
 
 
 def seeds() -> Iterator[tuple[str, bytes]]:
-    """Yield (name, bytes) of each seed."""
+    """Yield (name, bytes) of each seed: those made here, then the small checkpoints that the tests come with."""
     for name, make in SEEDS.items():
         yield name, make()
+    for path in sorted((Path(__file__).parents[2] / "data" / "checkpoints").glob("*/*")):
+        if path.suffix in (".pt", ".pth", ".tar", ".safetensors"):
+            yield f"{path.parent.name}/{path.name}", path.read_bytes()
 
 
 def _training_file() -> bytes:
