@@ -1,0 +1,180 @@
+"""Where 8-bit values go: one recipe per kind of network and target engine, as data that can be printed and searched.
+
+What all targets have in common: the *inputs* of convolutions are quantized, their outputs are not, so that convolution,
+bias and ReLU stay one kernel and the next reader's quantization fuses into it; channel attention (pooling, its two 1x1
+convolutions, sigmoid and gate) stays float, as it works on 1x1 maps and steers every channel; nothing is quantized after
+the last convolution, where one step of 255 would already be visible.
+
+A dense network concatenates features that each have a range of their own. Quantizing every concatenation anew costs a
+pass over hundreds of channels per layer. With `share`, each feature is quantized once where it is made, with one scale
+for all that meet in a concatenation, so that the concatenation moves bytes; equalization (equalize.py) makes that
+scale fit all of them.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from srdeploy.calibration.arithmetic import Kind
+from srdeploy.calibration.graph import Graph, Layer
+from srdeploy.calibration.qdq import Site
+from srdeploy.core.precision import Precision, Target
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a target takes 8-bit graphs.
+
+    Attributes:
+        kind: type of activations.
+        half: the float part and all scales are FP16.
+        deconvolution: "int8" (weights per output channel on axis 1), "float" or "rewrite" (exact 2x2 convolution).
+        first, last: whether the layers that read and write the image are quantized.
+        min_channels: layers with fewer input or output channels stay float.
+        why: reasons, for people.
+    """
+
+    kind: Kind
+    half: bool
+    deconvolution: str
+    first: bool
+    last: bool
+    min_channels: int
+    why: Mapping[str, str]
+
+
+_TENSORRT = Recipe(
+    kind="int8",
+    half=True,
+    deconvolution="float",
+    first=False,
+    last=False,
+    min_channels=16,
+    why={
+        "deconvolution": "TensorRT generations disagree about INT8 deconvolutions with scales per channel",
+        "first": "too few input channels for INT8 tensor cores",
+        "last": "too few output channels for INT8 tensor cores, and its error is the image's error",
+        "min_channels": "fewer than 16 channels do not fill an INT8 tensor core",
+    },
+)
+RECIPES: dict[Target, Recipe] = {
+    Target.TENSORRT: _TENSORRT,
+    Target.TENSORRT_RTX: _TENSORRT,
+    # uint8, because signed int8 behind a concatenation is computed wrongly, in silence, by OpenVINO 2026.4 on the CPU.
+    Target.OPENVINO: Recipe("uint8", False, "int8", True, True, 1, {}),
+    Target.ONNXRUNTIME: Recipe("uint8", False, "int8", True, True, 1, {}),
+}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which layers and activations become 8-bit, and why the others do not.
+
+    Attributes:
+        layers: names of the quantized layers.
+        sites: the activations they read.
+        floats: layer name -> reason, for all layers that stay float.
+    """
+
+    layers: tuple[str, ...]
+    sites: tuple[Site, ...]
+    floats: Mapping[str, str]
+
+
+def place(
+    graph: Graph,
+    recipe: Recipe,
+    *,
+    precision: Precision = Precision.INT8,
+    keep: Mapping[str, str] | None = None,
+    share: bool = True,
+    adds: bool = False,
+) -> Placement:
+    """Decide the placement of Q/DQ pairs.
+
+    Args:
+        graph: the float graph.
+        recipe: the target's.
+        precision: INT8 or FP8, which asks for more channels.
+        keep: layers to leave float, with the reason.
+        share: quantize what meets in a concatenation once, with one scale, instead of every concatenation anew.
+        adds: let sums read the 8-bit value of their identity input where it is 8-bit already. Faster on some
+            engines; the rounding then stays in the residual stream and adds up.
+    """
+    floats = {layer.name: reason for layer in graph.layers if (reason := _why_float(layer, recipe, precision))}
+    floats |= dict(keep or {})
+    chosen = [layer for layer in graph.layers if layer.name not in floats]
+    groups = _concat_leaves(graph, chosen) if share else {}
+    readers: dict[str, list[str]] = {}
+    for layer in chosen:
+        if not (share and _is_concat(graph, layer.input)):
+            readers.setdefault(layer.input, []).append(layer.node)
+    for leaf in groups:
+        readers[leaf] = [node.name for node in graph.consumers[leaf]]
+    if adds:
+        for tensor, names in readers.items():
+            names.extend(
+                node.name for node in graph.consumers[tensor] if node.op_type == "Add" and node.name not in names
+            )
+    order = [*(value.name for value in graph.model.graph.input), *graph.producer]
+    sites = tuple(Site(t, tuple(readers[t]), groups.get(t, t)) for t in order if t in readers)
+    return Placement(tuple(layer.name for layer in chosen), sites, floats)
+
+
+def share_of_macs(graph: Graph, names: Collection[str]) -> float:
+    """Return the share of the multiply-adds that some layers have, 0..1."""
+    total = sum(layer.macs for layer in graph.layers)
+    return sum(layer.macs for layer in graph.layers if layer.name in names) / total if total else 0.0
+
+
+def _why_float(layer: Layer, recipe: Recipe, precision: Precision) -> str | None:
+    narrow = min(layer.channels_in, layer.channels_out)
+    if layer.role == "attention":
+        return "channel attention works on 1x1 maps and steers every channel"
+    if layer.role == "first" and not recipe.first:
+        return recipe.why["first"]
+    if layer.role == "last" and not recipe.last:
+        return recipe.why["last"]
+    if precision == Precision.FP8 and (layer.op != "Conv" or narrow <= 16):
+        return "FP8 convolutions exist for more than 16 channels only, and not as deconvolutions"
+    if layer.op == "ConvTranspose" and recipe.deconvolution == "float":
+        return recipe.why.get("deconvolution", "asked for")
+    if narrow < recipe.min_channels:
+        return recipe.why["min_channels"]
+    return None
+
+
+def _is_concat(graph: Graph, tensor: str) -> bool:
+    node = graph.producer.get(tensor)
+    return node is not None and node.op_type == "Concat"
+
+
+def _concat_leaves(graph: Graph, chosen: Collection[Layer]) -> dict[str, str]:
+    """Return the features behind the concatenations that chosen layers read: tensor -> name of its group.
+
+    Features of two concatenations that share one are one group: its scale has to fit both.
+    """
+    group: dict[str, str] = {}
+    for layer in chosen:
+        if not _is_concat(graph, layer.input):
+            continue
+        leaves = _leaves(graph, layer.input)
+        met = {group[leaf] for leaf in leaves if leaf in group}
+        name = min(met) if met else leaves[0]
+        for leaf, old in list(group.items()):
+            if old in met:
+                group[leaf] = name
+        group |= dict.fromkeys(leaves, name)
+    return group
+
+
+def _leaves(graph: Graph, tensor: str) -> list[str]:
+    found: dict[str, None] = {}
+    pending = [tensor]
+    while pending:
+        name = pending.pop()
+        node = graph.producer.get(name)
+        if node is not None and node.op_type == "Concat":
+            pending.extend(reversed(node.input))
+        else:
+            found[name] = None
+    return list(found)

@@ -1,0 +1,304 @@
+"""The one public function of this stage: from an FP32 ONNX file and real images to a typed or quantized one."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from srdeploy.calibration.choose import Choice, choose
+from srdeploy.calibration.dataset import CalibrationSet
+from srdeploy.calibration.graph import Graph, read_model
+from srdeploy.calibration.judge import Judge, OpenEngine, Verdict, opened
+from srdeploy.calibration.observe import observe
+from srdeploy.calibration.options import QuantizeOptions
+from srdeploy.calibration.placement import RECIPES, share_of_macs
+from srdeploy.calibration.ranges import Ranges, read_ranges
+from srdeploy.calibration.readback import Readback, read_back
+from srdeploy.calibration.rewrite import deconvolutions_rewritten
+from srdeploy.calibration.typed import Island, float_tensors, islands_for, typed_graph
+from srdeploy.calibration.workbench import Workbench
+from srdeploy.core.artifact import atomic_files, sha256_of_bytes
+from srdeploy.core.contract import ModelContract
+from srdeploy.core.environment import package_versions
+from srdeploy.core.errors import UsageError
+from srdeploy.core.manifest import Manifest, Source, manifest_path
+from srdeploy.core.precision import Precision, Target
+from srdeploy.core.progress import SILENT, Progress
+
+CPU_TARGETS = (Target.OPENVINO, Target.ONNXRUNTIME)
+_PACKAGES = ("onnx", "onnxruntime", "openvino", "numpy")
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """What was written and what is known about it.
+
+    Attributes:
+        output: the ONNX file; its manifest lies beside it.
+        precision: of the heavy layers.
+        target: the engine family it is laid out for.
+        verdict: fidelity and drop; None without images.
+        int8_layers: names of the layers that are 8-bit in the graph; empty for FP16 and BF16.
+        int8_macs: their share of the multiply-adds, 0..1.
+        floats: layer -> reason, for the layers of an 8-bit graph that stay float.
+        islands: nodes of a 16-bit graph that stay FP32, with reasons.
+        readback: what the engine says it runs; None when no engine of the target runs here.
+        choice: the search and all it measured; None for FP16 and BF16.
+        notes: what a user should know, one sentence each.
+        artifacts: further files written: name -> path.
+    """
+
+    output: Path
+    precision: Precision
+    target: Target
+    verdict: Verdict | None
+    int8_layers: tuple[str, ...] = ()
+    int8_macs: float = 0.0
+    floats: Mapping[str, str] = field(default_factory=dict)
+    islands: tuple[Island, ...] = ()
+    readback: Readback | None = None
+    choice: Choice | None = None
+    notes: tuple[str, ...] = ()
+    artifacts: Mapping[str, Path] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return {
+            "output": str(self.output),
+            "precision": self.precision.value,
+            "target": self.target.value,
+            "quality": self.verdict.to_json() if self.verdict else None,
+            "int8_layers": len(self.int8_layers),
+            "int8_macs_share": round(self.int8_macs, 4),
+            "float_layers": dict(self.floats),
+            "fp32_islands": [{"node": island.node, "reason": island.reason} for island in self.islands],
+            "readback": self.readback.to_json() if self.readback else None,
+            "search": self.choice.to_json() if self.choice else None,
+            "notes": list(self.notes),
+            "artifacts": {name: str(path) for name, path in self.artifacts.items()},
+        }
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A finished graph before it is written."""
+
+    model: onnx.ModelProto
+    result: QuantizeResult
+    ranges: Ranges | None = None
+
+
+def quantize(
+    onnx: Path,  # the name the command line and other stages use
+    output: Path,
+    *,
+    precision: Precision,
+    target: Target,
+    calibration: CalibrationSet | None,
+    options: QuantizeOptions | None = None,
+    open_engine: OpenEngine | None = None,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> QuantizeResult:
+    """Bring an FP32 graph to another precision and write it with a manifest.
+
+    Args:
+        onnx: an FP32 graph that `srdeploy export` wrote.
+        output: the ONNX file to write; `output.json` and the folder `output stem.calibration/` go beside it.
+        precision: FP16, BF16, INT8 or FP8.
+        target: the engine family that the graph is for.
+        calibration: real images; may be None for FP16 and BF16 only.
+        options: see `QuantizeOptions`.
+        open_engine: opens an ONNX file with the target's engine, where it runs on this machine: quality, speed and
+            what really became 8-bit are then measured on it.
+        force: replace existing outputs.
+        progress: where to report.
+
+    Raises:
+        InputError: the graph or the images do not fit, or an activation is not finite.
+        UsageError: no images for INT8 or FP8, options that do not fit, or an output that exists.
+        GateError: `max_psnr_drop` cannot be met within the time; it names the best that was found.
+        BuildError: the engine does not run as 8-bit what the graph asks for.
+    """
+    options = options or QuantizeOptions()
+    _check(precision, target, calibration)
+    model, contract, sha256 = read_model(onnx)
+    folder = artifacts_folder(output)
+    paths = {"set": folder / "set.json", "ranges": folder / "ranges.json", "sensitivity": folder / "sensitivity.json"}
+    with atomic_files(output, manifest_path(output), *paths.values(), force=force) as temporaries:
+        if precision in (Precision.FP16, Precision.BF16):
+            made = _half_graph(model, contract, precision, target, calibration, open_engine, progress)
+        else:
+            assert calibration is not None
+            ranges = read_ranges(options.ranges, model_sha256=sha256) if options.ranges else None
+            made = _quantized_graph(
+                model, contract, sha256, precision, target, calibration, options, ranges, open_engine, progress
+            )
+        _describe(made.model, contract, precision, target, made.result, calibration, sha256)
+        data = made.model.SerializeToString()
+        temporaries[0].write_bytes(data)
+        documents = {
+            "set": calibration.to_json() if calibration else None,
+            "ranges": made.ranges.to_json() if made.ranges else None,
+            "sensitivity": made.result.choice.sensitivity_json() if made.result.choice else None,
+        }
+        for (name, document), temporary in zip(documents.items(), temporaries[2:], strict=True):
+            if document is not None:
+                temporary.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        written = {name: paths[name] for name, document in documents.items() if document is not None}
+        result = replace(made.result, output=output, artifacts=written)
+        manifest = Manifest(
+            kind="onnx",
+            sha256=sha256_of_bytes(data),
+            sources=(Source("onnx", onnx.name, sha256),),
+            details=result.to_json() | {"calibration": calibration.to_json() if calibration else None},
+            versions=package_versions(_PACKAGES),
+        )
+        temporaries[1].write_text(manifest.to_json(), encoding="utf-8")
+    return result
+
+
+def artifacts_folder(output: Path) -> Path:
+    """Return the folder beside an output that holds set.json, ranges.json and sensitivity.json."""
+    return output.with_name(f"{output.stem}.calibration")
+
+
+def _check(precision: Precision, target: Target, calibration: CalibrationSet | None) -> None:
+    if precision == Precision.FP32:
+        raise UsageError("precision fp32", expected="fp16, bf16, int8 or fp8; the exported file is FP32 already")
+    if precision in (Precision.INT8, Precision.FP8) and calibration is None:
+        raise UsageError(
+            f"no images for {precision.value}",
+            expected="real images to take ranges from",
+            next_step="pass --images DIR; random data would give random ranges",
+        )
+    if precision == Precision.FP8 and target in CPU_TARGETS:
+        raise UsageError(f"precision fp8 for {target.value}", expected="target tensorrt or tensorrt-rtx")
+
+
+def _half_graph(
+    model: onnx.ModelProto,
+    contract: ModelContract,
+    precision: Precision,
+    target: Target,
+    calibration: CalibrationSet | None,
+    open_engine: OpenEngine | None,
+    progress: Progress,
+) -> _Made:
+    notes = []
+    if precision == Precision.BF16 and target not in CPU_TARGETS:
+        model, rewritten = deconvolutions_rewritten(model)
+        if rewritten:
+            notes.append(f"{rewritten} deconvolutions became 2x2 convolutions: TensorRT has no BF16 deconvolution")
+    graph = Graph(model)
+    seen = None
+    if calibration is not None:
+        seen = observe(graph, float_tensors(graph), calibration, count=len(calibration), progress=progress)
+    else:
+        notes.append("no images were given: that no activation overflows was not checked")
+    islands = islands_for(graph, precision, seen)
+    typed = typed_graph(model, precision, islands)
+    verdict = None
+    if calibration is not None:
+        # ONNX Runtime's CPU kernels compute FP16 by rounding each result, and have no BF16 convolution.
+        runnable = open_engine if target in CPU_TARGETS else None
+        if precision == Precision.FP16 or runnable is not None:
+            verdict = Judge(model, calibration.judges, contract).graph(typed, runnable)
+    result = QuantizeResult(Path(), precision, target, verdict, islands=islands, notes=tuple(notes))
+    return _Made(typed, result)
+
+
+def _quantized_graph(
+    model: onnx.ModelProto,
+    contract: ModelContract,
+    sha256: str,
+    precision: Precision,
+    target: Target,
+    calibration: CalibrationSet,
+    options: QuantizeOptions,
+    ranges: Ranges | None,
+    open_engine: OpenEngine | None,
+    progress: Progress,
+) -> _Made:
+    recipe = options.recipe_for(RECIPES[target])
+    if recipe.deconvolution == "rewrite":
+        model, _ = deconvolutions_rewritten(model)
+        recipe = replace(recipe, deconvolution="int8")
+    bench = Workbench(model, recipe, precision, calibration, progress, ranges)
+    runnable = open_engine if target in CPU_TARGETS else None
+    choice = choose(bench, contract, options, runnable, calibration.samples, calibration.judges, progress)
+    quantized, placement = bench.build(choice.decisions)
+    islands: tuple[Island, ...] = ()
+    if recipe.half:
+        islands = islands_for(
+            bench.equalized(choice.decisions.strength)[0], Precision.FP16, bench.scaled_seen(choice.decisions.strength)
+        )
+        quantized = typed_graph(quantized, Precision.FP16, islands)
+    judge = Judge(model, calibration.judges, contract)
+    readback = None
+    if runnable is not None:
+        with opened(quantized, runnable) as runner:
+            verdict = judge.runner(runner)
+            readback = read_back(runner.info, bench.graph, placement)
+    else:
+        verdict = judge.graph(quantized)
+    result = QuantizeResult(
+        output=Path(),
+        precision=precision,
+        target=target,
+        verdict=verdict,
+        int8_layers=placement.layers,
+        int8_macs=share_of_macs(bench.graph, placement.layers),
+        floats=placement.floats,
+        islands=islands,
+        readback=readback,
+        choice=choice,
+        notes=_notes(target, choice, readback),
+    )
+    return _Made(quantized, result, bench.ranges(choice.decisions, model_sha256=sha256))
+
+
+def _notes(target: Target, choice: Choice, readback: Readback | None) -> tuple[str, ...]:
+    notes = list(choice.notes)
+    if target == Target.TENSORRT_RTX:
+        notes.append(
+            "TensorRT for RTX computes FP16 by default: its INT8 convolutions give floats and need a second kernel for "
+            "scale, bias and ReLU, so FP16 is the recommended precision there unless you measure otherwise"
+        )
+    if readback is not None and readback.note:
+        notes.append(readback.note)
+    return tuple(notes)
+
+
+def _describe(
+    model: onnx.ModelProto,
+    contract: ModelContract,
+    precision: Precision,
+    target: Target,
+    result: QuantizeResult,
+    calibration: CalibrationSet | None,
+    sha256: str,
+) -> None:
+    """Write the contract of the new precision into the graph's metadata."""
+    provenance = dict(contract.provenance) | {
+        "quantization": {
+            "target": target.value,
+            "fp32_sha256": sha256,
+            "quality": result.verdict.to_json() if result.verdict else None,
+            "int8_macs_share": round(result.int8_macs, 4),
+            "calibration_sha256": calibration.sha256 if calibration else None,
+            "calibration_images": sorted(calibration.image_hashes) if calibration else [],
+        }
+    }
+    updated = replace(contract, precision=precision, provenance=provenance)
+    others = {entry.key: entry.value for entry in model.metadata_props if not entry.key.startswith("srdeploy.")}
+    del model.metadata_props[:]
+    for key, value in (others | updated.to_metadata()).items():
+        entry = model.metadata_props.add()
+        entry.key, entry.value = key, value
+
+
+__all__: Sequence[str] = ("QuantizeOptions", "QuantizeResult", "artifacts_folder", "quantize")
