@@ -224,7 +224,7 @@ def _weights_name(node: onnx.NodeProto, producer: Mapping[str, onnx.NodeProto]) 
 
 
 def _asked(node: onnx.NodeProto, producer: Mapping[str, onnx.NodeProto], types: Mapping[str, int]) -> str:
-    """Return the type a layer is asked to compute in: a quantized one where input and weights both are, else its own."""
+    """Return the type a layer is asked to compute in: quantized where input and weights both are, else its own."""
     if node.op_type in ("QLinearConv", "ConvInteger"):
         return "int8"
     pair = [producer.get(name) for name in node.input[:2]]

@@ -90,7 +90,7 @@ _TRANSLATIONS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
         (
             r"Could not infer output types for operation.*deconv",
             "there is no BF16 or INT8 deconvolution for this GPU",
-            "quantize again with the deconvolution written as a convolution and a pixel shuffle",
+            "quantize again with --deconvolution rewrite: an exact convolution and pixel shuffle",
         ),
         (
             r"OutOfMemory \(Requested size was (?P<size>\d+)",

@@ -136,7 +136,7 @@ def _check(graph: Graph, options: BuildOptions) -> None:
         if layer.op == "ConvTranspose" and layer.dtype in ("bf16", "int8", "fp8"):
             raise BuildError(
                 f"{graph.path} has a deconvolution {layer.name!r} in {layer.dtype}, which TensorRT-RTX does not have",
-                next_step="quantize again with --target tensorrt-rtx, which writes it as a convolution and a shuffle",
+                next_step="quantize again with --deconvolution rewrite: an exact convolution and pixel shuffle",
             )
 
 

@@ -1,8 +1,8 @@
 """What opening and running needs on TensorRT-RTX only: its runtime cache and its own CUDA graphs.
 
 Kernels are compiled on the GPU at first use and kept in a file per engine, GPU and driver; TensorRT-RTX checks itself
-that they fit and leaves them alone otherwise. Its graph strategy swaps quick and specialized kernels behind the captured
-graph, which a capture from outside could not.
+that they fit and leaves them alone otherwise. Its graph strategy swaps quick and specialized kernels behind the
+captured graph, which a capture from outside could not.
 """
 
 import contextlib

@@ -1,0 +1,134 @@
+"""srdeploy cache: the engine cache, listed, explained, cleaned and checked."""
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from srdeploy.cli.build import parse_size
+from srdeploy.cli.console import console, emit_json, table
+from srdeploy.cli.options import EXISTING, example, json_option
+from srdeploy.core.errors import InputError
+
+
+@click.group(
+    epilog=example(
+        """
+srdeploy cache ls
+srdeploy cache explain model.plan
+srdeploy cache gc --max-size 5GiB --older-than 30
+"""
+    )
+)
+def command() -> None:
+    """The engine cache: engines are found in it by what decides their bytes, never by name.
+
+    It lies in the system's cache folder; the environment variable SRDEPLOY_CACHE_DIR moves it.
+    """
+
+
+@command.command("ls", epilog=example("srdeploy cache ls --json"))
+@json_option
+def list_(as_json: bool) -> None:
+    """List the cached engines, the last used first."""
+    cache = _cache()
+    entries = [entry.to_json() for entry in cache.entries()]
+    if as_json:
+        emit_json({"root": str(cache.root), "entries": entries})
+        return
+    table(f"{cache.root}", _HEADERS, [_row(entry) for entry in entries])
+    console.print(f"{len(entries)} engines, {sum(entry['bytes'] for entry in entries) / 1e6:.1f} MB")
+
+
+@command.command(epilog=example("srdeploy cache explain model.plan"))
+@click.argument("engine", type=EXISTING)
+@json_option
+def explain(engine: Path, as_json: bool) -> None:
+    """Say which fields of an engine's key differ from the nearest cached engine.
+
+    ENGINE is a built engine: its sidecar holds the key that was asked for. A key with no differences is a hit.
+    """
+    from srdeploy.core.manifest import read_manifest
+    from srdeploy.runtime.engines.cache import key_sha256, nearest
+
+    key = dict(read_manifest(engine).details.get("key") or {})
+    if not key:
+        raise InputError(f"the sidecar of {engine} holds no key", expected="an engine built by srdeploy build")
+    cache = _cache()
+    lookup = cache.lookup(key)
+    found = nearest(cache, key)
+    differences = {
+        name: {"wanted": wanted, "cached": cached} for name, (wanted, cached) in (found or (0, {}))[1].items()
+    }
+    document: dict[str, Any] = {
+        "key": key,
+        "key_sha256": key_sha256(key),
+        "hit": lookup.engine is not None,
+        "reason": lookup.reason,
+        "nearest": found[0].to_json() if found else None,
+        "differences": differences,
+    }
+    if as_json:
+        emit_json(document)
+        return
+    console.print(f"{'hit' if lookup.engine else 'miss'}: {lookup.reason}", soft_wrap=True)
+    if found and differences:
+        rows = [(name, pair["wanted"], pair["cached"]) for name, pair in differences.items()]
+        table(f"nearest: {found[0].key_sha256[:16]}…", ("field", "wanted", "cached"), rows)
+
+
+@command.command(epilog=example("srdeploy cache gc --max-size 5GiB --older-than 30 --dry-run"))
+@click.option("--max-size", metavar="SIZE", help="Keep at most this much, the last used first.")
+@click.option("--older-than", type=click.FloatRange(min=0), metavar="DAYS", help="Remove what was not used for long.")
+@click.option("--dry-run", is_flag=True, help="Only tell what would be removed.")
+@json_option
+def gc(max_size: str | None, older_than: float | None, dry_run: bool, as_json: bool) -> None:
+    """Remove damaged engines, and by size or age if asked."""
+    removed = _cache().gc(max_bytes=parse_size("--max-size", max_size), older_than_days=older_than, dry_run=dry_run)
+    entries = [entry.to_json() for entry in removed]
+    if as_json:
+        emit_json({"removed": entries, "dry_run": dry_run})
+        return
+    table("would be removed" if dry_run else "removed", _HEADERS, [_row(entry) for entry in entries])
+
+
+@command.command(epilog=example("srdeploy cache verify"))
+@json_option
+def verify(as_json: bool) -> None:
+    """Read every cached engine and compare it with its sidecar; exit 3 when one is damaged."""
+    entries = [entry.to_json() for entry in _cache().entries(check=True)]
+    damaged = [entry for entry in entries if entry["problem"]]
+    if as_json:
+        emit_json({"entries": entries, "damaged": len(damaged)})
+    else:
+        table("", _HEADERS, [_row(entry) for entry in entries])
+    if damaged:
+        raise InputError(
+            f"{len(damaged)} of {len(entries)} cached engines are damaged, the first: {damaged[0]['problem']}",
+            next_step="remove them with: srdeploy cache gc",
+        )
+
+
+_HEADERS = ("key", "engine", "precision", "from", "profile", "MB", "last used", "problem")
+
+
+def _row(entry: dict[str, Any]) -> tuple[str, ...]:
+    used = datetime.datetime.fromtimestamp(entry["last_used"]).strftime("%Y-%m-%d %H:%M")
+    profiles = "; ".join("x".join(map(str, profile["max"])) for profile in entry["profiles"]) or "any"
+    return (
+        entry["key"][:12],
+        entry["engine"] or "?",
+        entry["precision"] or "?",
+        entry["onnx"] or "?",
+        profiles,
+        f"{entry['bytes'] / 1e6:.1f}",
+        used,
+        entry["problem"] or "",
+    )
+
+
+def _cache() -> Any:
+    from srdeploy.runtime.engines.cache import EngineCache
+
+    return EngineCache()

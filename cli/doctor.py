@@ -1,0 +1,94 @@
+"""srdeploy doctor: which engines can build and which can run on this machine, and why not."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from srdeploy.cli.console import console, emit_json, next_command, table
+from srdeploy.cli.options import example, json_option
+
+PACKAGES = ("srdeploy", "torch", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt_rtx",
+            "numpy", "pillow", "polygraphy", "nncf", "av", "pyvips", "jinja2", "matplotlib")  # fmt: skip
+
+_FLAG_MEANINGS = {
+    "avx512_vnni": "quick INT8",
+    "avx_vnni": "quick INT8",
+    "amx_int8": "INT8 matrix units",
+    "amx_bf16": "BF16 matrix units",
+    "avx512_bf16": "BF16",
+    "avx512_fp16": "FP16",
+}
+
+
+@click.command(epilog=example("srdeploy doctor\nsrdeploy doctor --json"))
+@json_option
+def command(as_json: bool) -> None:
+    """Tell which engines can build and run on this machine, and why not."""
+    document = examination()
+    if as_json:
+        emit_json(document)
+        return
+    engines = document["engines"]
+    rows = [(entry["engine"], _mark(entry["why_not_build"]), _mark(entry["why_not_run"])) for entry in engines]
+    table("engines", ("engine", "build", "run"), rows)
+    machine = document["machine"]
+    memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB" if machine["memory_bytes"] else "unknown"
+    table("machine", ("what", "value"), [
+        ("processor", f"{machine['processor']}, {machine['cpus']} CPUs"),
+        ("instructions", ", ".join(_flag(flag) for flag in machine["cpu_flags"]) or "none of interest"),
+        ("memory", memory),
+        ("GPU", document["gpu"] or document["why_no_gpu"]),
+        ("system", machine["system"]),
+        ("python", machine["python"]),
+        *document["packages"].items(),
+        ("engine cache", f"{document['cache']['root']}, {document['cache']['engines']} engines"),
+        ("cache problem", document["cache"]["problem"] or "none"),
+    ])  # fmt: skip
+    if not any(entry["can_run"] for entry in engines):
+        console.print("no engine can run here: install one with: pip install 'srdeploy[cpu]'", markup=False)
+    next_command("srdeploy", "demo")
+
+
+def examination() -> dict[str, Any]:
+    """Return everything the doctor knows as JSON values."""
+    from srdeploy.core.environment import machine, package_versions
+    from srdeploy.runtime.engines.cache import EngineCache
+    from srdeploy.runtime.engines.registry import availability
+    from srdeploy.runtime.engines.tensorrt_flavour import gpu, why_no_gpu
+
+    found = gpu()
+    cache = EngineCache()
+    return {
+        "engines": [status.to_json() for status in availability()],
+        "machine": machine(),
+        "gpu": f"{found[0]}, compute capability {found[1][0]}.{found[1][1]}, {found[2] / 2**30:.0f} GiB"
+        if found
+        else None,
+        "why_no_gpu": why_no_gpu(),
+        "packages": package_versions(PACKAGES),
+        "cache": {
+            "root": str(cache.root),
+            "engines": len(cache.entries()),
+            "problem": _why_not_writable(cache.root),
+        },
+    }
+
+
+def _why_not_writable(folder: Path) -> str | None:
+    """Say why a folder, or the first existing one above it, cannot be written; None when it can."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return None
+    except OSError as error:
+        return f"{existing} cannot be written: {(error.strerror or str(error)).lower()}"
+
+
+def _mark(reason: str | None) -> str:
+    return "yes" if reason is None else f"no: {reason}"
+
+
+def _flag(flag: str) -> str:
+    return f"{flag} ({_FLAG_MEANINGS[flag]})" if flag in _FLAG_MEANINGS else flag
