@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.precision import Precision
@@ -203,13 +203,15 @@ def _latency(row: Row, bench: BenchResult) -> dict[str, Any]:
 
 
 def _verdict(lines: Sequence[Mapping[str, Any]], benches: Sequence[BenchResult]) -> dict[str, Any]:
-    counts = {status: sum(line["status"] == status for line in lines) for status in ("passed", "failed", "left-out")}
+    counts = {status: sum(line["status"] == status for line in lines) for status in get_args(Status)}
     if counts["failed"] or not counts["passed"]:
         status = "failed" if counts["failed"] else "not-verified"
     else:
         status = "partial" if counts["left-out"] else "passed"
     best = _best(lines)
-    sentences = [f"{counts['passed']} of {len(lines)} engines passed"]
+    tally = {"failed": "failed", "left-out": "left out", "not-run": "not run here"}
+    others = [f"{counts[key]} {words}" for key, words in tally.items() if counts[key]]
+    sentences = [", ".join([f"{counts['passed']} of {len(lines)} engines passed", *others])]
     if best is not None:
         sentence = f"Quickest of them: {best.name}, {best.latency_ms:.3g} ms"
         if best.speedup is not None and benches:

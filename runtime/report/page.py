@@ -73,7 +73,11 @@ def _values(document: Document, sources: Mapping[str, str], markup: Any) -> dict
         "engines_caption": _engines_caption(document),
         "has_truth": any(verdict["psnr_drop_db"] is not None for verdict in document["verification"]),
         "pareto": drawn,
-        "views": [_view(entry, sources) for entry in document["images"] if entry["kind"] == "view"],
+        "views": [
+            _view(entry, sources, document["verdict"]["best"])
+            for entry in document["images"]
+            if entry["kind"] == "view"
+        ],
         "worst": [_worst(entry, sources) for entry in document["images"] if entry["kind"] == "worst"],
         "benches": [_bench(bench, markup) for bench in document["bench"]],
         "studies": _studies(document, markup),
@@ -111,7 +115,7 @@ def _figures(document: Document) -> list[tuple[str, str, str]]:
     if best is None:
         return []
     latency = best["latency"]["end-to-end"]
-    figures = [("Quickest engine", best["precision_built"] or best["precision"], best["engine"])]
+    figures = [("Quickest engine", best["precision"].upper(), best["engine"])]
     figures.append(("Latency, median", *_split(ms_words(latency["median_ms"]))))
     if latency["ratio"] is not None:
         figures.append(("Speed", ratio_words(latency["ratio"]), document["bench"][0]["rows"][0]["runner"]["name"]))
@@ -165,7 +169,9 @@ def _model_facts(document: Document) -> list[tuple[str, str]]:
     return rows + _facts({f"checkpoint {key}": value for key, value in checkpoint.items()})
 
 
-def _view(entry: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
+def _view(entry: Mapping[str, Any], sources: Mapping[str, str], document: Document) -> dict[str, Any]:
+    names = [engine["name"] for engine in entry["engines"]]
+    best = document["verdict"]["best"]
     options = [
         {"key": "bicubic", "words": "input, bicubic", "source": sources[entry["bicubic"]]},
         {"key": "reference", "words": "eager FP32", "source": sources[entry["reference"]]},
@@ -178,12 +184,18 @@ def _view(entry: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, Any
         **entry,
         "options": options,
         "one": "bicubic",
-        "two": "engine0",
+        "two": next(
+            (f"engine{index}" for index, engine in enumerate(entry["engines"]) if engine["name"] == best), "engine0"
+        ),
         "heats": [
-            {"key": f"engine{index}", "words": _heat_words(engine), "source": sources[engine["heat"]]}
+            {
+                "key": f"engine{index}",
+                "words": _heat_words(engine),
+                "peak": difference_words(engine["heat_peak"]),
+                "source": sources[engine["heat"]],
+            }
             for index, engine in enumerate(entry["engines"])
         ],
-        "peak_words": difference_words(entry["heat_peak"]),
     }
 
 
@@ -192,7 +204,7 @@ def _worst(entry: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, An
     named = [("input, bicubic", entry["bicubic"]), ("eager FP32", entry["reference"]), ("engine", engine["output"])]
     if entry["truth"] is not None:
         named.append(("ground truth", entry["truth"]))
-    named.append((f"difference, 0 to {difference_words(entry['heat_peak'])}", engine["heat"]))
+    named.append((f"difference, 0 to {difference_words(engine['heat_peak'])}", engine["heat"]))
     return {
         **entry,
         "pictures": [{"words": words, "source": sources[key]} for words, key in named],

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,27 +87,34 @@ def heat_map(error: NDArray[np.float32], peak: float) -> NDArray[np.uint8]:
     return pixels
 
 
+def heat_peak(error: NDArray[np.float32]) -> float:
+    """Return where the colours end: the next power of two of grey levels on 0..1, at least one level."""
+    finite = error[np.isfinite(error)]
+    levels = float(finite.max()) * 255.0 if finite.size else 0.0
+    return 2.0 ** max(0, math.ceil(math.log2(max(levels, 1e-9)))) / 255.0
+
+
 def _entry(name: str, views: Sequence[tuple[str, View]], pictures: Pictures, *, prefix: str) -> dict[str, Any]:
     first = views[0][1]
-    # One scale for all engines of an image, at least one grey level: an error below that is meant to look black.
-    largest = max((float(np.nanmax(view.error)) for _, view in views if np.isfinite(view.error).any()), default=0.0)
-    peak = max(1.0 / 255.0, largest)
     return {
         **first.box_json(),
-        "heat_peak": peak,
         "bicubic": pictures.add(f"{prefix}-bicubic", first.bicubic),
         "reference": pictures.add(f"{prefix}-reference", first.reference),
         "truth": None if first.truth is None else pictures.add(f"{prefix}-truth", first.truth),
-        "engines": [
-            {
-                "name": engine,
-                "output": pictures.add(f"{prefix}-{engine}", view.candidate),
-                "heat": pictures.add(f"{prefix}-{engine}-heat", heat_map(view.error, peak)),
-                "max_abs": float(np.nanmax(view.error)) if np.isfinite(view.error).any() else float("nan"),
-                "mean_abs": float(np.nanmean(view.error)) if np.isfinite(view.error).any() else float("nan"),
-            }
-            for engine, view in views
-        ],
+        "engines": [_engine(engine, view, pictures, prefix=prefix) for engine, view in views],
+    }
+
+
+def _engine(name: str, view: View, pictures: Pictures, *, prefix: str) -> dict[str, Any]:
+    finite = view.error[np.isfinite(view.error)]
+    peak = heat_peak(view.error)
+    return {
+        "name": name,
+        "output": pictures.add(f"{prefix}-{name}", view.candidate),
+        "heat": pictures.add(f"{prefix}-{name}-heat", heat_map(view.error, peak)),
+        "heat_peak": peak,
+        "max_abs": float(finite.max()) if finite.size else float("nan"),
+        "mean_abs": float(finite.mean()) if finite.size else float("nan"),
     }
 
 
@@ -116,11 +124,9 @@ def save_strip(view: View, path: Path) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-    finite = view.error[np.isfinite(view.error)]
-    peak = max(1.0 / 255.0, float(finite.max()) if finite.size else 0.0)
     panels = [view.bicubic, view.reference, view.candidate]
     panels += [] if view.truth is None else [view.truth]
-    panels.append(heat_map(view.error, peak))
+    panels.append(heat_map(view.error, heat_peak(view.error)))
     gap = np.full((view.error.shape[0], 4, 3), 255, np.uint8)
     strip = np.concatenate([part for panel in panels for part in (panel, gap)][:-1], axis=1)
     with atomic_file(path, force=True) as temporary:

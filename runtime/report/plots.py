@@ -115,7 +115,7 @@ def scaling_lines(study: Mapping[str, Any]) -> str | None:
     )
     if floor:
         plot.line(floor, kind="floor")
-        plot.text(*floor[-1], "floor: multiply-adds at the measured peak", anchor="end", kind="note above")
+        plot.text(*floor[len(floor) // 2], "  floor: multiply-adds at the measured peak", kind="note below")
     for index, entry in enumerate(lines):
         points = [(point["pixels"], point["median_ms"]) for point in entry["points"]]
         plot.line(points, series=index)

@@ -27,6 +27,7 @@
       if (engine) {
         show(heat, two.value, "shown");
         box.querySelector(".heat-words").textContent = engine.alt;
+        box.querySelector(".heat-peak").textContent = engine.dataset.peak;
       }
     };
     for (const control of [range, one, two]) control.addEventListener("input", update);

@@ -1,0 +1,143 @@
+"""Two reports side by side: what got better, what got worse, and what got worse by more than is allowed."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+Document = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """How much worse the second report may be before it counts as a regression.
+
+    Attributes:
+        fidelity_db: loss of fidelity, where it lies below `fidelity_ceiling_db`.
+        psnr_db: loss of the Y PSNR change against ground truth.
+        latency: share by which a median may rise; only stable medians of the same shape are compared.
+        size: share by which a file may grow.
+        memory: share by which the memory of a run may grow.
+        fidelity_ceiling_db: above it fidelity is rounding noise, 120 dB or 130 dB tell nothing.
+    """
+
+    fidelity_db: float = 0.5
+    psnr_db: float = 0.01
+    latency: float = 0.10
+    size: float = 0.05
+    memory: float = 0.25
+    fidelity_ceiling_db: float = 100.0
+
+
+@dataclass(frozen=True)
+class Change:
+    """One figure of one engine in both reports.
+
+    Attributes:
+        engine: its name; "(all)" for what concerns the whole report.
+        what: which figure.
+        before, after: as words.
+        change: as words; empty where there is no difference to state.
+        regression: worse by more than the tolerance.
+    """
+
+    engine: str
+    what: str
+    before: str
+    after: str
+    change: str
+    regression: bool
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All figures of two reports that can be compared."""
+
+    changes: tuple[Change, ...]
+
+    @property
+    def regressions(self) -> tuple[Change, ...]:
+        """The figures that got worse by more than the tolerance."""
+        return tuple(change for change in self.changes if change.regression)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all changes as JSON values."""
+        return {"regressions": len(self.regressions), "changes": [asdict(change) for change in self.changes]}
+
+
+def compare(before: Document, after: Document, tolerances: Tolerances | None = None) -> Comparison:
+    """Compare two reports, engine by engine, by name.
+
+    An engine that is missing from the second report, or stands worse there (passed, then failed), is a regression
+    whatever the tolerances say. An engine that is new in it is listed and never one.
+    """
+    tolerances = tolerances or Tolerances()
+    old = {line["name"]: line for line in before["engines"]}
+    new = {line["name"]: line for line in after["engines"]}
+    same_shape = _shape(before) == _shape(after)
+    changes: list[Change] = []
+    if not same_shape and before["bench"] and after["bench"]:
+        changes.append(Change("(all)", "bench shape", _shape(before), _shape(after), "latency not compared", False))
+    for name, line in old.items():
+        if name not in new:
+            changes.append(Change(name, "engine", line["status"], "missing", "", line["status"] == "passed"))
+        else:
+            changes += _engine_changes(name, line, new[name], tolerances, same_shape=same_shape)
+    changes += [Change(name, "engine", "missing", new[name]["status"], "new", False) for name in new if name not in old]
+    return Comparison(tuple(changes))
+
+
+def _engine_changes(
+    name: str, before: Mapping[str, Any], after: Mapping[str, Any], tolerances: Tolerances, *, same_shape: bool
+) -> list[Change]:
+    fell = before["status"] == "passed" and after["status"] != "passed"
+    changes = [Change(name, "status", before["status"], after["status"], "", fell)]
+    changes += _decibels(name, before, after, tolerances)
+    for what, key, allowed in (("size", "size_bytes", tolerances.size), ("memory", "memory_bytes", tolerances.memory)):
+        if before[key] and after[key]:
+            rise = after[key] / before[key] - 1.0
+            changes.append(Change(name, what, _mb(before[key]), _mb(after[key]), f"{rise:+.1%}", rise > allowed))
+    for kind in ("end-to-end", "compute"):
+        old, new = before["latency"].get(kind), after["latency"].get(kind)
+        if same_shape and old and new and old["stable"]:
+            if not new["stable"]:
+                changes.append(Change(name, f"latency {kind}", _ms(old), "unstable", "", True))
+                continue
+            rise = new["median_ms"] / old["median_ms"] - 1.0
+            changes.append(
+                Change(name, f"latency {kind}", _ms(old), _ms(new), f"{rise:+.1%}", rise > tolerances.latency)
+            )
+    return changes
+
+
+def _decibels(name: str, before: Mapping[str, Any], after: Mapping[str, Any], tolerances: Tolerances) -> list[Change]:
+    changes = []
+    old, new = before["fidelity_min_db"], after["fidelity_min_db"]
+    if old is not None and new is not None:
+        ceiling = tolerances.fidelity_ceiling_db
+        loss = min(float(old), ceiling) - min(float(new), ceiling)
+        worse = math.isnan(loss) or loss > tolerances.fidelity_db
+        changes.append(Change(name, "fidelity", _db(old), _db(new), f"{-loss:+.2f} dB", worse))
+    old, new = before["psnr_drop_db"], after["psnr_drop_db"]
+    if old is not None and new is not None:
+        loss = float(new) - float(old)
+        worse = math.isnan(loss) or loss > tolerances.psnr_db
+        change = Change(name, "Y PSNR change", _db(-float(old), 3), _db(-float(new), 3), f"{-loss:+.3f} dB", worse)
+        changes.append(change)
+    return changes
+
+
+def _shape(document: Document) -> str:
+    return str(document["bench"][0]["shape"]) if document["bench"] else "none"
+
+
+def _db(value: float | str, digits: int = 1) -> str:
+    return f"{float(value):.{digits}f} dB"
+
+
+def _ms(latency: Mapping[str, Any]) -> str:
+    return f"{latency['median_ms']:.3g} ms"
+
+
+def _mb(count: float) -> str:
+    return f"{count / 1e6:.3g} MB"
