@@ -247,11 +247,11 @@ def _resolved(
     progress: Progress,
     strict: bool,
 ) -> Resolved:
-    from srdeploy.models.probe import rank_candidates
-
     reading = recognised.reading
 
     def rank(combinations: Sequence[dict[str, Any]]) -> list[Ranked]:
+        from srdeploy.models.probe import rank_candidates  # image decoding, which most loads do without
+
         def network(values: dict[str, Any]) -> nn.Module:
             config = with_values(reading.config, reading.questions, values)
             return Reference(build_network(config, recognised.tensors), config.value_range).eval()

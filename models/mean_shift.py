@@ -25,8 +25,11 @@ class MeanShift(nn.Module):
         """Start as the identity plus `shift`, one value per channel in the network's own value range."""
         super().__init__()
         channels = len(shift)
-        self.register_buffer("weight", torch.eye(channels).view(channels, channels, 1, 1))
-        self.register_buffer("bias", torch.tensor([float(value) for value in shift]))
+        self.register_buffer("weight", torch.empty(channels, channels, 1, 1))
+        self.register_buffer("bias", torch.empty(channels))
+        if not self.weight.is_meta:  # there, torch.eye alone would import two seconds of compiler
+            self.weight.copy_(torch.eye(channels).view(channels, channels, 1, 1))
+            self.bias.copy_(torch.tensor([float(value) for value in shift]))
 
     def forward(self, image: Tensor) -> Tensor:
         """Return matrix * image + bias."""

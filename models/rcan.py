@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srdeploy.models.activations import Activation, make_activation
+from srdeploy.models.layers import Convolution, convolution_3x3
 from srdeploy.models.mean_shift import DIV2K_MEAN, MeanShift
 
 MeanShiftKind = Literal["none", "constant", "matrix"]
@@ -131,11 +132,11 @@ class Rcan(nn.Module):
             self.sub_mean = MeanShift([-value * config.value_range for value in mean])
             self.add_mean = MeanShift([value * config.value_range for value in mean])
         self.set_constants()
-        self.first = _convolution(config.channels * config.unshuffle**2, features)
+        self.first = convolution_3x3(config.channels * config.unshuffle**2, features)
         self.groups = nn.ModuleList(_Group(config) for _ in range(config.groups))
-        self.body_end = _convolution(features, features)
+        self.body_end = convolution_3x3(features, features)
         self.upsampler = nn.ModuleList(_Upsampling(config, factor) for factor in config.upsampler)
-        self.last = _convolution(features, config.channels)
+        self.last = convolution_3x3(features, config.channels)
 
     def set_constants(self) -> None:
         """Fill the constants of the configuration; needed again after building on the meta device."""
@@ -198,7 +199,7 @@ class _Group(nn.Module):
         super().__init__()
         self.skip = config.group_skip
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.blocks))
-        self.end = _convolution(config.features, config.features) if config.group_convolution else None
+        self.end = convolution_3x3(config.features, config.features) if config.group_convolution else None
 
     def forward(self, maps: Tensor) -> Tensor:
         result = maps
@@ -214,9 +215,9 @@ class _Block(nn.Module):
 
     def __init__(self, config: RcanConfig) -> None:
         super().__init__()
-        self.conv1 = _convolution(config.features, config.features)
+        self.conv1 = convolution_3x3(config.features, config.features)
         self.activation = make_activation(config.activation, config.leaky_slope)
-        self.conv2 = _convolution(config.features, config.features)
+        self.conv2 = convolution_3x3(config.features, config.features)
         self.gate = _Gate(config)
         self.fixed_scale = config.residual_scale
         if config.residual_scale is None:
@@ -236,9 +237,9 @@ class _Gate(nn.Module):
 
     def __init__(self, config: RcanConfig) -> None:
         super().__init__()
-        self.squeeze = nn.Conv2d(config.features, config.attention_width, 1)
+        self.squeeze = Convolution(config.features, config.attention_width, 1)
         self.activation = make_activation(config.attention_activation, config.leaky_slope)
-        self.expand = nn.Conv2d(config.attention_width, config.features, 1)
+        self.expand = Convolution(config.attention_width, config.features, 1)
 
     def forward(self, maps: Tensor) -> Tensor:
         pooled = maps.mean((2, 3), keepdim=True)  # (N, F, 1, 1)
@@ -250,7 +251,7 @@ class _Upsampling(nn.Module):
 
     def __init__(self, config: RcanConfig, factor: int) -> None:
         super().__init__()
-        self.convolution = _convolution(config.features, config.features * factor**2)
+        self.convolution = convolution_3x3(config.features, config.features * factor**2)
         self.shuffle = nn.PixelShuffle(factor)
         kind = config.upsampler_activation
         self.activation = None if kind is None else make_activation(kind, config.leaky_slope)
@@ -258,10 +259,6 @@ class _Upsampling(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         maps = self.shuffle(self.convolution(maps))
         return maps if self.activation is None else self.activation(maps)
-
-
-def _convolution(inputs: int, outputs: int) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 3, padding=1)
 
 
 def _reflect_to_multiple(image: Tensor, factor: int) -> Tensor:

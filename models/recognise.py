@@ -7,6 +7,7 @@ with the right shape; a permissive loader would run another network without comp
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -83,10 +84,16 @@ def build_network(config: NetworkConfig, tensors: Mapping[str, Tensor]) -> nn.Mo
 
 def source_names(dialect: Dialect, config: NetworkConfig) -> dict[str, str]:
     """Return the source's key of every tensor of the canonical network, by its canonical name."""
-    with torch.device("meta"):
-        names = [name for name in network_of(config).state_dict() if not name.endswith(_COUNTER)]
     modules = dialect.layout.modules(config)
-    return {name: _source_name(name, modules) for name in names}
+    return {name: _source_name(name, modules) for name in tensor_shapes(config)}
+
+
+@lru_cache(maxsize=4)
+def tensor_shapes(config: NetworkConfig) -> dict[str, torch.Size]:
+    """Return the shape of every tensor of the canonical network, by its name."""
+    with torch.device("meta"):
+        state = network_of(config).state_dict()
+    return {name: tensor.shape for name, tensor in state.items() if not name.endswith(_COUNTER)}
 
 
 def _source_name(name: str, modules: Mapping[str, str]) -> str:
@@ -100,8 +107,7 @@ def _fill(dialect: Dialect, reading: Reading, tensors: Mapping[str, Tensor]) -> 
     """Take every tensor of the canonical network from the file, and see that nothing is left over."""
     config = reading.config
     names = source_names(dialect, config)
-    with torch.device("meta"):
-        expected = network_of(config).state_dict()
+    expected = tensor_shapes(config)
     missing = [source for source in names.values() if source not in tensors]
     copies = dialect.layout.copies(config)
     used = {*names.values(), *copies, *reading.constants}
@@ -111,10 +117,10 @@ def _fill(dialect: Dialect, reading: Reading, tensors: Mapping[str, Tensor]) -> 
     filled, converted = {}, 0
     for name, source in names.items():
         tensor = tensors[source]
-        if tensor.shape != expected[name].shape:
+        if tensor.shape != expected[name]:
             raise InputError(
                 f"looks like {dialect.title}, but {source} has shape {shape_text(tensor.shape)}",
-                expected=shape_text(expected[name].shape),
+                expected=shape_text(expected[name]),
             )
         filled[name] = _usable(source, tensor)
         converted += tensor.dtype != torch.float32

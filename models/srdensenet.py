@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from srdeploy.models.activations import Activation, make_activation
+from srdeploy.models.layers import Convolution, TransposedConvolution, convolution_3x3
 from srdeploy.models.mean_shift import MeanShift
 
 
@@ -245,21 +246,21 @@ class SrDenseNet(nn.Module):
         if config.mean_shift == "matrix":
             self.sub_mean = MeanShift([0.0] * config.channels)
             self.add_mean = MeanShift([0.0] * config.channels)
-        self.first = _convolution(config.channels, config.low_level)
+        self.first = convolution_3x3(config.channels, config.low_level)
         self.first_activation = _activation(config) if config.first_activation else None
         self.blocks = nn.ModuleList(_Block(config, inputs) for inputs in config.block_inputs())
         maps = config.reconstruction_inputs()
         self.bottleneck: nn.Conv2d | None = None
         self.bottleneck_activation: nn.Module | None = None
         if config.bottleneck is not None:
-            self.bottleneck = nn.Conv2d(maps, config.bottleneck, 1, bias=config.bottleneck_bias)
+            self.bottleneck = Convolution(maps, config.bottleneck, 1, bias=config.bottleneck_bias)
             self.bottleneck_activation = _activation(config) if config.bottleneck_activation else None
             maps = config.bottleneck
         self.upsampler = nn.ModuleList()
         for step in config.deconvolutions or config.pixel_shuffles:
             self.upsampler.append(_Upsampling(config, maps, step))
             maps = config.upsampled
-        self.last = _convolution(maps, config.channels, bias=config.last_bias)
+        self.last = convolution_3x3(maps, config.channels, bias=config.last_bias)
 
     def forward(self, image: Tensor) -> Tensor:
         """Upscale.
@@ -317,7 +318,7 @@ class _Block(nn.Module):
         super().__init__()
         self.config = config
         reads = config.layer_inputs(inputs)
-        self.layers = nn.ModuleList(_convolution(read, config.growth) for read in reads)
+        self.layers = nn.ModuleList(convolution_3x3(read, config.growth) for read in reads)
         # One activation for the whole block: where it is learned, the public code shares its slope like this.
         self.activation = _activation(config)
         self.norm = nn.BatchNorm2d(inputs) if config.normalisation == "block_input" else None
@@ -363,12 +364,12 @@ class _Upsampling(nn.Module):
         outputs, bias = config.upsampled, config.upsampler_bias
         self.convolution: nn.Conv2d | nn.ConvTranspose2d
         if isinstance(step, Deconvolution):
-            self.convolution = nn.ConvTranspose2d(
+            self.convolution = TransposedConvolution(
                 inputs, outputs, step.kernel, step.stride, step.padding, step.output_padding, bias=bias
             )
             self.shuffle = None
         else:
-            self.convolution = _convolution(inputs, outputs * step**2, bias=bias)
+            self.convolution = convolution_3x3(inputs, outputs * step**2, bias=bias)
             self.shuffle = nn.PixelShuffle(step)
         self.norm = nn.BatchNorm2d(outputs) if config.upsampler_normalisation else None
         self.activation = _activation(config) if config.upsampler_activation else None
@@ -384,7 +385,3 @@ class _Upsampling(nn.Module):
 
 def _activation(config: SrDenseNetConfig) -> nn.Module:
     return make_activation(config.activation, config.leaky_slope)
-
-
-def _convolution(inputs: int, outputs: int, bias: bool = True) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias)
