@@ -27,7 +27,7 @@ HEADERS = ("engine", "figure", "before", "after", "change", "verdict")
 )
 @click.option("--max-fidelity-loss", type=float, default=0.5, show_default=True, metavar="DB", help="Allowed loss.")
 @click.option("--max-psnr-loss", type=float, default=0.01, show_default=True, metavar="DB", help="Allowed loss.")
-@click.option("--max-larger", type=float, default=5.0, show_default=True, metavar="%", help="Allowed growth of a file.")
+@click.option("--max-larger", type=float, default=5.0, show_default=True, metavar="%", help="Allowed growth.")
 @click.option(
     "--max-memory", type=float, default=25.0, show_default=True, metavar="%", help="Allowed growth of memory."
 )

@@ -184,9 +184,7 @@ def _view(entry: Mapping[str, Any], sources: Mapping[str, str], document: Docume
         **entry,
         "options": options,
         "one": "bicubic",
-        "two": next(
-            (f"engine{index}" for index, engine in enumerate(entry["engines"]) if engine["name"] == best), "engine0"
-        ),
+        "two": f"engine{names.index(best) if best in names else 0}",
         "heats": [
             {
                 "key": f"engine{index}",
