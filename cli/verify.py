@@ -1,5 +1,6 @@
 """srdeploy verify: engines against the eager network they came from, in decibels."""
 
+import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -135,14 +136,33 @@ def _bisected(
     options: dict[str, Any],
     progress: RichProgress,
 ) -> "list[Bisection | None]":
+    from srdeploy.export.exporter import export_onnx
     from srdeploy.runtime.bisect import bisect_path
     from srdeploy.runtime.samples import SampleFolder
 
+    samples = SampleFolder(options["images"], options["hr"], contract=loaded.contract(), limit=options["limit"])
     found: list[Bisection | None] = []
-    for path, result in zip(candidates, results, strict=True):
-        samples = SampleFolder(options["images"], options["hr"], contract=loaded.contract(), limit=options["limit"])
-        worst = next((sample for sample in samples if sample.name == result.worst_case.name), samples[0])
-        found.append(bisect_path(path, loaded, worst.image, engine=options["engine"], progress=progress))
+    with tempfile.TemporaryDirectory(prefix="srdeploy-bisect-") as folder:
+        plain = Path(folder) / "fp32.onnx"
+
+        def fp32() -> Path:
+            if not plain.exists():
+                export_onnx(loaded, plain, progress=progress)
+            return plain
+
+        for path, result in zip(candidates, results, strict=True):
+            worst = next((sample for sample in samples if sample.name == result.worst_case.name), samples[0])
+            progress.note(f"looking for the first node of {path.name} that differs")
+            found.append(
+                bisect_path(
+                    path,
+                    worst.image,
+                    fp32=fp32,
+                    engine=options["engine"],
+                    threads=options["threads"],
+                    progress=progress,
+                )
+            )
     return found
 
 

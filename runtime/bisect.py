@@ -1,0 +1,283 @@
+"""Finds where an engine goes wrong: the first ONNX node whose inputs agree and whose output does not.
+
+Two questions are asked in turn, because their cures differ:
+
+1. *Does the engine compute the graph as it is written?* The engine's tensors are compared with the same graph computed
+   node by node without any fusion. A node found here is computed wrongly by the engine. Tensors are probed one at a
+   time, by bisection: making a tensor an output keeps the engine from fusing across it, and all at once would make
+   many such faults vanish.
+2. *Does the graph compute the network?* The graph's tensors are compared with those of the FP32 graph of the same
+   names. A node found here carries wrong weights, a lost value range, or more quantization error than any other.
+
+Agreement is stated as a signal-to-noise ratio in dB: power of the expected tensor over power of the difference.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from srdeploy.core.contract import INPUT, OUTPUT
+from srdeploy.core.errors import UsageError
+from srdeploy.core.precision import Precision
+from srdeploy.core.progress import SILENT, Progress
+from srdeploy.runtime.engines.graph import DEQUANTIZE, QUANTIZE, Graph, read_graph
+from srdeploy.runtime.engines.literal import literal_tensors
+from srdeploy.runtime.engines.registry import open_engine
+
+MODULE_KEY = "srdeploy.module"
+"""Key of the node metadata in which the exporter keeps the PyTorch module's path."""
+
+SIDE = 48
+"""Largest side of the image that is computed, in input pixels: every tensor of it is held in memory."""
+
+AGREEMENT_DB: dict[Precision, float] = {
+    # What two correct computations of one graph reach. Quantized tensors differ where a value falls on the edge
+    # between two codes: 35 to 45 dB are usual, and a wrong kernel stays below 15.
+    Precision.FP32: 70.0,
+    Precision.FP16: 35.0,
+    Precision.BF16: 20.0,
+    Precision.INT8: 24.0,
+    Precision.FP8: 18.0,
+}
+
+_FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """One node and how far its output is off.
+
+    Attributes:
+        node: name in the ONNX file.
+        op: operator.
+        module: path of the PyTorch module that it came from; "" for the network itself, None when not recorded.
+        tensor: the output that was compared.
+        snr_db: agreement of the output; -inf when it is not finite.
+        inputs_snr_db: the worst agreement among its inputs; inf when they are exact.
+    """
+
+    node: str
+    op: str
+    module: str | None
+    tensor: str
+    snr_db: float
+    inputs_snr_db: float
+
+
+@dataclass(frozen=True)
+class Bisection:
+    """What was found.
+
+    Attributes:
+        blame: "engine" (it computes the graph wrongly), "graph" (it differs from the network), or "none".
+        engine: whose computation was examined.
+        first: the first node that differs; None when none does.
+        suspects: the nodes with the largest losses of their own, worst first ("graph" only).
+        output_snr_db: agreement of the whole output between engine and graph.
+        probes: number of tensors that the engine was asked for.
+    """
+
+    blame: Literal["engine", "graph", "none"]
+    engine: str
+    first: Suspect | None
+    suspects: tuple[Suspect, ...]
+    output_snr_db: float
+    probes: int
+
+    @property
+    def sentence(self) -> str:
+        """The finding in words."""
+        if self.first is None:
+            return (
+                f"{self.engine} computes the graph as it is written, and the graph agrees with the network node by node"
+            )
+        where = f"{self.first.node} ({self.first.op})"
+        if self.first.module:
+            where += f", PyTorch module {self.first.module}"
+        numbers = f"{self.first.snr_db:.1f} dB signal to error"
+        if self.blame == "engine":
+            return (
+                f"{self.engine} computes {where} wrongly: {numbers}, and its inputs agree; "
+                "use another engine or another placement of Q/DQ there"
+            )
+        return f"the graph leaves the network at {where}: {numbers} (inputs {self.first.inputs_snr_db:.1f} dB)"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the finding as JSON values."""
+        return {**asdict(self), "sentence": self.sentence}
+
+
+def bisect_path(
+    path: Path,
+    image: NDArray[np.float32],
+    *,
+    fp32: Callable[[], Path] | None = None,
+    engine: str | None = None,
+    threads: int | None = None,
+    progress: Progress = SILENT,
+) -> Bisection:
+    """Find the first node that differs.
+
+    Args:
+        path: an ONNX file of ours.
+        image: (1, C, H, W) float32 in [0, 1], one on which the engine was found wrong; the middle of it is used.
+        fp32: makes the FP32 ONNX file of the same checkpoint when it is needed; None leaves the second question out.
+        engine: family that opens the file; None for onnxruntime.
+        threads: CPU threads.
+        progress: told about every probe.
+
+    Raises:
+        UsageError: a built engine was given: its inner tensors are gone.
+        InputError: the file is not understood.
+    """
+    if path.suffix != ".onnx":
+        raise UsageError(
+            f"{path} is a built engine, whose inner tensors are gone",
+            expected="the ONNX file that it was built from",
+            next_step="bisect that one with the same --engine",
+        )
+    graph = read_graph(path)
+    small = middle(image, SIDE)
+    tensors = _comparable(graph)
+    name = engine or "onnxruntime"
+    expected = literal_tensors(graph, {INPUT: small}, tensors)
+    search = _EngineSearch(graph, small, expected, engine, threads, progress)
+    output_snr = search.snr(OUTPUT)
+    first = search.first(tensors) if output_snr < search.threshold else None
+    if first is not None:
+        return Bisection("engine", name, first, (), output_snr, len(search.found))
+    if fp32 is not None:
+        suspects = _graph_suspects(graph, expected, read_graph(fp32()), small)
+        if suspects:
+            by_loss = sorted(suspects, key=lambda entry: entry.snr_db - entry.inputs_snr_db)
+            start = suspects[0] if graph.contract.precision is Precision.FP32 else by_loss[0]
+            return Bisection("graph", name, start, tuple(by_loss[:5]), output_snr, len(search.found))
+    return Bisection("none", name, None, (), output_snr, len(search.found))
+
+
+def middle(image: NDArray[np.float32], side: int) -> NDArray[np.float32]:
+    """Return the middle of (N, C, H, W), at most `side` pixels per axis."""
+    height, width = image.shape[2:]
+    top, left = max(0, (height - side) // 2), max(0, (width - side) // 2)
+    return np.ascontiguousarray(image[:1, :, top : top + side, left : left + side])
+
+
+def snr_db(expected: NDArray[np.float32], actual: NDArray[np.float32]) -> float:
+    """Return the signal-to-noise ratio in dB: inf when equal, -inf when shapes differ or a value is not finite."""
+    if expected.shape != actual.shape or not np.isfinite(actual).all():
+        return -math.inf
+    noise = float(np.mean(np.square(expected.astype(np.float64) - actual)))
+    signal = float(np.mean(np.square(expected.astype(np.float64))))
+    if noise == 0.0:
+        return math.inf
+    return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf
+
+
+class _EngineSearch:
+    """Asks an engine for single tensors and remembers the answers."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        image: NDArray[np.float32],
+        expected: Mapping[str, NDArray[np.float32]],
+        engine: str | None,
+        threads: int | None,
+        progress: Progress,
+    ) -> None:
+        self._graph = graph
+        self._image = image
+        self._expected = expected
+        self._options: dict[str, Any] = {"engine": engine, "threads": threads, "parity": True}
+        self._progress = progress
+        self.threshold = AGREEMENT_DB[graph.contract.precision]
+        self.found: dict[str, float] = {}
+
+    def snr(self, tensor: str) -> float:
+        """Return the agreement of one tensor, computed with nothing but it and the output asked for."""
+        if tensor not in self.found:
+            outputs = None if tensor == OUTPUT else [tensor]
+            with ExitStack() as stack:
+                runner = stack.enter_context(open_engine(self._graph.path, outputs=outputs, **self._options))
+                actual = runner.run({INPUT: self._image})[tensor]
+            self.found[tensor] = snr_db(self._expected[tensor], np.asarray(actual).astype(np.float32))
+            self._progress.note(f"  {tensor}: {self.found[tensor]:.1f} dB")
+        return self.found[tensor]
+
+    def first(self, tensors: Sequence[str]) -> Suspect | None:
+        """Find a node whose output differs and whose inputs agree; `tensors` are in the order of the graph."""
+        low, high = 0, len(tensors) - 1  # the last one, the output, is known to differ
+        while low < high:
+            guess = (low + high) // 2
+            if self.snr(tensors[guess]) < self.threshold:
+                high = guess
+            else:
+                low = guess + 1
+        # Branches may hide a difference from bisection: walk back until all inputs agree.
+        makers = {name: node for node in self._graph.model.graph.node for name in node.output}
+        tensor = tensors[low]
+        while True:
+            sources = [name for name in _sources(makers[tensor], makers) if name in self._expected]
+            wrong = next((name for name in sources if self.snr(name) < self.threshold), None)
+            if wrong is None:
+                inputs = min((self.snr(name) for name in sources), default=math.inf)
+                return _suspect(makers[tensor], tensor, self.snr(tensor), inputs)
+            tensor = wrong
+
+
+def _comparable(graph: Graph) -> list[str]:
+    """Return the floating-point tensors that depend on the input, in graph order; codes of Q/DQ are left out."""
+    types = graph.inferred[1]
+    reached = {INPUT}
+    names = []
+    for node in graph.model.graph.node:
+        if not reached.intersection(node.input):
+            continue
+        reached.update(node.output)
+        if node.op_type in (QUANTIZE, DEQUANTIZE, "Shape", "Cast"):
+            continue
+        names += [name for name in node.output if name == OUTPUT or types.get(name) in _FLOATS]
+    return names
+
+
+def _sources(node: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto]) -> list[str]:
+    """Return the inputs of a node, looked up through Q, DQ and Cast to the tensors that were compared."""
+    names = []
+    for name in node.input:
+        source = makers.get(name)
+        while source is not None and source.op_type in (QUANTIZE, DEQUANTIZE, "Cast"):
+            name = source.input[0]
+            source = makers.get(name)
+        names.append(name)
+    return names
+
+
+def _graph_suspects(
+    graph: Graph, actual: Mapping[str, NDArray[np.float32]], plain: Graph, image: NDArray[np.float32]
+) -> list[Suspect]:
+    """Return the nodes at which a graph leaves the FP32 graph, in graph order."""
+    shared = [name for name in _comparable(plain) if name in actual]
+    expected = literal_tensors(plain, {INPUT: image}, shared)
+    snr = {name: snr_db(expected[name], actual[name]) for name in shared}
+    makers = {name: node for node in graph.model.graph.node for name in node.output}
+    threshold = AGREEMENT_DB[Precision.FP32]
+    suspects = []
+    for name in shared:
+        if snr[name] >= threshold:
+            continue
+        inputs = min((snr[source] for source in _sources(makers[name], makers) if source in snr), default=math.inf)
+        if snr[name] < inputs - 3.0:  # an error that only passes through loses nothing of its own
+            suspects.append(_suspect(makers[name], name, snr[name], inputs))
+    return suspects
+
+
+def _suspect(node: onnx.NodeProto, tensor: str, snr: float, inputs: float) -> Suspect:
+    module = next((entry.value for entry in node.metadata_props if entry.key == MODULE_KEY), None)
+    return Suspect(node.name, node.op_type, module, tensor, snr, inputs)

@@ -1,0 +1,42 @@
+"""Computes an ONNX graph exactly as it is written: node by node in ONNX Runtime, no fusion, no rewriting.
+
+This is what an engine's result is held against when the question is whether the engine or the graph is wrong. It is
+slow and keeps every tensor that is asked for, so it is given small images.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from srdeploy.core.errors import InputError
+from srdeploy.core.extras import import_extra
+from srdeploy.runtime.engines.graph import Graph
+
+
+def literal_tensors(
+    graph: Graph, feeds: Mapping[str, NDArray[Any]], names: Sequence[str]
+) -> dict[str, NDArray[np.float32]]:
+    """Return tensors of a graph by name, as float32.
+
+    Args:
+        graph: any graph of ours, Q/DQ and FP16 included.
+        feeds: the inputs.
+        names: tensors to return, inner ones included.
+
+    Raises:
+        InputError: a tensor is not in the graph, or ONNX Runtime refuses the graph.
+        MissingExtraError: onnxruntime is not installed.
+    """
+    runtime: Any = import_extra("onnxruntime", "cpu")
+    options = runtime.SessionOptions()
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    data = graph.serialized(extra_outputs=tuple(names))
+    try:
+        session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise InputError(f"ONNX Runtime cannot open {graph.path}: {str(error).strip().splitlines()[0]}") from error
+    values = session.run(list(names), dict(feeds))
+    return {name: np.asarray(value).astype(np.float32) for name, value in zip(names, values, strict=True)}
