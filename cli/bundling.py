@@ -1,10 +1,10 @@
 """The last stage of the road: remove what failed, and write the report, reproduce.sh and the bundle's manifest."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from srdeploy.cli.proof import Verdicts
+from srdeploy.cli.proof import GRAPH_FP16, Verdicts
 from srdeploy.cli.reproduce import write_reproduce_script
 from srdeploy.cli.road import FP16_ONNX, FP32_ONNX, Candidate, Outcome, Request, Work, target_of
 from srdeploy.core.artifact import sha256_of_file
@@ -49,7 +49,11 @@ def finish(
     contract = checkpoint.contract()
     kept = [candidate for candidate in candidates if verdicts.admits(candidate)]
     _drop_failed(work, [candidate for candidate in candidates if candidate not in kept], verdicts)
-    engines = sorted((_bundle_engine(entry, verdicts, bench) for entry in kept), key=_rank)
+    _drop_graphs(work, {entry.onnx for entry in kept}, verdicts)
+    ranked = sorted(
+        ((_bundle_engine(entry, verdicts, bench), entry) for entry in kept), key=lambda pair: _rank(pair[0])
+    )
+    engines, kept = [engine for engine, _ in ranked], [entry for _, entry in ranked]
     versions = package_versions(_DISTRIBUTIONS)
     source = Source("checkpoint", checkpoint.path.name, checkpoint.sha256)
     stages = _stages(work.request, kept, contract)
@@ -90,14 +94,30 @@ def finish(
 
 
 def _drop_failed(work: Work, failed: Sequence[Candidate], verdicts: Verdicts) -> None:
-    """Delete the engines that missed their gate; their graphs go too when no other engine uses them."""
+    """Delete the engines that missed their gate."""
     for candidate in failed:
         verdict = verdicts.of(candidate)
         assert verdict is not None
         work.leave_out(candidate, "verify", "; ".join(verdict.failures), GateError.exit_code)
         if candidate.file != candidate.onnx:
-            for path in (work.folder / candidate.file, manifest_path(work.folder / candidate.file)):
-                path.unlink()
+            _remove(work.folder / candidate.file)
+
+
+def _drop_graphs(work: Work, needed: Collection[str], verdicts: Verdicts) -> None:
+    """Delete the graphs of a lower precision that no engine of the bundle stands for.
+
+    FP16 stays unless its own check failed: it is what engines on other machines are built from.
+    """
+    for path in sorted(work.folder.glob("model.*.onnx")):
+        fp16 = verdicts.by_name.get(GRAPH_FP16)
+        admitted = path.name == FP16_ONNX and (fp16 is None or fp16.passed)
+        if path.name not in needed and path.name != FP32_ONNX and not admitted:
+            _remove(path)
+
+
+def _remove(artifact: Path) -> None:
+    artifact.unlink()
+    manifest_path(artifact).unlink()
 
 
 def _bundle_engine(candidate: Candidate, verdicts: Verdicts, bench: BenchResult | None) -> BundleEngine:
@@ -152,32 +172,26 @@ def _write_report(
 def _entries(work: Work, kept: Sequence[Candidate], verdicts: Verdicts) -> list[EngineEntry]:
     """Return the report's lines: engines, graphs that were checked in place of one, and what was left out."""
     entries = [_entry(work.folder, candidate, verdicts) for candidate in kept]
-    graphs = {entry.graph_name: entry for entry in kept if entry.graph_name in verdicts.by_name}
-    for name, candidate in graphs.items():
-        path = work.folder / candidate.onnx
+    for name, onnx in verdicts.graphs.items():
+        path, verdict = work.folder / onnx, verdicts.by_name[name]
+        there = path.exists()
         entries.append(
             EngineEntry(
                 name,
                 "onnxruntime",
-                candidate.precision,
-                file=candidate.onnx,
-                size_bytes=path.stat().st_size,
-                sha256=sha256_of_file(path),
-                verify=verdicts.by_name[name],
+                verdict.candidate.contract.precision,
+                file=onnx if there else None,
+                size_bytes=path.stat().st_size if there else None,
+                sha256=sha256_of_file(path) if there else None,
+                verify=verdict,
+                left_out=not there,
             )
         )
     for left, _ in work.left_out:
         name = f"{left.engine} {left.precision}"
-        entries.append(
-            EngineEntry(
-                name,
-                left.engine,
-                left.precision,
-                verify=verdicts.by_name.get(name),
-                reason=f"{left.stage}: {left.reason}",
-                left_out=True,
-            )
-        )
+        judged = verdicts.by_name.get(name)  # where there is one, its failures are the reason
+        reason = None if judged is not None else f"{left.stage}: {left.reason}"
+        entries.append(EngineEntry(name, left.engine, left.precision, verify=judged, reason=reason, left_out=True))
     return entries
 
 

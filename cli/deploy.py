@@ -143,7 +143,14 @@ def _row(engine: "BundleEngine", outcome: "Outcome") -> list[str]:
     drop = _drop(engine, outcome)
     fidelity = "" if engine.fidelity_db is None else f"{engine.fidelity_db:.1f}"
     speedup = "" if engine.speedup is None else f"{engine.speedup:.2f}x"
-    return [name, "passed", fidelity, "" if drop is None else f"{-drop:+.3f}", _latency(outcome, name), speedup]
+    return [
+        name,
+        "passed",
+        fidelity,
+        "" if drop is None else f"{round(-drop, 3) + 0.0:+.3f}",
+        _latency(outcome, name),
+        speedup,
+    ]
 
 
 def _drop(engine: "BundleEngine", outcome: "Outcome") -> float | None:

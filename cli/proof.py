@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 from srdeploy.cli.console import warning_line
-from srdeploy.cli.road import Candidate, Work
+from srdeploy.cli.road import FP16_ONNX, Candidate, Work
 from srdeploy.core.artifact import sha256_of_file
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import CapabilityError
@@ -31,6 +31,8 @@ MAX_JUDGED = 8
 """Verification looks at this many images at most, spread over all: each costs a run of the eager network."""
 JUDGED_MACS = 1e11
 """And at a crop of each that costs no more multiply-adds than this, 320 pixels square at most."""
+GRAPH_FP16 = "graph fp16"
+"""Name of the check of the FP16 graph on ONNX Runtime; it is made also when no engine here is built from it."""
 KEPT_VIEWS = 3
 """Images that the report shows."""
 
@@ -40,12 +42,14 @@ class Verdicts:
     """What verification found.
 
     Attributes:
-        by_name: verdicts of engines by their name, and of graphs whose engine cannot run here by theirs.
+        by_name: verdicts of engines by their name, and of graphs by theirs.
         obstacles: by engine name, why it cannot run here.
+        graphs: by name, the ONNX files that were judged because no engine built from them runs here.
     """
 
     by_name: dict[str, VerifyResult]
     obstacles: dict[str, str]
+    graphs: dict[str, str]
 
     def of(self, candidate: Candidate) -> VerifyResult | None:
         """Return the verdict on an engine, or on its graph where the engine cannot run."""
@@ -78,19 +82,21 @@ def verify_engines(
     threads = work.request.threads
     runners: dict[str, Runner] = {}
     obstacles: dict[str, str] = {}
+    unseen = {FP16_ONNX: GRAPH_FP16} if (work.folder / FP16_ONNX).exists() else {}
     with ExitStack() as stack:
         for candidate in candidates:
-            name = candidate.name
+            path = work.folder / candidate.file
             try:
-                runner = open_engine(
-                    work.folder / candidate.file, engine=candidate.engine, parity=True, threads=threads
-                )
+                runner = open_engine(path, engine=candidate.engine, parity=True, threads=threads)
             except CapabilityError as error:
-                obstacles[name] = str(error)
-                name = candidate.graph_name
-                if name in runners or not is_installed("onnxruntime"):
-                    continue
-                runner = open_engine(work.folder / candidate.onnx, parity=True, threads=threads)
+                obstacles[candidate.name] = str(error)
+                unseen[candidate.onnx] = candidate.graph_name
+            else:
+                runners[candidate.name] = named(stack.enter_context(runner), candidate.name)
+        seen = {candidate.onnx for candidate in candidates if candidate.name in runners}
+        graphs = {name: onnx for onnx, name in unseen.items() if onnx not in seen and is_installed("onnxruntime")}
+        for name, onnx in graphs.items():
+            runner = open_engine(work.folder / onnx, parity=True, threads=threads)
             runners[name] = named(stack.enter_context(runner), name)
         reference = stack.enter_context(open_eager(checkpoint, threads=threads))
         gates = [_gates(runner, work.request.max_psnr_drop) for runner in runners.values()]
@@ -98,7 +104,7 @@ def verify_engines(
             list(runners.values()), reference, samples, gates=gates, keep_views=KEPT_VIEWS, progress=work.progress
         )
     say.append(f"{sum(verdict.passed for verdict in found)} of {len(found)} passed on {len(samples)} images")
-    return Verdicts(dict(zip(runners, found, strict=True)), obstacles)
+    return Verdicts(dict(zip(runners, found, strict=True)), obstacles, graphs)
 
 
 def bench_engines(
