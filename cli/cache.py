@@ -43,39 +43,41 @@ def list_(as_json: bool) -> None:
 
 @command.command(epilog=example("srdeploy cache explain model.plan"))
 @click.argument("engine", type=EXISTING)
+@click.argument("other", type=EXISTING, required=False)
 @json_option
-def explain(engine: Path, as_json: bool) -> None:
-    """Say which fields of an engine's key differ from the nearest cached engine.
+def explain(engine: Path, other: Path | None, as_json: bool) -> None:
+    """Say which fields of an engine's key differ from the nearest cached engine, or from another engine.
 
     ENGINE is a built engine: its sidecar holds the key that was asked for. A key with no differences is a hit.
     """
-    from srdeploy.core.manifest import read_manifest
-    from srdeploy.runtime.engines.cache import key_sha256, nearest
+    from srdeploy.runtime.engines.cache import key_differences, key_sha256, nearest
 
-    key = dict(read_manifest(engine).details.get("key") or {})
-    if not key:
-        raise InputError(f"the sidecar of {engine} holds no key", expected="an engine built by srdeploy build")
-    cache = _cache()
+    key, cache = _key(engine), _cache()
     lookup = cache.lookup(key)
-    found = nearest(cache, key)
-    differences = {
-        name: {"wanted": wanted, "cached": cached} for name, (wanted, cached) in (found or (0, {}))[1].items()
-    }
-    document: dict[str, Any] = {
-        "key": key,
-        "key_sha256": key_sha256(key),
-        "hit": lookup.engine is not None,
-        "reason": lookup.reason,
-        "nearest": found[0].to_json() if found else None,
-        "differences": differences,
-    }
+    if other is not None:
+        against, pairs = str(other), key_differences(key, _key(other))
+    else:
+        found = nearest(cache, key)
+        against, pairs = (f"cached engine {found[0].key_sha256[:16]}", found[1]) if found else ("nothing", {})
+    differences = {name: {"wanted": wanted, "there": there} for name, (wanted, there) in pairs.items()}
     if as_json:
-        emit_json(document)
+        emit_json(
+            {
+                "key": key,
+                "key_sha256": key_sha256(key),
+                "hit": lookup.engine is not None,
+                "reason": lookup.reason,
+                "compared_with": against,
+                "differences": differences,
+            }
+        )
         return
     console.print(f"{'hit' if lookup.engine else 'miss'}: {lookup.reason}", soft_wrap=True)
-    if found and differences:
-        rows = [(name, pair["wanted"], pair["cached"]) for name, pair in differences.items()]
-        table(f"nearest: {found[0].key_sha256[:16]}…", ("field", "wanted", "cached"), rows)
+    if differences:
+        rows = [(name, pair["wanted"], pair["there"]) for name, pair in differences.items()]
+        table(f"compared with {against}", ("field", "wanted", "there"), rows)
+    else:
+        console.print(f"no field differs from {against}", soft_wrap=True)
 
 
 @command.command(epilog=example("srdeploy cache gc --max-size 5GiB --older-than 30 --dry-run"))
@@ -126,6 +128,15 @@ def _row(entry: dict[str, Any]) -> tuple[str, ...]:
         used,
         entry["problem"] or "",
     )
+
+
+def _key(engine: Path) -> dict[str, Any]:
+    from srdeploy.core.manifest import read_manifest
+
+    key = dict(read_manifest(engine).details.get("key") or {})
+    if not key:
+        raise InputError(f"the sidecar of {engine} holds no key", expected="an engine built by srdeploy build")
+    return key
 
 
 def _cache() -> Any:

@@ -105,7 +105,9 @@ class EngineCache:
         """Find an engine and check its bytes, sidecar and key."""
         folder = self.root / key_sha256(key)
         if not folder.is_dir():
-            return Lookup(None, "not in the cache")
+            near = nearest(self, key)
+            differing = f"; the nearest engine there differs in {', '.join(near[1])}" if near else ""
+            return Lookup(None, f"not in the cache{differing}")
         try:
             engine = read_engine(folder / _NAME)
         except InputError as error:

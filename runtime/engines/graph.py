@@ -130,6 +130,12 @@ def read_graph(path: Path) -> Graph:
         ) from error
     if not model.graph.node:
         raise InputError(f"{path} holds no ONNX graph", expected="a file written by srdeploy export")
+    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+    if opset > onnx.defs.onnx_opset_version():  # TensorRT would take it for the newest that it knows
+        raise InputError(
+            f"{path} is of ONNX opset {opset}",
+            expected=f"at most {onnx.defs.onnx_opset_version()}, the newest that onnx {onnx.__version__} knows",
+        )
     digest = hashlib.sha256(data)
     _load_external(model, path, digest)
     contract = ModelContract.from_metadata({entry.key: entry.value for entry in model.metadata_props}, name=str(path))
@@ -139,7 +145,7 @@ def read_graph(path: Path) -> Graph:
         sha256=digest.hexdigest(),
         model=model,
         contract=contract,
-        opset=next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0),
+        opset=opset,
         inputs=tuple(_spec(value) for value in model.graph.input if value.name not in initializers),
         outputs=tuple(_spec(value) for value in model.graph.output),
     )

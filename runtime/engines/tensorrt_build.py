@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from srdeploy.core.errors import BuildError, CapabilityError, OutputError, SrdeployError, UsageError
+from srdeploy.core.errors import BuildError, OutputError, SrdeployError, UsageError
 from srdeploy.core.progress import Advance, Progress
 from srdeploy.core.shapes import ShapeProfile, format_shape
 from srdeploy.runtime.engines import tensorrt_worker as worker
@@ -140,13 +140,10 @@ def _worker_error(flavour: Flavour, status: int, last: dict[str, Any], stderr: s
     """Turn how the worker ended into an error of ours."""
     if "error" in last:
         found, expected, step = last["error"]
-        kind = CapabilityError if last["code"] == CapabilityError.exit_code else BuildError
-        return kind(found, expected=expected, next_step=step)
+        if last["code"] == OutputError.exit_code:
+            return OutputError(found, expected=expected, next_step=step or "free some space there, or set TMPDIR")
+        return BuildError(found, expected=expected, next_step=step)
     tail = " ".join(stderr.split())[-300:]
-    if "No space left on device" in stderr:
-        return OutputError(
-            f"the disk that holds {tempfile.gettempdir()} is full", next_step="free some space, or set TMPDIR"
-        )
     if status == -9:
         return BuildError(
             f"{flavour.title} was killed while it built", next_step="most often the memory was full: close programs"

@@ -81,7 +81,7 @@ def translated(log: Log) -> tuple[str, str]:
                 words = {name: value or "" for name, value in match.groupdict().items()}
                 return cause.format(**words), step.format(**words)
     first = problems[0] if problems else "TensorRT gave no reason"
-    return " ".join(_untagged(first).split())[:300], "the whole log has more"
+    return " ".join(_untagged(first).split())[:300], ""
 
 
 _TRANSLATIONS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
@@ -96,6 +96,11 @@ _TRANSLATIONS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
             r"OutOfMemory \(Requested size was (?P<size>\d+)",
             "the network needs {size} bytes of memory in one piece, and less is allowed",
             "leave --workspace out, or build for a smaller --max-shape",
+        ),
+        (
+            r"within workspace limit|workspace size if applicable",
+            "no kernel fits into the scratch memory that is allowed",
+            "leave --workspace out, or allow more",
         ),
         (
             r"[Cc]ould not find any implementation for node",

@@ -56,6 +56,7 @@ def open_built(
 def key_parts(options: BuildOptions) -> dict[str, Any]:
     """Return what decides the engine's bytes besides graph and options."""
     trt = FLAVOUR.load()
+    _capabilities(trt, options)
     return {"versions": {FLAVOUR.name: trt.__version__}, "target": _target(options)}
 
 

@@ -18,12 +18,13 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from srdeploy.core.errors import BuildError, SrdeployError
+from srdeploy.core.errors import BuildError, CapabilityError, SrdeployError
 from srdeploy.core.shapes import ShapeProfile
 from srdeploy.runtime.engines.graph import Graph, read_graph
 from srdeploy.runtime.engines.options import BuildOptions, profile_from_json, profile_to_json
@@ -47,6 +48,12 @@ def main(arguments: Sequence[str]) -> int:
     except SrdeployError as error:
         _say(error=[error.found, error.expected, error.next_step], code=error.exit_code)
         return error.exit_code
+    except OSError as error:
+        _say(
+            error=[f"cannot write the build's work folder {folder.parent}: {error.strerror or error}", None, None],
+            code=8,
+        )
+        return CapabilityError.exit_code
     return 0
 
 
@@ -193,6 +200,10 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
+    status = 1
+    try:
+        status = main(sys.argv[1:])
+    except BaseException:
+        traceback.print_exc()
     sys.stdout.flush()
     os._exit(status)  # freeing native objects in the right order is not worth a wait, or a crash

@@ -1,6 +1,8 @@
 """Small ONNX graphs for the engine tests, made on the spot: no exporter, no checkpoint, no download."""
 
-from collections.abc import Callable
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +51,18 @@ def small_onnx(tmp_path: Path) -> GraphFactory:
         return path
 
     return make
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 128 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("a small tmpfs cannot be mounted here: that needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
 
 
 _PRECISIONS = {"float32": Precision.FP32, "float16": Precision.FP16, "bfloat16": Precision.BF16}
