@@ -73,11 +73,7 @@ def _values(document: Document, sources: Mapping[str, str], markup: Any) -> dict
         "engines_caption": _engines_caption(document),
         "has_truth": any(verdict["psnr_drop_db"] is not None for verdict in document["verification"]),
         "pareto": drawn,
-        "views": [
-            _view(entry, sources, document["verdict"]["best"])
-            for entry in document["images"]
-            if entry["kind"] == "view"
-        ],
+        "views": [_view(entry, sources, document) for entry in document["images"] if entry["kind"] == "view"],
         "worst": [_worst(entry, sources) for entry in document["images"] if entry["kind"] == "worst"],
         "benches": [_bench(bench, markup) for bench in document["bench"]],
         "studies": _studies(document, markup),
