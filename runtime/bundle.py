@@ -78,14 +78,14 @@ class Bundle:
         return files
 
     def file(self, name: str) -> Path:
-        """Return the path of a file after checking its bytes, and those of its sidecar if it has one.
+        """Return the path of a file after checking its bytes, and those of its sidecar and external data if it has them.
 
         Raises:
             InputError: the bundle does not list it, or its bytes are others.
         """
         if name not in self.files:
             raise InputError(f"bundle {self.path} holds no {name}", expected=f"one of {', '.join(sorted(self.files))}")
-        for entry in (name, name + ".json"):
+        for entry in (name, name + ".json", name + ".data"):  # .data: weights beyond the 2 GB of an ONNX file
             if entry in self.files:
                 self._check(entry)
         return self.path / name
