@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from srdeploy.cli.checkpoint_options import CheckpointOptions, load_from_options
 from srdeploy.core.artifact import atomic_folder
@@ -23,6 +23,7 @@ from srdeploy.core.contract import ModelContract
 from srdeploy.core.environment import package_versions
 from srdeploy.core.errors import BuildError, CapabilityError, GateError, SrdeployError
 from srdeploy.core.extras import is_installed
+from srdeploy.core.manifest import manifest_path, read_manifest
 from srdeploy.core.precision import Precision, Target
 from srdeploy.core.progress import Progress
 from srdeploy.core.shapes import Shape, ShapeProfile
@@ -186,7 +187,6 @@ class Work:
     seconds: dict[str, float] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     left_out: list[tuple[LeftOut, int]] = field(default_factory=list)
-    quantized: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[list[str]]:
@@ -341,10 +341,14 @@ def _quantize(work: Work, onnx: str, engine: str, precision: Precision, calibrat
         open_engine=partial(open_engine, engine=engine) if engine in CPU_ENGINES else None,
         progress=work.progress,
     )
-    for name, path in result.artifacts.items():  # one folder for all graphs; their sets are one and the same
-        path.rename(work.folder / "calibration" / ("set.json" if name == "set" else f"{output.stem}.{name}.json"))
+    # One folder for all graphs: their calibration set is one and the same.
+    places = {name: f"calibration/{'' if name == 'set' else output.stem + '.'}{name}.json" for name in result.artifacts}
+    for name, path in result.artifacts.items():
+        path.rename(work.folder / places[name])
     artifacts_folder(output).rmdir()
-    work.quantized[onnx] = result.to_json()
+    manifest = read_manifest(output)
+    details = {**manifest.details, "output": onnx, "artifacts": places}  # they named the folder's temporary name
+    manifest_path(output).write_text(replace(manifest, details=details).to_json(), encoding="utf-8")
     return sized(output)
 
 
