@@ -17,7 +17,7 @@ from srdeploy.models.filebytes import RefusedError, shown
 from srdeploy.models.inert import Record, dict_key, instance, named, rebuilt
 
 MOST_OPERATIONS = 600_000
-"""A default-size RCAN needs about 55,000, with its EMA copy and Adam state 270,000."""
+"""A default-size RCAN needs about 55,000, with its EMA copy and Adam state 270,000, as a pickled module 250,000."""
 MOST_BYTES = 32 * 1024**2
 """Of one pickle, without tensor data; a default-size RCAN has about 0.2 MB."""
 
@@ -52,7 +52,7 @@ def unpickle(data: bytes, start: int, persistent_load: PersistentLoad) -> tuple[
             return machine.result, machine.position
     raise RefusedError(
         f"holds a pickle of more than {MOST_OPERATIONS:,} operations",
-        expected="a checkpoint (the largest known takes 270,000)",
+        expected="a checkpoint (a default-size RCAN with all its training state takes 300,000)",
     )
 
 

@@ -140,7 +140,10 @@ def _module(tree: dict[str, Any], kind: Name, *, legacy: bool) -> New:
         for name, value in tree.items()
         if not isinstance(value, Call)
     }
-    state = {"training": False, "_parameters": parameters, "_buffers": {}, "_modules": children, "kernel_size": (3, 3)}
+    state = {"training": False, "_parameters": parameters, "_buffers": {}, "_modules": children}
+    if "weight" in parameters:
+        shape = parameters["weight"].arguments[0].arguments[2]
+        state["kernel_size"] = shape[2:]
     described = Persistent(("module", kind, "/home/user/net.py", "# source")) if legacy else kind
     return New(described, (), state)
 
