@@ -97,7 +97,7 @@ def _checkpoint(document: Mapping[str, Any]) -> None:
         table("Candidates on real images", ("", "downscaled output vs input, dB"), scores)
     _network(document["network"])
     for note in document["notes"]:
-        warning_line(note)
+        RichProgress().note(f"note: {note}")
 
 
 def _onnx(document: Mapping[str, Any]) -> None:

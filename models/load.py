@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from srdeploy.core.contract import ModelContract
@@ -19,9 +20,9 @@ from srdeploy.core.progress import SILENT, Progress
 from srdeploy.models.dialects.base import AnsweredBy, Hints
 from srdeploy.models.rcan import RcanConfig
 from srdeploy.models.reader import RawCheckpoint, read_checkpoint
-from srdeploy.models.recognise import Recognised, build_network, recognise
+from srdeploy.models.recognise import Recognised, build_network, check_geometry, recognise
 from srdeploy.models.resolve import Choices, Decision, Ranked, Resolved, resolve, with_values
-from srdeploy.models.spec import ModelSpec, NetworkConfig, config_to_json, spec_of
+from srdeploy.models.spec import ModelSpec, NetworkConfig, config_to_json, network_of, spec_of
 
 __all__ = ["Choices", "Evidence", "Examined", "LoadedCheckpoint", "examine_checkpoint", "load_checkpoint"]
 
@@ -150,13 +151,14 @@ def load_checkpoint(
         UsageError: a choice contradicts the file.
     """
     examined = examine_checkpoint(path, choices, probe_images=probe_images, progress=progress, strict=True)
+    network = build_network(examined.config, examined.tensors)
     return LoadedCheckpoint(
         path=path,
         sha256=examined.raw.sha256,
         dialect=examined.evidence.dialect,
         config=examined.config,
         spec=spec_of(examined.config),
-        network=build_network(examined.config, examined.tensors),
+        network=network,
         evidence=examined.evidence,
     )
 
@@ -202,6 +204,8 @@ def examine_checkpoint(
         recognised = _recognised(path, state.tensors, _hints(raw, path))
     resolved = _resolved(path, recognised, choices, probe_images, progress, strict)
     config, tensors = _in_rgb(resolved, recognised.tensors)
+    attributes = {name: module.attributes for name, module in state.modules.items()}
+    compared = _compared(path, recognised, config, attributes) if attributes else 0
     evidence = Evidence(
         dialect=recognised.dialect.name,
         title=recognised.dialect.title,
@@ -211,7 +215,7 @@ def examine_checkpoint(
         hyperparameters=recognised.sources,
         decisions=resolved.decisions if len(raw.alternatives) == 1 else (weights, *resolved.decisions),
         ranking=resolved.ranking,
-        notes=_notes(recognised),
+        notes=_notes(recognised, compared),
     )
     return Examined(raw, config, tensors, evidence)
 
@@ -236,7 +240,7 @@ def _recognised(path: Path, tensors: Mapping[str, Tensor], hints: Hints) -> Reco
     try:
         return recognise(tensors, hints)
     except InputError as error:
-        raise InputError(f"{path}: {error.found}", expected=error.expected, next_step=error.next_step) from error
+        raise _of_file(path, error) from error
 
 
 def _resolved(
@@ -268,7 +272,7 @@ def _resolved(
             strict=strict,
         )
     except InputError as error:
-        raise InputError(f"{path}: {error.found}", expected=error.expected, next_step=error.next_step) from error
+        raise _of_file(path, error) from error
 
 
 def _hints(raw: RawCheckpoint, path: Path) -> Hints:
@@ -314,8 +318,28 @@ def _in_rgb(resolved: Resolved, tensors: dict[str, Tensor]) -> tuple[NetworkConf
     return config, changed
 
 
-def _notes(recognised: Recognised) -> tuple[str, ...]:
+def _compared(
+    path: Path, recognised: Recognised, config: NetworkConfig, attributes: Mapping[str, Mapping[str, Any]]
+) -> int:
+    with torch.device("meta"):
+        network = network_of(config)
+    try:
+        return check_geometry(network, recognised.dialect, config, attributes)
+    except InputError as error:
+        raise _of_file(path, error) from error
+
+
+def _of_file(path: Path, error: InputError) -> InputError:
+    """Return an error of the recognition with the file's name in front."""
+    return InputError(f"{path}: {error.found}", expected=error.expected, next_step=error.next_step)
+
+
+def _notes(recognised: Recognised, compared: int) -> tuple[str, ...]:
     notes = list(recognised.reading.notes)
+    if recognised.prefix:
+        notes.append(f"all names begin with {recognised.prefix}, which was taken away")
     if recognised.converted:
         notes.append(f"{recognised.converted} tensors are stored in another type and were converted to float32")
+    if compared:
+        notes.append(f"the pickled network's own stride and padding of {compared} convolutions agree with the family's")
     return tuple(notes)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ class Recognised:
         tensors: by canonical name, float32, contiguous.
         sources: hyper-parameter to the key and shape that it was read from.
         converted: number of tensors that were stored in another floating type.
+        prefix: what all names began with beside the wrappers' usual prefixes, "" for nothing.
     """
 
     dialect: Dialect
@@ -40,6 +42,7 @@ class Recognised:
     tensors: dict[str, Tensor]
     sources: dict[str, str]
     converted: int
+    prefix: str
 
 
 def recognise(tensors: Mapping[str, Tensor], hints: Hints) -> Recognised:
@@ -52,6 +55,8 @@ def recognise(tensors: Mapping[str, Tensor], hints: Hints) -> Recognised:
     Raises:
         InputError: no dialect or a refused one, left-over or missing keys, or shapes that do not fit together.
     """
+    prefix = _embedding_prefix(tensors)
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     for refusal in REFUSED:
         if refusal.matches(tensors):
             raise InputError(f"the checkpoint is {refusal.title}: {refusal.reason}")
@@ -64,7 +69,7 @@ def recognise(tensors: Mapping[str, Tensor], hints: Hints) -> Recognised:
     except ValueError as error:
         raise survey.refuse(f"its sizes do not fit together ({error})") from error
     filled, converted = _fill(dialect, reading, tensors)
-    return Recognised(dialect, reading, filled, survey.sources, converted)
+    return Recognised(dialect, reading, filled, survey.sources, converted, prefix)
 
 
 def build_network(config: NetworkConfig, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -94,6 +99,63 @@ def tensor_shapes(config: NetworkConfig) -> dict[str, torch.Size]:
     with torch.device("meta"):
         state = network_of(config).state_dict()
     return {name: tensor.shape for name, tensor in state.items() if not name.endswith(_COUNTER)}
+
+
+def check_geometry(
+    network: nn.Module, dialect: Dialect, config: NetworkConfig, attributes: Mapping[str, Mapping[str, Any]]
+) -> int:
+    """Compare stride and padding with what a pickled network says about its own convolutions.
+
+    State dicts do not hold them, so the family decides; a file that does hold them must agree.
+
+    Args:
+        network: the canonical network.
+        attributes: plain attributes of the pickled modules, by the source's name.
+
+    Returns:
+        How many convolutions were compared.
+
+    Raises:
+        InputError: one of them differs.
+    """
+    compared = 0
+    modules = dict(network.named_modules())
+    for canonical, source in dialect.layout.modules(config).items():
+        module = modules.get(canonical) if source in attributes else None
+        if not isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            continue
+        for name in ("kernel_size", "stride", "padding", "output_padding", "dilation", "groups"):
+            stored, expected = attributes[source].get(name), getattr(module, name)
+            if stored is not None and _pair(stored) != _pair(expected):
+                raise InputError(
+                    f"looks like {dialect.title}, but {source} has {name} {_pair(stored)}",
+                    expected=str(_pair(expected)),
+                )
+        compared += 1
+    return compared
+
+
+def _pair(value: Any) -> Any:
+    return tuple(value) if isinstance(value, (list, tuple)) else value
+
+
+def _embedding_prefix(tensors: Mapping[str, Tensor]) -> str:
+    """Return a prefix that all names share, where a known family shows once it is taken away."""
+    if _is_known(tensors) or not tensors:
+        return ""
+    first = next(iter(tensors))
+    for end in (index + 1 for index, character in enumerate(first) if character == "."):
+        prefix = first[:end]
+        if not all(name.startswith(prefix) for name in tensors):
+            break
+        bare = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        if _is_known(bare):
+            return prefix
+    return ""
+
+
+def _is_known(tensors: Mapping[str, Tensor]) -> bool:
+    return any(dialect.matches(tensors) for dialect in DIALECTS) or any(known.matches(tensors) for known in REFUSED)
 
 
 def _source_name(name: str, modules: Mapping[str, str]) -> str:

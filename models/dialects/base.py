@@ -185,6 +185,18 @@ class Survey:
             raise InputError(f"looks like {self._title}, but {key} has shape {shape}", expected=f"{axes} axes")
         return shape
 
+    def values(self, key: str, axes: int) -> Tensor:
+        """Return a tensor whose values go into the configuration, as float32.
+
+        Raises:
+            InputError: it is missing, has another number of axes, or holds anything but finite numbers.
+        """
+        self.shape(key, axes)
+        tensor = self.tensors[key]
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise InputError(f"looks like {self._title}, but {key} holds values that are not finite numbers")
+        return tensor.float()
+
     def size(self, name: str, key: str, axis: int) -> int:
         """Return one size of a convolution weight and remember it as the hyper-parameter `name`."""
         shape = self.shape(key, 4)

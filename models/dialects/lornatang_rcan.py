@@ -57,7 +57,7 @@ def _stored(survey: Survey, key: str) -> tuple[float, ...]:
     if shape != (1, 3, 1, 1):
         raise survey.refuse(f"{key} has shape {shape}", "(1, 3, 1, 1)")
     survey.sources[key] = f"{key} 1x3x1x1"
-    return tuple(float(value) for value in survey.tensors[key].flatten())
+    return tuple(survey.values(key, 4).flatten().tolist())
 
 
 def _factor(hints: Hints) -> Question:

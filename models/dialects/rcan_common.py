@@ -1,7 +1,5 @@
 """What several RCAN dialects share: the mean shift stored as convolutions, and the words of common questions."""
 
-from torch import Tensor
-
 from srdeploy.models.dialects.base import Answer, Question, Survey
 from srdeploy.models.mean_shift import DIV2K_MEAN
 
@@ -22,9 +20,9 @@ def range_of_mean_shift(survey: Survey) -> float | None:
 
     Public means lie between 0.4 and 0.5 of the range, so the bias is about -0.44 or about -114.
     """
-    bias: Tensor = survey.tensors["sub_mean.bias"]
-    survey.sources["mean_shift"] = f"sub_mean.weight, sub_mean.bias (mean {bias.float().mean():.4g})"
-    size = float(bias.float().abs().mean())
+    bias = survey.values("sub_mean.bias", 1)
+    survey.sources["mean_shift"] = f"sub_mean.weight, sub_mean.bias (mean {bias.mean():.4g})"
+    size = float(bias.abs().mean())
     if 0.05 < size < 5:
         return 1.0
     return 255.0 if 20 < size < 255 else None
