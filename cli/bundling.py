@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from srdeploy.calibration.dataset import CalibrationSet
     from srdeploy.models.load import LoadedCheckpoint
 
+QUICK = ("--no-baselines", "--allow-unstable")
+"""How `bench` is called by reproduce.sh: what `deploy` itself measures, and noise is no reason to stop a script."""
 _DISTRIBUTIONS = (
     "srdeploy",
     "torch",
@@ -163,6 +165,7 @@ def _write_report(
             "evidence": checkpoint.evidence.to_json(),
         },
         calibration=calibration.to_json(),
+        sensitivity=next((entries for entries in work.sensitivity.values() if entries), []),
         stages=[{"name": name, "seconds": work.seconds[name], "note": work.notes[name]} for name in work.seconds],
         commands=commands,
     )
@@ -251,5 +254,5 @@ def _stages(request: Request, kept: Sequence[Candidate], contract: ModelContract
     if runnable:
         files = [f"$OUT/{entry.file}" for entry in runnable]
         shape = format_shape(request.shape(contract))
-        commands.append(["srdeploy", "bench", *files, "--against", "$CHECKPOINT", *stated, "--shape", shape])
+        commands.append(["srdeploy", "bench", *files, "--against", "$CHECKPOINT", *stated, "--shape", shape, *QUICK])
     return commands

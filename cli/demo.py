@@ -57,7 +57,7 @@ def command(output: Path | None, examples: Path | None, names: tuple[str, ...], 
     documents = {}
     exit_code = 0
     for name in names or tuple(NETWORKS):
-        console.rule(f"{name}: {NETWORKS[name]}", align="left")
+        console.rule(f"{name}: {NETWORKS[name]}", align="left", characters="=")
         outcome = _deploy(examples, output / f"{name}.srd", NETWORKS[name], progress)
         pictures = _upscale(outcome, examples, output / f"{name}_photos", progress)
         comparison = _compare(

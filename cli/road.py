@@ -9,13 +9,14 @@ the road goes on; everything else ends it, and no bundle is written.
     bundling.py    the stage that closes the folder: report, reproduce.sh, manifest
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from srdeploy.cli.checkpoint_options import CheckpointOptions, load_from_options
 from srdeploy.core.artifact import atomic_folder
@@ -30,6 +31,7 @@ from srdeploy.core.shapes import Shape, ShapeProfile
 from srdeploy.runtime.bundle import BundleEngine, LeftOut
 
 if TYPE_CHECKING:
+    from srdeploy.calibration.choose import Choice
     from srdeploy.calibration.dataset import CalibrationSet
     from srdeploy.models.load import LoadedCheckpoint
     from srdeploy.runtime.latency import BenchResult, Effort
@@ -187,6 +189,7 @@ class Work:
     seconds: dict[str, float] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     left_out: list[tuple[LeftOut, int]] = field(default_factory=list)
+    sensitivity: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[list[str]]:
@@ -341,6 +344,7 @@ def _quantize(work: Work, onnx: str, engine: str, precision: Precision, calibrat
         open_engine=partial(open_engine, engine=engine) if engine in CPU_ENGINES else None,
         progress=work.progress,
     )
+    work.sensitivity[onnx] = _sensitivity(result.choice)
     # One folder for all graphs: their calibration set is one and the same.
     places = {name: f"calibration/{'' if name == 'set' else output.stem + '.'}{name}.json" for name in result.artifacts}
     for name, path in result.artifacts.items():
@@ -350,6 +354,21 @@ def _quantize(work: Work, onnx: str, engine: str, precision: Precision, calibrat
     details = {**manifest.details, "output": onnx, "artifacts": places}  # they named the folder's temporary name
     manifest_path(output).write_text(replace(manifest, details=details).to_json(), encoding="utf-8")
     return sized(output)
+
+
+def _sensitivity(choice: "Choice | None") -> list[dict[str, Any]]:
+    """Return the report's entries: how good the image stays when only these layers are quantized."""
+    if choice is None:
+        return []
+    kept = set(choice.decisions.keep)
+    return [
+        {
+            "layer": entry.layers[0] if len(entry.layers) == 1 else f"{entry.layers[0]} to {entry.layers[-1]}",
+            "fidelity_db": -10 * math.log10(max(entry.error, 1e-15)),
+            "kept": "fp32" if kept.issuperset(entry.layers) else None,
+        }
+        for entry in choice.sensitivities
+    ]
 
 
 def _build_all(
