@@ -1,0 +1,191 @@
+"""From a loaded checkpoint to an ONNX file that is proven against the network.
+
+    checkpoint --folding--> network on 0..1 --capture--> graph --graph--> canonical graph --checks--> file + manifest
+
+The file and its manifest appear together at the end, or not at all.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir
+
+from srdeploy.core.artifact import atomic_files, sha256_of_file
+from srdeploy.core.contract import ModelContract
+from srdeploy.core.environment import package_versions
+from srdeploy.core.errors import ExportError, SrdeployError, UsageError
+from srdeploy.core.manifest import Manifest, Source, manifest_path
+from srdeploy.core.progress import SILENT, Progress
+from srdeploy.export.capture import graph_from_network
+from srdeploy.export.checks import GridCheck, check_against_network, check_structure
+from srdeploy.export.folding import Folded, folded_network
+from srdeploy.export.graph import canonical_graph, operators
+from srdeploy.models.load import LoadedCheckpoint
+from srdeploy.models.rcan import RcanConfig
+
+MIN_OPSET = 20
+MAX_OPSET = 23  # the newest that torch 2.13 translates to
+
+EXPORTER = "torch.onnx.export(dynamo=True)"
+
+_INLINE_BYTES = 2_000_000_000
+"""Weights up to this stay inside the file; a protobuf message ends at 2 GiB."""
+
+_VERSIONS = ("srdeploy", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export wrote.
+
+    Attributes:
+        path: the ONNX file; its manifest lies beside it.
+        external_data: the file that holds the weights when they do not fit inside, else None.
+        contract: what the graph promises.
+        opset: ONNX operator set.
+        operators: nodes by operator.
+        folded: what was done to the network before, one sentence each.
+        check: the comparison with the network.
+        seconds: time spent in each step.
+    """
+
+    path: Path
+    external_data: Path | None
+    contract: ModelContract
+    opset: int
+    operators: Mapping[str, int]
+    folded: tuple[str, ...]
+    check: GridCheck
+    seconds: Mapping[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result as JSON values."""
+        return {
+            "output": str(self.path),
+            "external_data": None if self.external_data is None else str(self.external_data),
+            "architecture": self.contract.architecture,
+            "scale": self.contract.scale,
+            "colours": self.contract.colours,
+            "opset": self.opset,
+            "operators": dict(self.operators),
+            "folded": list(self.folded),
+            "check": self.check.to_json(),
+            "seconds": dict(self.seconds),
+        }
+
+
+def export_onnx(
+    checkpoint: LoadedCheckpoint,
+    output: Path,
+    *,
+    opset: int = MIN_OPSET,
+    force: bool = False,
+    progress: Progress = SILENT,
+    inline_bytes: int = _INLINE_BYTES,
+) -> ExportResult:
+    """Export a checkpoint to ONNX and check the file against the network.
+
+    Args:
+        checkpoint: with its network.
+        output: the ONNX file to write; its manifest is `output` with ".json" added.
+        opset: ONNX operator set, 20 to 23.
+        force: replace existing files.
+        progress: where to report.
+        inline_bytes: weights of more bytes than this go to a file of their own, `output` with ".data" added.
+
+    Raises:
+        UsageError: the opset is not supported, or the output exists already.
+        ExportError: the export, or the check of the file against the network, failed. Nothing is written.
+        OutputError: the disk is full, or the folder cannot be written.
+    """
+    if not MIN_OPSET <= opset <= MAX_OPSET:
+        raise UsageError(f"opset {opset}", expected=f"{MIN_OPSET} to {MAX_OPSET}")
+    seconds: dict[str, float] = {}
+    data, manifest_file = output.with_name(output.name + ".data"), manifest_path(output)
+    with atomic_files(data, output, manifest_file, force=force) as (data_temporary, temporary, manifest_temporary):
+        with _timed("fold", seconds):
+            folded = folded_network(checkpoint.network, checkpoint.config)
+        with _timed("export", seconds), progress.task("exporting the network"):
+            model = _captured(folded, checkpoint, opset)
+        contract = _contract(checkpoint, folded, opset)
+        model.metadata_props.update(contract.to_metadata())
+        # Names inside the file refer to the file with the weights: both get their final names in a folder of their own.
+        with tempfile.TemporaryDirectory(prefix=".export.", dir=output.parent) as folder:
+            staged, staged_data = Path(folder) / output.name, Path(folder) / data.name
+            external = _weight_bytes(model) > inline_bytes
+            with _timed("write", seconds):
+                onnx_ir.save(model, staged, external_data=data.name if external else None)
+            with _timed("check", seconds):
+                check_structure(staged)
+                check = check_against_network(staged, checkpoint.reference, contract, progress=progress)
+            staged.replace(temporary)
+            if external:
+                staged_data.replace(data_temporary)
+        result = ExportResult(
+            output, data if external else None, contract, opset, operators(model), folded.notes, check, seconds
+        )
+        manifest = _manifest(result, checkpoint, temporary, data_temporary)
+        manifest_temporary.write_text(manifest.to_json(), encoding="utf-8")
+    return result
+
+
+def _captured(folded: Folded, checkpoint: LoadedCheckpoint, opset: int) -> onnx_ir.Model:
+    """Export the network and bring the graph into its canonical form."""
+    config, spec = checkpoint.config, checkpoint.spec
+    try:
+        model = graph_from_network(folded.network, channels=config.channels, opset=opset)
+        canonical_graph(
+            model,
+            name=f"{spec.architecture}_x{spec.scale}",
+            pads_to_multiple=isinstance(config, RcanConfig) and config.unshuffle > 1,
+        )
+    except SrdeployError:
+        raise
+    except Exception as error:  # the exporter raises whatever its layers raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ExportError(f"the PyTorch exporter failed: {reason}", next_step="please report this") from error
+    return model
+
+
+def _weight_bytes(model: onnx_ir.Model) -> int:
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def _contract(checkpoint: LoadedCheckpoint, folded: Folded, opset: int) -> ModelContract:
+    contract = checkpoint.contract()
+    provenance = {
+        **contract.provenance,
+        "exporter": EXPORTER,
+        "opset": opset,
+        "folded": list(folded.notes),
+        "versions": package_versions(_VERSIONS),
+    }
+    return replace(contract, provenance=provenance)
+
+
+def _manifest(result: ExportResult, checkpoint: LoadedCheckpoint, model: Path, data: Path) -> Manifest:
+    """Return the manifest of the file; `model` and `data` are where the bytes lie now."""
+    details = result.to_json()
+    del details["output"], details["seconds"]
+    if result.external_data is not None:
+        details["external_data"] = {"name": result.external_data.name, "sha256": sha256_of_file(data)}
+    return Manifest(
+        kind="onnx",
+        sha256=sha256_of_file(model),
+        sources=(Source("checkpoint", checkpoint.path.name, checkpoint.sha256),),
+        details={**details, "precision": str(result.contract.precision)},
+        versions=package_versions(_VERSIONS),
+    )
+
+
+@contextmanager
+def _timed(step: str, seconds: dict[str, float]) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[step] = round(time.perf_counter() - started, 3)
