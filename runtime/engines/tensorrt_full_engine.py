@@ -128,16 +128,17 @@ def _configure(trt: Any, config: Any, options: BuildOptions) -> None:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.timing_cache is not None:
         before = options.timing_cache.read_bytes() if options.timing_cache.exists() else b""
-        cache = config.create_timing_cache(before) or config.create_timing_cache(b"")
+        timings = config.create_timing_cache(before) or config.create_timing_cache(b"")
         # A cache of another GPU or release is ignored by TensorRT, which is what `False` asks for.
-        config.set_timing_cache(cache, False)
+        config.set_timing_cache(timings, False)
 
 
 def _finish(trt: Any, config: Any, options: BuildOptions) -> None:
     """Write the kernel timings back; a cache that cannot be written is no failure of the build."""
     if options.timing_cache is None:
         return
-    data = bytes(config.get_timing_cache().serialize())
+    timings = config.get_timing_cache()
+    data = bytes(timings.serialize())
     lock = filelock.FileLock(options.timing_cache.with_name(options.timing_cache.name + ".lock"))
     with contextlib.suppress(OSError, SrdeployError), lock, atomic_file(options.timing_cache, force=True) as path:
         Path(path).write_bytes(data)

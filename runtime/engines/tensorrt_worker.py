@@ -115,9 +115,11 @@ def _network_from_onnx(flavour: Flavour, trt: Any, logger: Any, log: Log, builde
         raise _failed(flavour, log, "gave no strongly typed network")
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(graph.serialized()):
-        errors = [parser.get_error(index) for index in range(parser.num_errors)]
-        log.messages += [("ERROR", error.desc()) for error in errors]
-        where = f" at node {errors[0].node_name()!r} ({errors[0].node_operator()})" if errors else ""
+        where = ""
+        for index in range(parser.num_errors):
+            parser_error = parser.get_error(index)
+            log.messages.append(("ERROR", parser_error.desc()))
+            where = where or f" at node {parser_error.node_name()!r} ({parser_error.node_operator()})"
         raise _failed(flavour, log, f"does not accept {graph.path}{where}")
     network.name = engine_name(graph)
     return network
@@ -153,9 +155,9 @@ def _add_profiles(
         # A profile for a name that does not exist is accepted without a word and fails much later.
         raise BuildError(f"the parsed network has inputs {names}", expected=f"{wanted}, as the ONNX file")
     for shapes in profiles:
-        profile = builder.create_optimization_profile()
-        profile.set_shape(names[0], shapes.min, shapes.opt, shapes.max)
-        if not profile or config.add_optimization_profile(profile) < 0:
+        trt_profile = builder.create_optimization_profile()
+        trt_profile.set_shape(names[0], shapes.min, shapes.opt, shapes.max)
+        if not trt_profile or config.add_optimization_profile(trt_profile) < 0:
             raise _failed(flavour, log, f"refuses the profile {shapes}")
 
 
