@@ -13,8 +13,8 @@ from srdeploy.runtime.tiling import TilePlan, plan_tiles
 
 Mode = Literal["auto", "whole", "overlapped", "exact"]
 
-DEFAULT_OVERLAP = 32
-"""Overlap on each side where no overlap is exact (channel attention)."""
+DEFAULT_OVERLAP = 16
+"""Overlap on each side where no overlap is exact (channel attention); measured, see docs/upscaling.md."""
 MAX_SIDE = 1024
 """Longest tile side chosen without being asked: larger ones save little and make progress and Ctrl-C coarse."""
 LIVE_TENSORS = 3.0
@@ -124,7 +124,6 @@ def decide(
     if contract.min_size > 1:
         bounds = bounds.at_least(contract.min_size)
     fits = height <= bounds.largest[0] and width <= bounds.largest[1] and height * width <= bounds.pixels
-    lock_step = settings.mode == "exact" and contract.receptive_radius is None
     if settings.mode == "whole" or (settings.mode == "auto" and fits and settings.side is None):
         return _whole(height, width, bounds, fits, settings)
     halo, blend, exact = _overlap(contract, settings)
@@ -141,13 +140,15 @@ def decide(
     )
     exact = exact or plan.whole
     batch = _batch(plan, bounds, settings, groups)
-    kind = "exact" if exact else "lock-step" if lock_step else "overlapped"
+    if plan.whole:
+        return Decision(plan, batch, bounds.fill, exact, False, f"whole image (fits in {format_bytes(bounds.budget)})")
+    kind = "exact" if exact else "overlapped"
     why = f"{width}x{height} does not fit" if not fits else "asked for"
     reason = (
         f"{plan.tiles} {kind} tiles of {plan.columns.window}x{plan.rows.window}, overlap {halo}, "
         f"batch {batch} ({why}; memory {format_bytes(bounds.budget)})"
     )
-    return Decision(plan, batch, bounds.fill, exact or lock_step, lock_step, reason)
+    return Decision(plan, batch, bounds.fill, exact, False, reason)
 
 
 @dataclass(frozen=True)
@@ -209,9 +210,7 @@ def _whole(height: int, width: int, bounds: _Bounds, fits: bool, settings: TileS
 def _overlap(contract: ModelContract, settings: TileSettings) -> tuple[int, int, bool]:
     """Return overlap, crossfade and whether tiles are exact."""
     radius = contract.receptive_radius
-    if settings.mode == "exact":
-        if radius is None:
-            return settings.overlap or 0, 0, False
+    if settings.mode == "exact" and radius is not None:
         return max(radius, settings.overlap or 0), 0, True
     halo = settings.overlap if settings.overlap is not None else (DEFAULT_OVERLAP if radius is None else radius)
     exact = radius is not None and halo >= radius

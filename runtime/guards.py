@@ -109,6 +109,21 @@ def fault_of(tile: NDArray[np.float32], output: NDArray[np.float32]) -> str | No
     return "a single colour"
 
 
+def check_rows(rows: Planes, output: Planes, engine: str) -> None:
+    """Check finished rows of a picture that ran in lock-step, where single tiles cannot be run again.
+
+    Raises:
+        GateError: they hold NaN, infinity, or one colour where the input had a picture.
+    """
+    for group, made in zip(rows, output, strict=True):
+        if fault := fault_of(group, made):
+            raise GateError(
+                f"{engine} gave {fault}",
+                expected="a picture",
+                next_step="nothing was written; use --tiles overlapped with --fallback, or the FP32 model",
+            )
+
+
 def check_input(pixels: NDArray[np.generic], name: str = "the image") -> None:
     """Refuse floating-point images with NaN or infinite pixels.
 

@@ -25,8 +25,9 @@ from srdeploy.core.images import quantized
 from srdeploy.core.precision import Precision
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.runner import Runner, RunnerInfo, run_image
-from srdeploy.runtime.budget import Decision, TileSettings, decide
-from srdeploy.runtime.guards import Guard, Tally, check_input
+from srdeploy.runtime.budget import Decision, TileSettings, decide, default_memory
+from srdeploy.runtime.guards import Guard, Tally, check_input, check_rows
+from srdeploy.runtime.lock_step import STAGE_ENGINES, LockStep
 from srdeploy.runtime.planes import ArraySource, Chroma, Conversion, Floats, PixelSource
 from srdeploy.runtime.tiling import Planes, seam_score, stitch
 
@@ -104,7 +105,7 @@ class Upscaler:
         self._fallback: Runner | None = None
         self._onnx = onnx
         self._threads = threads
-        self._stages: Any = None
+        self._stages: LockStep | None = None
         self._lock = threading.RLock()
 
     @classmethod
@@ -142,7 +143,8 @@ class Upscaler:
             path, engine, bundled = _from_bundle(path, engine, precision)
             fallback = fallback or bundled
         runner = open_engine(path, engine=engine, device=device, threads=threads)
-        onnx = path if path.suffix == ".onnx" else fallback
+        # Only the graph that the engine itself runs may be cut: the FP32 fallback would be another precision.
+        onnx = path if path.suffix == ".onnx" and runner.info.profile is None else None
         same = fallback is not None and path == fallback and runner.info.engine == "onnxruntime"
 
         def open_fallback() -> Runner:
@@ -231,7 +233,14 @@ class Upscaler:
     def decide(self, height: int, width: int, channels: int = 3) -> Decision:
         """Tell how a picture of this size would be run."""
         groups = 2 if channels in (2, 4) else 1
-        return decide(height, width, self.contract, self.info.profile, self._settings, groups=groups)
+        settings = self._settings
+        ordinary = decide(height, width, self.contract, self.info.profile, settings, groups=groups)
+        global_network = self.contract.receptive_radius is None
+        if not global_network or (ordinary.plan.whole and ordinary.exact) or settings.mode in ("whole", "overlapped"):
+            return ordinary
+        if settings.mode == "auto" and (settings.overlap is not None or not self._can_cut()):
+            return ordinary
+        return self._lock_step().decide(height, width, settings, groups=groups) or ordinary
 
     def rows(self, source: PixelSource, *, progress: Progress = SILENT) -> tuple[Iterator[Floats], ImageReport]:
         """Upscale a picture that may be too large for memory.
@@ -254,7 +263,8 @@ class Upscaler:
         decision = self.decide(height, width, channels if conversion.alpha else 3)
         _, _, *output_size = contract.output_shape((1, contract.channels, height, width))
         report = ImageReport((height, width), (output_size[0], output_size[1]), decision)
-        return self._bands(source, conversion, report, progress), report
+        run = self._lock_step_bands if decision.lock_step else self._bands
+        return run(source, conversion, report, progress), report
 
     def close(self) -> None:
         """Free the engines."""
@@ -289,6 +299,53 @@ class Upscaler:
                 done=lambda tiles: advance(tiles),
             ):
                 yield conversion.pixels(planes, chroma)
+
+    def _lock_step_bands(
+        self, source: PixelSource, conversion: Conversion, report: ImageReport, progress: Progress
+    ) -> Iterator[Floats]:
+        """As `_bands`, in lock-step; finished rows are checked as tiles are."""
+        lock = self._lock_step()
+        plan, chroma = report.decision.plan, Chroma(source, conversion)
+        tiles = plan.tiles * conversion.groups * len(lock.stages)
+
+        def group_rows(group: int) -> Callable[[int, int], Planes]:
+            return lambda begin, end: conversion.planes(source.rows(begin, end))[group : group + 1]
+
+        with progress.task("upscaling in lock-step", total=tiles) as advance:
+            groups = [
+                lock.bands(group_rows(group), plan, scale=conversion.scale, done=lambda tiles: advance(tiles))
+                for group in range(conversion.groups)
+            ]
+            begin = 0
+            for bands in zip(*groups, strict=True):
+                planes = np.concatenate(bands)
+                end = begin + planes.shape[2] // conversion.scale
+                report.tally.tiles += len(plan.columns.starts) * conversion.groups
+                check_rows(conversion.planes(source.rows(begin, end)), planes, self.info.name)
+                begin = end
+                yield conversion.pixels(planes, chroma)
+
+    def _can_cut(self) -> bool:
+        """Tell whether this engine's graph can be run in stages."""
+        if self._onnx is None or self.info.engine not in STAGE_ENGINES:
+            return False
+        try:
+            self._lock_step()
+        except UsageError:
+            return False
+        return True
+
+    def _lock_step(self) -> LockStep:
+        if self._stages is None:
+            if self._onnx is None:
+                raise UsageError(
+                    f"exact tiles on {self.info.name}",
+                    expected="an ONNX file: channel attention sees the whole image, and built engines cannot be cut",
+                    next_step="use --tiles overlapped, or the model.fp32.onnx",
+                )
+            memory = self._settings.memory_bytes or default_memory()
+            self._stages = LockStep(self._onnx, engine=self.info.engine, threads=self._threads, memory_bytes=memory)
+        return self._stages
 
     def _run(self, tiles: Planes) -> Planes:
         with self._lock:
