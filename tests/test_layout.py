@@ -17,7 +17,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 def lint_imports(folder: Path) -> "subprocess.CompletedProcess[str]":
     """Run the import contract on the packages under `folder`/srdeploy."""
     shutil.copy(ROOT / "pyproject.toml", folder)
-    command = [Path(sys.executable).with_name("lint-imports"), "--no-cache"]
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
     return subprocess.run(
         command, cwd=folder, env={"PYTHONPATH": str(folder), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True
     )

@@ -54,7 +54,17 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def deployed(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A bundle of the small RCAN for both CPU engines, made by the command, and the JSON document it printed."""
     output = tmp_path_factory.mktemp("bundle") / "rcan.srd"
-    command = [sys.executable, "-m", "srdeploy.cli.main", "deploy", RCAN, "--images", photos, "--hr", *SMALL]
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "srdeploy.cli.main",
+        "deploy",
+        RCAN,
+        "--images",
+        photos,
+        "--hr",
+        *SMALL,
+    ]
     command += ["--engine", "onnxruntime", "--engine", "openvino", "--json", "-o", output]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode in (0, 6), done.stderr  # random weights: INT8 may or may not reach its gate

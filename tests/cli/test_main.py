@@ -34,7 +34,7 @@ def verb(monkeypatch: pytest.MonkeyPatch) -> Verb:
         module = types.ModuleType("srdeploy_try")
         module.command = command  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "srdeploy_try", module)
-        monkeypatch.setitem(cli._verbs, "try", ("srdeploy_try", "Try."))  # type: ignore[attr-defined]
+        monkeypatch.setitem(cli._verbs, "try", ("srdeploy_try", "Try."))
 
     return register
 
