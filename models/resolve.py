@@ -115,6 +115,9 @@ Rank = Callable[[Sequence[dict[str, Any]]], list[Ranked]]
 CLEAR_MARGIN_DB = 0.5
 """A smaller lead over the second-best combination is not taken for an answer."""
 
+PLAUSIBLE_DB = 20.0
+"""Networks that run as they were trained reach 30 to 50 dB; if the best candidate stays below this, none is right."""
+
 
 def resolve(
     config: NetworkConfig,
@@ -238,8 +241,10 @@ def _combinations(questions: Sequence[Question]) -> list[dict[str, Any]]:
 
 def _from_ranking(questions: Sequence[Question], ranking: Sequence[Ranked]) -> dict[str, Answer]:
     """Take from a ranking what it tells clearly: for each question, the lead of the best value over the next best."""
-    answers = {}
+    answers: dict[str, Answer] = {}
     best = ranking[0]
+    if best.psnr_db < PLAUSIBLE_DB:
+        return answers
     for question in questions:
         value = best.values[question.choice]
         others = [entry.psnr_db for entry in ranking if entry.values[question.choice] != value]

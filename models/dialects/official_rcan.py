@@ -42,11 +42,11 @@ _SUPER_IMAGE_NAME = re.compile(r"pytorch_model_\d+x\.pt")
 def read(survey: Survey, hints: Hints) -> Reading:
     """Read a file of the official layout."""
     sizes = LAYOUT.sizes(survey)
-    _check_metadata(survey, hints.metadata, sizes | {"scale": sizes["scale"]})
+    _check_metadata(survey, hints.metadata, sizes)
     shifted = has_mean_shift(survey)
     config = RcanConfig(**sizes, value_range=255.0 if shifted else 1.0, mean_shift="matrix" if shifted else "none")
     value_range = _value_range(survey, hints) if shifted else _no_shift_range(survey)
-    questions = (value_range, _activation(hints), *colour_order_question(config.channels))
+    questions = (value_range, _activation(survey, hints), *colour_order_question(config.channels))
     return Reading(config, questions)
 
 
@@ -71,7 +71,7 @@ def read_unshuffle(survey: Survey, hints: Hints) -> Reading:
         mean_shift="matrix" if shifted else "none",
     )
     value_range = _value_range(survey, hints) if shifted else _no_shift_range(survey)
-    return Reading(config, (value_range, _activation(hints), *colour_order_question(config.channels)))
+    return Reading(config, (value_range, _activation(survey, hints), *colour_order_question(config.channels)))
 
 
 def _no_shift_range(survey: Survey) -> Question:
@@ -83,8 +83,10 @@ def _no_shift_range(survey: Survey) -> Question:
 
 def _value_range(survey: Survey, hints: Hints) -> Question:
     if "rgb_range" in hints.metadata:
-        stated = float(hints.metadata["rgb_range"])
-        return value_range_question(answer=Answer(stated, "metadata", f"rgb_range is {stated:g}"))
+        stated = hints.metadata["rgb_range"]
+        if stated not in (1, 255):
+            raise survey.refuse(f"its metadata says rgb_range {stated!r}", "1 or 255")
+        return value_range_question(answer=Answer(float(stated), "metadata", f"rgb_range is {stated:g}"))
     stored = range_of_mean_shift(survey)
     if stored == 1.0:
         return value_range_question(answer=Answer(1.0, "tensors", "the stored mean shift is a mean on 0..1"))
@@ -100,20 +102,21 @@ def _value_range(survey: Survey, hints: Hints) -> Question:
     return value_range_question()
 
 
-def _activation(hints: Hints) -> Question:
+def _activation(survey: Survey, hints: Hints) -> Question:
+    candidates = tuple(kind for kind in ACTIVATIONS if kind not in ("prelu", "identity"))
     answer = None
     if "act_mode" in hints.metadata:
-        name = {"none": "identity", "swish": "silu"}.get(hints.metadata["act_mode"], hints.metadata["act_mode"])
-        answer = Answer(name, "metadata", f"act_mode is {hints.metadata['act_mode']}")
+        stated = hints.metadata["act_mode"]
+        if stated not in (*candidates, "none"):
+            raise survey.refuse(f"its metadata says act_mode {stated!r}", ", ".join((*candidates, "none")))
+        answer = Answer("identity" if stated == "none" else stated, "metadata", f"act_mode is {stated}")
     return Question(
         choice="activation",
         fields=("activation",),
         meaning="the activation between a block's two convolutions",
-        candidates=tuple(kind for kind in ACTIVATIONS if kind not in ("prelu", "identity")),
+        candidates=candidates,
         answer=answer,
-        usual=Answer(
-            "relu", "default", "every source of this layout uses ReLU unless traiNNer-redux was told otherwise"
-        ),
+        usual=Answer("relu", "default", "all sources of this layout use ReLU unless traiNNer-redux was told otherwise"),
         probed=False,
         contested=False,
     )
