@@ -1,8 +1,11 @@
 """The eager PyTorch network as a runner: the reference that every engine is compared with."""
 
+import contextlib
 import copy
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -94,11 +97,40 @@ class EagerRunner:
 
     def run_tensors(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Compute on torch tensors; the result stays on the runner's device and in its dtype."""
+        with self._arithmetic():
+            return {OUTPUT: self._network(self._placed(feeds[INPUT]))}
+
+    def prepare(self, feeds: Mapping[str, NDArray[Any]]) -> Callable[[], float]:
+        """Place the input and return a function that computes once, in milliseconds (see `TimedRunner`)."""
+        check_feeds(feeds, self._inputs, engine=self._info.name)
+        image = self._placed(torch.from_numpy(np.require(feeds[INPUT], requirements=["C", "W"])))
+        return partial(self._timed_on_gpu if self._device.type == "cuda" else self._timed_on_cpu, image)
+
+    def _timed_on_cpu(self, image: torch.Tensor) -> float:
+        with self._arithmetic():
+            started = time.perf_counter()
+            self._network(image)
+            return (time.perf_counter() - started) * 1000
+
+    def _timed_on_gpu(self, image: torch.Tensor) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        with self._arithmetic():
+            start.record()
+            self._network(image)
+            end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end))
+
+    def _placed(self, image: torch.Tensor) -> torch.Tensor:
+        return image.to(device=self._device, dtype=self._dtype, memory_format=self._layout)
+
+    @contextlib.contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        """Exact FP32, no autograd, own threads; one caller at a time, as these are settings of the process."""
         with self._lock, torch.inference_mode(), _ieee_fp32():
             if self._device.type == "cpu" and torch.get_num_threads() != self._threads:
                 torch.set_num_threads(self._threads)
-            image = feeds[INPUT].to(device=self._device, dtype=self._dtype, memory_format=self._layout)
-            return {OUTPUT: self._network(image)}
+            yield
 
     def __enter__(self) -> Self:
         return self

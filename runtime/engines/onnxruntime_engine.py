@@ -10,12 +10,14 @@ output is quantized too; elsewhere it is FP32 on rounded values. The numeric mod
 """
 
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto
@@ -169,6 +171,23 @@ class OnnxRuntimeRunner:
         """Compute the outputs from the named inputs (see `srdeploy.core.runner.Runner`)."""
         check_feeds(feeds, self._inputs, engine=self._info.name)
         return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
+
+    def prepare(self, feeds: Mapping[str, NDArray[Any]]) -> Callable[[], float]:
+        """Bind inputs and outputs and return a function that computes once, in milliseconds (see `TimedRunner`)."""
+        results = self.run(feeds)
+        runtime, session = import_extra("onnxruntime", "cpu"), self._session
+        binding = session.io_binding()
+        arrays = [(name, np.ascontiguousarray(array), binding.bind_ortvalue_input) for name, array in feeds.items()]
+        arrays += [(name, np.ascontiguousarray(array), binding.bind_ortvalue_output) for name, array in results.items()]
+        for name, array, bind in arrays:
+            bind(name, runtime.OrtValue.ortvalue_from_numpy(array))
+
+        def compute() -> float:
+            started = time.perf_counter()
+            session.run_with_iobinding(binding)
+            return (time.perf_counter() - started) * 1000
+
+        return compute
 
     def __enter__(self) -> Self:
         return self

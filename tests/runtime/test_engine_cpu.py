@@ -11,7 +11,7 @@ import pytest
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import CapabilityError, InputError, SrdeployError, UsageError
 from srdeploy.core.manifest import manifest_path, read_manifest
-from srdeploy.core.runner import run_image
+from srdeploy.core.runner import TimedRunner, run_image
 from srdeploy.core.shapes import ShapeProfile
 from srdeploy.runtime.engines.options import BuildOptions
 from srdeploy.runtime.engines.registry import build_engine, open_engine
@@ -190,6 +190,18 @@ def test_results_survive_the_next_run(engine: str, small_onnx: GraphFactory) -> 
         run_image(runner, image(1, 3, 6, 6, seed=9))
 
     np.testing.assert_array_equal(first, kept)
+
+
+@pytest.mark.parametrize("engine", CPU)
+def test_compute_is_timed_apart(engine: str, small_onnx: GraphFactory) -> None:
+    with open_engine(small_onnx(), engine=engine, threads=1) as runner:
+        assert isinstance(runner, TimedRunner)
+        compute = runner.prepare({"input": image(1, 3, 64, 64)})
+        times = [compute() for _ in range(5)]
+
+        assert all(0 < milliseconds < 10_000 for milliseconds in times)
+        with pytest.raises(UsageError):
+            runner.prepare({"input": image(1, 1, 8, 8)})
 
 
 @pytest.mark.parametrize("engine", CPU)

@@ -9,7 +9,7 @@ import torch
 from srdeploy.core.contract import INPUT
 from srdeploy.core.errors import CapabilityError, UsageError
 from srdeploy.core.precision import Precision
-from srdeploy.core.runner import run_image
+from srdeploy.core.runner import TimedRunner, run_image
 from srdeploy.models.load import Evidence, LoadedCheckpoint
 from srdeploy.models.rcan import RcanConfig
 from srdeploy.models.spec import network_of, spec_of
@@ -80,6 +80,12 @@ def test_channels_last_changes_the_layout_only(checkpoint: LoadedCheckpoint) -> 
         np.testing.assert_allclose(run_image(plain, image()), run_image(other, image()), atol=1e-5)
 
     assert "channels last" in other.info.numeric_mode
+
+
+def test_compute_is_timed_apart(checkpoint: LoadedCheckpoint) -> None:
+    with open_eager(checkpoint, threads=1) as runner:
+        assert isinstance(runner, TimedRunner)
+        assert 0 < runner.prepare({INPUT: image()})() < 10_000
 
 
 @pytest.mark.parametrize(
