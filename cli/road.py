@@ -55,7 +55,7 @@ FP32_ONNX = "model.fp32.onnx"
 FP16_ONNX = "model.fp16.onnx"
 BENCH_SIZE = (180, 320)
 """Height and width that engines are tuned for and measured on, unless stated or too heavy."""
-BENCH_MACS = 2e11
+BENCH_MACS = 2.5e11
 """A default size that costs more multiply-adds than this is halved until it does not: eager PyTorch has to run it
 dozens of times on a CPU."""
 

@@ -15,9 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from srdeploy.cli import road
+from srdeploy.cli.checkpoint_options import CheckpointOptions
 from srdeploy.cli.console import RichProgress
+from srdeploy.cli.deploy import command as deploy_command
 from srdeploy.cli.main import run
-from srdeploy.core.errors import InputError
+from srdeploy.cli.road import Request, possible_engines
+from srdeploy.core.contract import ModelContract
+from srdeploy.core.errors import CapabilityError, InputError, UsageError
 from srdeploy.core.manifest import verified_manifest
 from srdeploy.core.precision import Precision
 from srdeploy.runtime.bundle import Bundle, choose_engine, read_bundle
@@ -210,8 +215,20 @@ def leftovers(folder: Path) -> list[str]:
         (["{rcan}", "--images", "{photos}", "--size", "0x4", "-o", "{out}/a.srd"], 2, "180x320"),
         (["{rcan}", "--images", "{photos}", "--max-psnr-drop", "-1", "-o", "{out}/a.srd"], 2, "positive"),
         (["{rcan}", "-o", "{out}/a.srd"], 2, "--images"),
+        (["{rcan}", "--images", "{photos}", "-o", "{garbage}/a.srd"], 8, "it is a file"),
     ],
-    ids=["not a checkpoint", "no images", "no folder", "name", "exists", "engine", "size", "drop", "unstated"],
+    ids=[
+        "not a checkpoint",
+        "no images",
+        "no folder",
+        "name",
+        "exists",
+        "engine",
+        "size",
+        "drop",
+        "unstated",
+        "parent",
+    ],
 )
 def test_bad_requests_are_one_line_and_leave_nothing(
     photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], code: int, words: str
@@ -241,6 +258,89 @@ def test_a_folder_that_cannot_be_written_is_exit_8(photos: Path, tmp_path: Path)
     tmp_path.chmod(0o555)
 
     assert run(["deploy", str(RCAN), "--images", str(photos), "-o", str(tmp_path / "a.srd")]) == 8
+
+
+@pytest.mark.tmpfs
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounting a tmpfs needs root on Linux")
+def test_a_full_disk_is_exit_8_and_leaves_nothing(
+    photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", tmp_path], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.decode().strip()}")
+    try:
+        command = ["deploy", str(RCAN), "--images", str(photos), "--engine", "onnxruntime", *SMALL]
+
+        assert run([*command, "-o", str(tmp_path / "a.srd")]) == 8
+
+        assert "no space left on device; free some space" in capfd.readouterr().err
+        assert leftovers(tmp_path) == []
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_engines_are_those_installed_and_a_missing_one_is_told_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(possible_engines(())) <= set(road.UNASKED)
+
+    monkeypatch.setattr(road, "is_installed", lambda module: False)
+    with pytest.raises(CapabilityError, match=r"pip install 'srdeploy\[cpu\]'"):
+        possible_engines(())
+    with pytest.raises(UsageError, match="one of onnxruntime"):
+        possible_engines(("openvino", "tensorflow"))
+
+
+@pytest.mark.parametrize(
+    ("size", "macs", "expected"),
+    [
+        (None, 0.3e6, (180, 320)),
+        (None, 15.6e6, (90, 160)),
+        (None, 1e9, (22, 40)),
+        ((64, 48), 1e9, (64, 48)),
+    ],
+    ids=["light", "heavy", "heaviest", "stated"],
+)
+def test_the_measured_size_shrinks_only_when_nobody_stated_it(
+    size: tuple[int, int] | None, macs: float, expected: tuple[int, int]
+) -> None:
+    contract = ModelContract(
+        architecture="rcan",
+        configuration={},
+        scale=2,
+        colours="rgb",
+        precision=Precision.FP32,
+        receptive_radius=None,
+        macs_per_pixel=macs,
+        largest_tensor_per_pixel=1,
+        checkpoint_sha256="",
+    )
+    request = Request(Path("a.pt"), Path("photos"), Path("a.srd"), size=size)
+
+    assert request.shape(contract) == (1, 3, *expected)
+    assert request.profile(contract).contains(request.shape(contract))
+
+
+def test_a_request_writes_the_command_line_that_asks_for_the_same() -> None:
+    request = Request(
+        Path("a b.pt"),
+        Path("photos"),
+        Path("a.srd"),
+        hr=True,
+        evaluate=Path("more"),
+        engines=("openvino", "tensorrt-rtx"),
+        size=(64, 48),
+        max_psnr_drop=0.05,
+        stated=CheckpointOptions(value_range=255.0, group_skip=False),
+        compute_capabilities=("8.6",),
+        threads=2,
+    )
+
+    words = request.words()
+
+    context = deploy_command.make_context("deploy", words[2:], resilient_parsing=True)
+    assert (context.params["engines"], context.params["size"]) == (("openvino", "tensorrt-rtx"), (64, 48))
+    assert (context.params["hr"], context.params["threads"], context.params["max_psnr_drop"]) == (True, 2, 0.05)
+    assert (context.params["value_range"], context.params["group_skip"]) == ("255", False)
+    assert context.params["capabilities"] == ("8.6",)
 
 
 @pytest.mark.parametrize(
