@@ -224,7 +224,7 @@ def _text(value: Any) -> str:
 
 
 def _value(entry: Mapping[str, Any]) -> str:
-    return f"{entry['type']} {'x'.join(str(size) for size in entry['shape'])}"
+    return f"{entry['type']} {' x '.join(str(size) for size in entry['shape'])}"
 
 
 def _number(value: float | None, form: str) -> str:
