@@ -114,6 +114,11 @@ def read_model(path: Path) -> tuple[onnx.ModelProto, ModelContract, str]:
         raise InputError(f"{path} is not a readable ONNX file", next_step="check that it was copied whole")
     contract = ModelContract.from_metadata({entry.key: entry.value for entry in model.metadata_props}, name=str(path))
     _refuse_unsuitable(model, path)
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"{path} is not a valid graph ({reason})", next_step="export it again") from error
     name_nodes(model)
     return model, contract, sha256_of_file(path)
 

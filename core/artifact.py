@@ -55,10 +55,11 @@ def atomic_files(*paths: Path, force: bool = False) -> Iterator[tuple[Path, ...]
     for path in paths:
         _refuse_existing(path, force)
     temporaries: list[Path] = []
+    made: list[Path] = []
     try:
         with _output_errors(paths[0]):
             for path in paths:
-                _make_folder(path.parent)
+                made += _make_folder(path.parent)
                 # The suffix stays: libraries choose formats by it.
                 handle, name = tempfile.mkstemp(prefix=f".{path.stem[:60]}.", suffix=path.suffix, dir=path.parent)
                 os.close(handle)
@@ -77,6 +78,7 @@ def atomic_files(*paths: Path, force: bool = False) -> Iterator[tuple[Path, ...]
     finally:
         for temporary in temporaries:
             temporary.unlink(missing_ok=True)
+        _remove_empty(made)
 
 
 @contextlib.contextmanager
@@ -91,9 +93,10 @@ def atomic_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file", expected="a folder", next_step="choose another output name")
     temporary: Path | None = None
+    made: list[Path] = []
     try:
         with _output_errors(path):
-            _make_folder(path.parent)
+            made = _make_folder(path.parent)
             temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:60]}.", dir=path.parent))
             yield temporary
             temporary.chmod(0o777 & ~_umask())
@@ -108,6 +111,7 @@ def atomic_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+        _remove_empty(made)
 
 
 def sha256_of_file(path: Path) -> str:
@@ -128,6 +132,13 @@ def _refuse_existing(path: Path, force: bool) -> None:
         raise OutputError(f"cannot look at {path}: {error.strerror}") from error
     if exists and not force:
         raise UsageError(f"{path} exists already", next_step="choose another name, or pass --force to replace it")
+
+
+def _remove_empty(made: list[Path]) -> None:
+    """Remove folders that were made for an output that did not come."""
+    for folder in reversed(made):
+        with contextlib.suppress(OSError):  # not empty: the output, or what others put there
+            folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -158,11 +169,14 @@ def _interrupts_held() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def _make_folder(path: Path) -> None:
+def _make_folder(path: Path) -> list[Path]:
+    """Make a folder with its parents, and return those that were missing, outermost first."""
+    missing = [each for each in (path, *path.parents) if not each.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise OutputError(f"cannot write into {path}: it is a file", next_step="choose another folder") from error
+    return missing[::-1]
 
 
 def _fsync(path: Path) -> None:

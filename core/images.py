@@ -11,7 +11,6 @@ The content decides about the format, not the name.
 
 import os
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -236,10 +235,9 @@ def opened(path: Path, *, max_pixels: int | None = MAX_PIXELS) -> Iterator[Image
     try:
         if path.stat().st_size == 0:
             raise InputError(f"{path} is empty (0 bytes)", expected="an image")
-        # The bomb warning is silenced because this module judges the size itself, just below; filters are
-        # process-wide, hence the lock.
-        with _open_lock, warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        # Pillow's own limit is lifted because this module judges the size itself, just below, and headers of any
+        # size may be asked for; the limit is process-wide, hence the lock.
+        with _open_lock, _pillow_limit(None):
             image = Image.open(path, formats=_FORMATS)
         with image:
             _check_header(path, image, max_pixels)
@@ -251,13 +249,23 @@ def opened(path: Path, *, max_pixels: int | None = MAX_PIXELS) -> Iterator[Image
             f"{path} is not an image that can be read", expected="PNG, JPEG, WebP, TIFF, BMP, PPM or GIF content"
         ) from error
     except Image.DecompressionBombError as error:
-        raise _too_large(path, "more than twice", MAX_PIXELS) from error
+        raise _too_large(path, f"more than {2 * MAX_PIXELS:,}", MAX_PIXELS) from error
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist", expected="an image") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # Pillow's ways of meeting broken content
         raise InputError(
             f"{path} is damaged or truncated ({error})", next_step="copy the file again from where it came from"
         ) from error
+
+
+@contextmanager
+def _pillow_limit(pixels: int | None) -> Iterator[None]:
+    previous = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = pixels
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = previous
 
 
 def _check_header(path: Path, image: Image.Image, max_pixels: int | None) -> None:
