@@ -1,0 +1,198 @@
+"""Engines on a real NVIDIA GPU: parity with eager FP32, shapes, threads, streams, graphs, and opening safely.
+
+Families that are not installed, or that do not support the GPU (TensorRT-RTX and Hopper), are skipped with a reason.
+"""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.utils.dlpack
+
+from srdeploy.core.errors import CapabilityError, InputError, UsageError
+from srdeploy.core.manifest import manifest_path, read_manifest
+from srdeploy.core.runner import TimedRunner, run_image
+from srdeploy.core.shapes import ShapeProfile
+from srdeploy.models.load import LoadedCheckpoint
+from srdeploy.runtime.engines.eager import open_eager
+from srdeploy.runtime.engines.options import BuildOptions
+from srdeploy.runtime.engines.registry import availability, build_engine, open_engine
+from srdeploy.runtime.engines.tensorrt_run import MAX_PLANS, TensorRtRunner
+
+BUILT = ["tensorrt", "tensorrt-rtx"]
+OPENED = ["onnxruntime-cuda", "onnxruntime-tensorrt"]
+PROFILE = ShapeProfile((1, 3, 8, 8), (1, 3, 48, 64), (4, 3, 96, 128))
+FIDELITY_DB = {"fp32": 90.0, "fp16": 55.0}
+
+
+def needs(engine: str) -> None:
+    status = next(status for status in availability() if status.name == engine)
+    reason = status.why_not_run or (status.why_not_build if engine in BUILT else None)
+    if reason:
+        pytest.skip(f"{engine}: {reason}")
+
+
+def image(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).random(shape, dtype=np.float32)
+
+
+def psnr_db(a: np.ndarray, b: np.ndarray) -> float:
+    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
+    return float("inf") if error == 0 else -10 * np.log10(error)
+
+
+@pytest.fixture(scope="module", params=BUILT)
+def built(request: pytest.FixtureRequest, onnx_fp16: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An FP16 engine of every TensorRT that runs here."""
+    needs(request.param)
+    path = tmp_path_factory.mktemp(request.param) / "model.engine"
+    options = BuildOptions(profiles=(PROFILE,), use_cache=False)
+    return build_engine(onnx_fp16, path, engine=request.param, options=options).path
+
+
+@pytest.fixture
+def runner(built: Path) -> Iterator[TensorRtRunner]:
+    with open_engine(built) as opened:
+        assert isinstance(opened, TensorRtRunner)
+        yield opened
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("engine", [*BUILT, *OPENED])
+def test_parity_with_eager_fp32(
+    engine: str, precision: str, checkpoint: LoadedCheckpoint, onnx_fp32: Path, onnx_fp16: Path, tmp_path: Path
+) -> None:
+    needs(engine)
+    source = onnx_fp32 if precision == "fp32" else onnx_fp16
+    if engine in BUILT:
+        options = BuildOptions(profiles=(PROFILE,), use_cache=False)
+        built = build_engine(source, tmp_path / "e", engine=engine, options=options)
+        assert built.manifest.details["precision"]["built"] == precision
+        source = built.path
+
+    with open_engine(source, engine=engine) as runner, open_eager(checkpoint, device="cuda") as eager:
+        for shape in [(1, 3, 8, 8), (1, 3, 48, 64), (3, 3, 33, 57), (4, 3, 96, 128)]:
+            picture = image(*shape)
+            assert psnr_db(run_image(runner, picture), run_image(eager, picture)) > FIDELITY_DB[precision]
+
+
+def test_shapes_may_alternate(runner: TensorRtRunner) -> None:
+    pictures = [image(1, 3, 16 + 8 * index, 16, seed=index) for index in range(MAX_PLANS + 3)]
+    alone = [run_image(runner, picture) for picture in pictures]
+
+    for _ in range(3):  # plans are made, captured, replayed and given back
+        for picture, answer in zip(pictures, alone, strict=True):
+            np.testing.assert_allclose(run_image(runner, picture), answer, atol=2e-3)
+
+
+def test_a_shape_outside_the_profile_names_the_profile(runner: TensorRtRunner) -> None:
+    with pytest.raises(UsageError, match="1x3x8x8 to 4x3x96x128.*--max-shape 4x3x96x256"):
+        run_image(runner, image(1, 3, 96, 256))
+
+
+def test_tensors_go_in_and_out_without_the_host(runner: TensorRtRunner) -> None:
+    picture = image(1, 3, 40, 40)
+    expected = run_image(runner, picture)
+    on_gpu = torch.from_numpy(picture).cuda()
+
+    for value in (on_gpu, torch.utils.dlpack.to_dlpack(on_gpu)):
+        result = runner.run_tensors({"input": value})["output"]
+        assert result.device.type == "cuda"
+        np.testing.assert_allclose(result.cpu().numpy(), expected, atol=2e-3)
+    with pytest.raises(UsageError, match="on cpu"):
+        runner.run_tensors({"input": torch.from_numpy(picture)})
+
+
+def test_work_is_ordered_behind_the_callers_stream(runner: TensorRtRunner) -> None:
+    picture = image(1, 3, 40, 40)
+    expected = run_image(runner, picture)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        late = torch.zeros(1, 3, 40, 40, device="cuda")
+        torch.cuda._sleep(50_000_000)
+        late.copy_(torch.from_numpy(picture))
+        result = runner.run_tensors({"input": late})["output"].clone()
+    stream.synchronize()
+
+    np.testing.assert_allclose(result.cpu().numpy(), expected, atol=2e-3)
+
+
+def test_threads_have_contexts_of_their_own(runner: TensorRtRunner) -> None:
+    pictures = [image(1, 3, 24 + 8 * index, 32, seed=index) for index in range(4)]
+    alone = [run_image(runner, picture) for picture in pictures]
+    failures: list[str] = []
+
+    def work(index: int) -> None:
+        for _ in range(20):
+            if not np.allclose(run_image(runner, pictures[index]), alone[index], atol=2e-3):
+                failures.append(f"thread {index}")
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert failures == []
+
+
+def test_a_stream_of_images_overlaps_and_keeps_its_order(runner: TensorRtRunner) -> None:
+    pictures = [image(1, 3, 48, 64, seed=index) for index in range(7)]
+
+    answers = list(runner.run_many(pictures))
+
+    assert len(answers) == 7
+    for picture, answer in zip(pictures, answers, strict=True):
+        np.testing.assert_allclose(answer, run_image(runner, picture), atol=2e-3)
+
+
+def test_compute_time_is_the_gpus(runner: TensorRtRunner) -> None:
+    assert isinstance(runner, TimedRunner)
+    compute = runner.prepare({"input": image(1, 3, 48, 64)})
+
+    assert all(0 < compute() < 1000 for _ in range(5))
+
+
+def test_activation_memory_follows_the_real_shape(runner: TensorRtRunner) -> None:
+    run_image(runner, image(1, 3, 8, 8))
+    small = runner.peak_activation_bytes
+    run_image(runner, image(4, 3, 96, 128))
+
+    assert small < runner.peak_activation_bytes / 4
+
+
+def test_another_gpu_is_refused_before_deserializing(built: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.engine"
+    copy.write_bytes(built.read_bytes())
+    manifest = read_manifest(built)
+    target = {"compute_capabilities": ["7.5"], "compute_capability": "7.5", "words": "another GPU"}
+    manifest_path(copy).write_text(replace(manifest, details={**manifest.details, "target": target}).to_json())
+
+    with pytest.raises(CapabilityError, match="this GPU is"):
+        open_engine(copy)
+
+
+def test_a_sidecar_that_states_other_profiles_is_refused(built: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.engine"
+    copy.write_bytes(built.read_bytes())
+    manifest = read_manifest(built)
+    wider = [{**manifest.details["profiles"][0], "max": [9, 3, 96, 128]}]
+    manifest_path(copy).write_text(replace(manifest, details={**manifest.details, "profiles": wider}).to_json())
+
+    with pytest.raises(InputError, match="as its sidecar says"):
+        open_engine(copy)
+
+
+@pytest.mark.parametrize("engine", OPENED)
+def test_onnxruntime_runs_nothing_on_the_cpu(engine: str, onnx_fp16: Path) -> None:
+    needs(engine)
+    with open_engine(onnx_fp16, engine=engine) as runner:
+        on_gpu = torch.from_numpy(image(1, 3, 40, 40)).cuda()
+        first = runner.run_tensors({"input": on_gpu})["output"]  # type: ignore[attr-defined]  # GPU runners have it
+
+        assert first.device.type == "cuda"
+        np.testing.assert_allclose(first.cpu().numpy(), run_image(runner, on_gpu.cpu().numpy()), atol=2e-3)
