@@ -123,7 +123,7 @@ def decide(
     bounds = _Bounds.of(contract, profile, settings)
     if contract.min_size > 1:
         bounds = bounds.at_least(contract.min_size)
-    fits = height <= bounds.largest[0] and width <= bounds.largest[1] and height * width <= bounds.pixels
+    fits = bounds.hold(height, width)
     if settings.mode == "whole" or (settings.mode == "auto" and fits and settings.side is None):
         return _whole(height, width, bounds, fits, settings)
     halo, blend, exact = _overlap(contract, settings)
@@ -151,6 +151,13 @@ def decide(
     return Decision(plan, batch, bounds.fill, exact, False, reason)
 
 
+def needs_tiles(
+    height: int, width: int, contract: ModelContract, profile: ShapeProfile | None, settings: TileSettings
+) -> bool:
+    """Tell whether an image does not fit as a whole, or tiles of a certain size were asked for."""
+    return settings.side is not None or not _Bounds.of(contract, profile, settings).hold(height, width)
+
+
 @dataclass(frozen=True)
 class _Bounds:
     """What limits one run: window sizes (height, width), pixels of all windows together, windows."""
@@ -170,6 +177,10 @@ class _Bounds:
     @property
     def fill(self) -> bool:
         return self.batches[0] > 1
+
+    def hold(self, height: int, width: int) -> bool:
+        """Tell whether a whole image fits."""
+        return height <= self.largest[0] and width <= self.largest[1] and height * width <= self.pixels
 
     def at_least(self, size: int) -> "_Bounds":
         smallest = (max(self.smallest[0], size), max(self.smallest[1], size))

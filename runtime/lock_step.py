@@ -5,6 +5,7 @@ tiles at a time. So memory is bounded by the budget, and time is that of the who
 pixels as a stage's convolutions reach, 2 to 4) and the traffic of the waiting maps.
 """
 
+import contextlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -110,16 +111,26 @@ class LockStep:
         """
         size = plan.rows.size, plan.columns.size
         with tempfile.TemporaryDirectory(prefix="srdeploy-maps.") as folder:
-            maps = _Maps(Path(folder), size, self._in_memory(size, Path(folder)))
-            means: Arrays = {}
-            for number, stage in enumerate(self.stages):
-                run = self._open(stage.model, self._threads)
-                rows = _StageRows(stage, run, plan, read_rows if number == 0 else None, maps, means, scale, done)
-                if stage.pooled is None:
-                    yield from rows.outputs()
-                else:
-                    means[str(stage.mean)] = rows.mean()
-                    maps.forget_all_but({name for later in self.stages[number + 1 :] for name in later.maps_in})
+            with contextlib.closing(_Maps(Path(folder), size, self._in_memory(size, Path(folder)))) as maps:
+                yield from self._run_stages(maps, read_rows, plan, scale, done)
+
+    def _run_stages(
+        self,
+        maps: "_Maps",
+        read_rows: Callable[[int, int], Planes],
+        plan: TilePlan,
+        scale: int,
+        done: Callable[[int], None],
+    ) -> Iterator[Planes]:
+        means: Arrays = {}
+        for number, stage in enumerate(self.stages):
+            run = self._open(stage.model, self._threads)
+            rows = _StageRows(stage, run, plan, read_rows if number == 0 else None, maps, means, scale, done)
+            if stage.pooled is None:
+                yield from rows.outputs()
+            else:
+                means[str(stage.mean)] = rows.mean()
+                maps.forget_all_but({name for later in self.stages[number + 1 :] for name in later.maps_in})
 
     def map_bytes_per_pixel(self) -> int:
         """Return the bytes that waiting maps take per pixel of the picture, at most."""
@@ -219,6 +230,10 @@ class _Maps:
         for name in set(self.waiting) - needed:
             self.waiting.pop(name).close()
 
+    def close(self) -> None:
+        """Free all maps."""
+        self.forget_all_but(set())
+
 
 @dataclass
 class _StageRows:
@@ -301,7 +316,8 @@ class _StageRows:
     def _input(self, begin: int, end: int) -> NDArray[Any]:
         if self.read_input is None:
             raise UsageError("the network reads its input again after a pooling", next_step="use --tiles overlapped")
-        return self.read_input(begin, end)[0]
+        planes: NDArray[Any] = self.read_input(begin, end)[0]
+        return planes
 
 
 def _onnxruntime_stage(model: onnx.ModelProto, threads: int) -> StageRun:

@@ -25,7 +25,7 @@ from srdeploy.core.images import quantized
 from srdeploy.core.precision import Precision
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.runner import Runner, RunnerInfo, run_image
-from srdeploy.runtime.budget import Decision, TileSettings, decide, default_memory
+from srdeploy.runtime.budget import Decision, TileSettings, decide, default_memory, needs_tiles
 from srdeploy.runtime.guards import Guard, Tally, check_input, check_rows
 from srdeploy.runtime.lock_step import STAGE_ENGINES, LockStep
 from srdeploy.runtime.planes import ArraySource, Chroma, Conversion, Floats, PixelSource
@@ -234,13 +234,20 @@ class Upscaler:
         """Tell how a picture of this size would be run."""
         groups = 2 if channels in (2, 4) else 1
         settings = self._settings
-        ordinary = decide(height, width, self.contract, self.info.profile, settings, groups=groups)
-        global_network = self.contract.receptive_radius is None
-        if not global_network or (ordinary.plan.whole and ordinary.exact) or settings.mode in ("whole", "overlapped"):
-            return ordinary
-        if settings.mode == "auto" and (settings.overlap is not None or not self._can_cut()):
-            return ordinary
-        return self._lock_step().decide(height, width, settings, groups=groups) or ordinary
+        if self._wants_lock_step(height, width):
+            decision = self._lock_step().decide(height, width, settings, groups=groups)
+            if decision is not None:
+                return decision
+        return decide(height, width, self.contract, self.info.profile, settings, groups=groups)
+
+    def _wants_lock_step(self, height: int, width: int) -> bool:
+        """Tell whether channel attention meets a picture in tiles, and nothing speaks for overlapped ones."""
+        settings = self._settings
+        if self.contract.receptive_radius is not None or settings.mode in ("whole", "overlapped"):
+            return False
+        if not needs_tiles(height, width, self.contract, self.info.profile, settings):
+            return False
+        return settings.mode == "exact" or (settings.overlap is None and self._can_cut())
 
     def rows(self, source: PixelSource, *, progress: Progress = SILENT) -> tuple[Iterator[Floats], ImageReport]:
         """Upscale a picture that may be too large for memory.

@@ -1,0 +1,108 @@
+"""Channel attention in lock-step: tiles equal the whole image, on every engine that can be cut."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from srdeploy.core.errors import UsageError
+from srdeploy.core.runner import Runner, run_image
+from srdeploy.runtime.budget import TileSettings
+from srdeploy.runtime.lock_step import LockStep
+from srdeploy.runtime.stages import cut_at_poolings, live_maps
+from srdeploy.runtime.upscaler import Upscaler
+
+Draw = Callable[..., NDArray[np.uint8]]
+
+
+def test_network_is_cut_at_every_pooling(rcan_onnx: Path) -> None:
+    stages = cut_at_poolings(onnx.load(rcan_onnx))
+
+    assert len(stages) == 2 * 2 + 1  # one pooling per block, and the end
+    assert stages[0].maps_in == ("input",)
+    assert [stage.radius for stage in stages] == [3, 2, 3, 2, 4]
+    assert stages[-1].pooled is None
+    # the network's skip, the group's, the block's, the branch: and two of them are being written anew
+    assert live_maps(stages) <= 6
+    for stage in stages:
+        onnx.checker.check_model(stage.model, full_check=True)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("memory", [1 << 30, 1000], ids=["maps in memory", "maps in files"])
+def test_lock_step_equals_the_eager_whole_image(
+    engine: str, memory: int, rcan_onnx: Path, make_runner: Callable[..., Runner]
+) -> None:
+    image = np.random.default_rng(0).random((1, 3, 43, 59), dtype=np.float32)
+    lock = LockStep(rcan_onnx, engine=engine, threads=1, memory_bytes=memory)
+    decision = lock.decide(43, 59, TileSettings(mode="exact", side=24))
+    assert decision is not None
+
+    bands = list(lock.bands(lambda begin, end: image[:, :, begin:end], decision.plan, scale=2))
+
+    assert decision.plan.tiles == 12
+    with make_runner("rcan") as runner:
+        np.testing.assert_allclose(np.concatenate(bands, axis=2), run_image(runner, image), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(50, 62, 3), (50, 62, 4), (33, 80, 1), (1, 90, 3)], ids=str)
+def test_upscaler_chooses_lock_step_by_itself_and_is_exact(
+    shape: tuple[int, ...], rcan_onnx: Path, picture: Draw
+) -> None:
+    image = picture(*shape)
+    with Upscaler.open(rcan_onnx, threads=1) as whole, Upscaler.open(rcan_onnx, TileSettings(side=32), threads=1) as up:
+        expected, _ = whole.upscale(image, dtype=np.float32)
+        actual, report = up.upscale(image, dtype=np.float32)
+
+    assert report.decision.lock_step
+    assert report.decision.exact
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def test_maps_that_do_not_fit_fall_back_to_overlapped_tiles_unless_asked(rcan_onnx: Path) -> None:
+    small = 1 << 20
+    with Upscaler.open(rcan_onnx, TileSettings(memory_bytes=small), threads=1) as up:
+        assert not up.decide(300, 300).lock_step
+    with Upscaler.open(rcan_onnx, TileSettings(mode="exact", memory_bytes=small), threads=1) as up:
+        assert "in files" in up.decide(300, 300).reason
+
+
+def test_built_engine_and_runner_without_graph_are_refused(make_runner: Callable[..., Runner], rcan_onnx: Path) -> None:
+    with (
+        Upscaler(make_runner("rcan"), TileSettings(mode="exact", side=24)) as up,
+        pytest.raises(UsageError, match="exact tiles on eager fp32.*cannot be cut"),
+    ):
+        up.decide(50, 50)
+    with pytest.raises(UsageError, match="built engine cannot be cut"):
+        LockStep(rcan_onnx, engine="tensorrt", threads=1, memory_bytes=1 << 30)
+
+
+@pytest.mark.parametrize(
+    ("operation", "attributes"),
+    [
+        ("MaxPool", {"kernel_shape": [2, 2]}),
+        ("Conv", {"strides": [2, 2], "kernel_shape": [1, 1]}),
+        ("Conv", {"pads": [0, 0, 0, 0], "kernel_shape": [3, 3]}),
+        ("ReduceMean", {"keepdims": 1}),
+        ("Softmax", {"axis": 3}),
+    ],
+    ids=["pooling", "stride", "no padding", "mean over all", "softmax"],
+)
+def test_what_is_not_local_is_refused(operation: str, attributes: dict[str, object]) -> None:
+    inputs = ["input", "weights"] if operation == "Conv" else ["input"]
+    size = attributes.get("kernel_shape", [1, 1])
+    weights = helper.make_tensor("weights", TensorProto.FLOAT, [3, 3, *size], np.zeros((3, 3, *size)).ravel())  # type: ignore[misc]
+    graph = helper.make_graph(
+        [helper.make_node(operation, inputs, ["output"], **attributes)],
+        "graph",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, 3, "h", "w"])],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, None)],
+        [weights],
+    )
+
+    with pytest.raises(UsageError, match=f"{operation}.*lock-step"):
+        cut_at_poolings(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]))
