@@ -1,5 +1,6 @@
 """Options that several verbs share, spelled once."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +13,25 @@ from srdeploy.core.shapes import Shape, parse_shape
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 EXISTING = click.Path(exists=True, path_type=Path)
-OUTPUT_PATH = click.Path(path_type=Path)
+
+
+class OutputPath(click.ParamType[Path]):
+    """The name of a file or folder to write; "." and ".." become the folders they stand for."""
+
+    name = "PATH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Refuse a name that cannot be one."""
+        text = str(value)
+        if not text.strip() or "\0" in text:
+            self.fail("the output has no name", param, ctx)
+        path = Path(value)
+        if any(len(os.fsencode(part)) > 255 for part in path.parts):
+            self.fail(f"{path.name[:40]}… is longer than the 255 bytes of a file name", param, ctx)
+        return path if path.name not in ("", "..") else path.resolve()
+
+
+OUTPUT_PATH = OutputPath()
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 force_option = click.option("--force", is_flag=True, help="Replace an existing output.")

@@ -54,18 +54,15 @@ def atomic_files(*paths: Path, force: bool = False) -> Iterator[tuple[Path, ...]
     """
     for path in paths:
         _refuse_existing(path, force)
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder", expected="a file", next_step="choose another output name")
     temporaries: list[Path] = []
     made: list[Path] = []
     try:
         with _output_errors(paths[0]):
             for path in paths:
                 made += _make_folder(path.parent)
-                # The suffix stays: libraries choose formats by it.
-                handle, name = tempfile.mkstemp(prefix=f".{path.stem[:60]}.", suffix=path.suffix, dir=path.parent)
-                os.close(handle)
-                temporary = Path(name)
-                temporary.unlink()
-                temporaries.append(temporary)
+                temporaries.append(_temporary_name(path))
             yield tuple(temporaries)
             for temporary in temporaries:
                 if temporary.exists():
@@ -97,7 +94,8 @@ def atomic_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
     try:
         with _output_errors(path):
             made = _make_folder(path.parent)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:60]}.", dir=path.parent))
+            with _any_error_is_of_the_output(path):
+                temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:60]}.", dir=path.parent))
             yield temporary
             temporary.chmod(0o777 & ~_umask())
             with _interrupts_held():
@@ -148,9 +146,7 @@ def _output_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _OUTPUT_ERRNOS:
             raise
-        reason = (error.strerror or str(error)).lower()
-        step = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose a folder you can write to"
-        raise OutputError(f"cannot write {path}: {reason}", next_step=step) from error
+        raise _output_error(path, error) from error
 
 
 @contextlib.contextmanager
@@ -171,12 +167,38 @@ def _interrupts_held() -> Iterator[None]:
 
 def _make_folder(path: Path) -> list[Path]:
     """Make a folder with its parents, and return those that were missing, outermost first."""
-    missing = [each for each in (path, *path.parents) if not each.exists()]
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise OutputError(f"cannot write into {path}: it is a file", next_step="choose another folder") from error
+    with _any_error_is_of_the_output(path):
+        missing = [each for each in (path, *path.parents) if not each.exists()]
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise OutputError(f"cannot write into {path}: it is a file", next_step="choose another folder") from error
     return missing[::-1]
+
+
+def _temporary_name(path: Path) -> Path:
+    """Return a free name beside `path`, in a folder that was seen to take new files."""
+    with _any_error_is_of_the_output(path):
+        # The suffix stays: libraries choose formats by it.
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem[:60]}.", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        Path(name).unlink()
+    return Path(name)
+
+
+@contextlib.contextmanager
+def _any_error_is_of_the_output(path: Path) -> Iterator[None]:
+    """Report every system error of the block: unlike `_output_errors`, nothing but the output is touched in it."""
+    try:
+        yield
+    except OSError as error:
+        raise _output_error(path, error) from error
+
+
+def _output_error(path: Path, error: OSError) -> OutputError:
+    reason = (error.strerror or str(error)).lower()
+    step = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose a folder you can write to"
+    return OutputError(f"cannot write {path}: {reason}", next_step=step)
 
 
 def _fsync(path: Path) -> None:
