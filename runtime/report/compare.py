@@ -116,15 +116,20 @@ def _decibels(name: str, before: Mapping[str, Any], after: Mapping[str, Any], to
     if old is not None and new is not None:
         ceiling = tolerances.fidelity_ceiling_db
         loss = min(float(old), ceiling) - min(float(new), ceiling)
-        worse = math.isnan(loss) or loss > tolerances.fidelity_db
+        worse = _newly_nan(old, new) or loss > tolerances.fidelity_db
         changes.append(Change(name, "fidelity", _db(old), _db(new), f"{-loss:+.2f} dB", worse))
     old, new = before["psnr_drop_db"], after["psnr_drop_db"]
     if old is not None and new is not None:
         loss = float(new) - float(old)
-        worse = math.isnan(loss) or loss > tolerances.psnr_db
+        worse = _newly_nan(old, new) or loss > tolerances.psnr_db
         change = Change(name, "Y PSNR change", _db(-float(old), 3), _db(-float(new), 3), f"{-loss:+.3f} dB", worse)
         changes.append(change)
     return changes
+
+
+def _newly_nan(before: float | str, after: float | str) -> bool:
+    """Outputs that were numbers and are not any more; what was broken before is no regression."""
+    return math.isnan(float(after)) and not math.isnan(float(before))
 
 
 def _shape(document: Document) -> str:

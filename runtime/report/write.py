@@ -35,7 +35,7 @@ def write_report(document: Mapping[str, Any], folder: Path, *, force: bool = Fal
         The path of report.html.
 
     Raises:
-        UsageError: the folder exists and `force` is false.
+        UsageError: the folder exists and `force` is false, or it is no report.
         OutputError: it cannot be written.
         MissingExtraError: jinja2 or jsonschema is not installed.
     """
@@ -43,7 +43,7 @@ def write_report(document: Mapping[str, Any], folder: Path, *, force: bool = Fal
     check_document(stored, name="the report")
     pictures = {key: base64.b64decode(entry["data"]) for key, entry in document["pictures"].items()}
     html = page(document, pictures)
-    with atomic_folder(folder, force=force) as temporary:
+    with atomic_folder(folder, force=force, known_by=JSON_NAME) as temporary:
         (temporary / "crops").mkdir()
         for key, entry in stored["pictures"].items():
             (temporary / entry["file"]).write_bytes(pictures[key])
