@@ -79,6 +79,7 @@ def command(
     "compute" (the network alone) or "end-to-end" (numpy to numpy). A median that is not known to --tolerance is not
     printed, and the command ends with exit code 7.
     """
+    from srdeploy.core.artifact import check_output_folder
     from srdeploy.runtime.conditions import conditions
     from srdeploy.runtime.latency import Effort, bench
 
@@ -88,6 +89,8 @@ def command(
         seconds=options["seconds"],
         tolerance=options["tolerance"] / 100.0,
     )
+    if options["report_folder"] is not None:
+        check_output_folder(options["report_folder"], force=options["force"], known_by="report.json")
     progress = RichProgress()
     loaded = load_from_options(checkpoint, stated, progress, quiet=options["as_json"])
     with ExitStack() as stack:

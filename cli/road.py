@@ -220,14 +220,15 @@ def deploy(request: Request, progress: Progress) -> Outcome:
     from srdeploy.cli.proof import bench_engines, verify_engines
 
     engines = possible_engines(request.engines)
-    with atomic_folder(request.output, force=request.force) as folder:
+    with atomic_folder(request.output, force=request.force, known_by="manifest.json") as folder:
         work = Work(request, folder, progress)
         with work.stage("load") as say:
             checkpoint = _load(work, say)
-        with work.stage("export") as say:
-            _export(work, checkpoint, say)
+        # Before the export, which takes longer: images that cannot be used should be known soon.
         with work.stage("calibrate") as say:
             calibration = _calibrate(work, checkpoint, say)
+        with work.stage("export") as say:
+            _export(work, checkpoint, say)
         with work.stage("quantize") as say:
             candidates = _quantize_all(work, engines, calibration, say)
         with work.stage("build") as say:

@@ -63,12 +63,15 @@ def command(candidates: tuple[Path, ...], checkpoint: Path, stated: CheckpointOp
     engine's precision (PSNR between the two outputs), and with ground truth the mean PSNR may fall by at most
     --max-psnr-drop. A missed gate ends with exit code 6, the worst crop saved and what to try.
     """
+    from srdeploy.core.artifact import check_output_folder
     from srdeploy.core.errors import UsageError
 
     if options["max_psnr_drop"] is not None and options["hr"] is None:
         raise UsageError("--max-psnr-drop without --hr", next_step="give ground truth with --hr, or use --min-fidelity")
     if options["images"] is None and options["hr"] is None:
         raise UsageError("no images given", next_step="name a folder with --images, --hr or both")
+    if options["report_folder"] is not None:
+        check_output_folder(options["report_folder"], force=options["force"], known_by="report.json")
     progress = RichProgress()
     loaded = load_from_options(checkpoint, stated, progress, quiet=options["as_json"])
     results = _judged(candidates, loaded, options, progress)

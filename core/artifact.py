@@ -79,16 +79,20 @@ def atomic_files(*paths: Path, force: bool = False) -> Iterator[tuple[Path, ...]
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
+def atomic_folder(path: Path, *, force: bool = False, known_by: str | None = None) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; it takes the place of `path` when the block ends well.
 
+    Args:
+        path: the folder to make.
+        force: replace an existing folder, with everything in it.
+        known_by: an entry that folders of this kind have. A folder with content but without this entry is somebody's
+            own and is not replaced, `force` or not.
+
     Raises:
-        UsageError: `path` exists and `force` is false, or is not a folder.
+        UsageError: `path` exists and `force` is false, or is not a folder, or is a folder of another kind.
         OutputError: the disk is full, or the parent folder cannot be written.
     """
-    _refuse_existing(path, force)
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"{path} is a file", expected="a folder", next_step="choose another output name")
+    _refuse_folder(path, force, known_by)
     temporary: Path | None = None
     made: list[Path] = []
     try:
@@ -103,12 +107,32 @@ def atomic_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
                 if path.exists():
                     old = Path(tempfile.mkdtemp(prefix=f".{path.name[:60]}.old.", dir=path.parent))
                     path.rename(old / "previous")
-                temporary.replace(path)
+                try:
+                    temporary.replace(path)
+                except OSError:
+                    if old is not None:
+                        (old / "previous").rename(path)
+                    raise
             if old is not None:
                 shutil.rmtree(old, ignore_errors=True)
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+        _remove_empty(made)
+
+
+def check_output_folder(path: Path, *, force: bool = False, known_by: str | None = None) -> None:
+    """Find out before long work whether `atomic_folder` with the same arguments could begin.
+
+    Raises:
+        UsageError: as `atomic_folder`.
+        OutputError: the parent folder cannot be written.
+    """
+    _refuse_folder(path, force, known_by)
+    made = _make_folder(path.parent)
+    try:
+        _temporary_name(path)
+    finally:
         _remove_empty(made)
 
 
@@ -163,6 +187,18 @@ def _interrupts_held() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
         if pending:
             signal.raise_signal(signal.SIGINT)
+
+
+def _refuse_folder(path: Path, force: bool, known_by: str | None) -> None:
+    _refuse_existing(path, force)
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file", expected="a folder", next_step="choose another output name")
+    if known_by is not None and path.is_dir() and any(path.iterdir()) and not (path / known_by).exists():
+        raise UsageError(
+            f"{path} is a folder of other files (it has no {known_by})",
+            expected="a new name, or an earlier output of this command",
+            next_step="choose another name; --force does not remove other people's files",
+        )
 
 
 def _make_folder(path: Path) -> list[Path]:
