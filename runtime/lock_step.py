@@ -110,9 +110,11 @@ class LockStep:
             (1, C, rows, W') float32.
         """
         size = plan.rows.size, plan.columns.size
-        with tempfile.TemporaryDirectory(prefix="srdeploy-maps.") as folder:
-            with contextlib.closing(_Maps(Path(folder), size, self._in_memory(size, Path(folder)))) as maps:
-                yield from self._run_stages(maps, read_rows, plan, scale, done)
+        with (
+            tempfile.TemporaryDirectory(prefix="srdeploy-maps.") as folder,
+            contextlib.closing(_Maps(Path(folder), size, self._in_memory(size, Path(folder)))) as maps,
+        ):
+            yield from self._run_stages(maps, read_rows, plan, scale, done)
 
     def _run_stages(
         self,

@@ -1,0 +1,271 @@
+"""Decoding: what comes in as which pixels, and what is refused with one line."""
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from srdeploy.core.colour import y_from_rgb
+from srdeploy.core.errors import GateError, InputError
+from srdeploy.core.images import (
+    MAX_PIXELS,
+    find_images,
+    network_input,
+    picture_metadata,
+    read_image,
+    rgb8,
+    to_uint8,
+    to_uint16,
+)
+
+RANDOM = np.random.default_rng(0)
+GRAY = RANDOM.integers(0, 256, (5, 7), dtype=np.uint8)
+RGB = RANDOM.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+RGBA = RANDOM.integers(0, 256, (5, 7, 4), dtype=np.uint8)
+GRAY16 = RANDOM.integers(0, 65536, (5, 7), dtype=np.uint16)
+
+
+def png16(pixels: np.ndarray) -> bytes:
+    """Write (H, W, C) uint16 as a PNG by hand: Pillow cannot."""
+    height, width, channels = pixels.shape
+    colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def saved(path: Path, array: np.ndarray, **options: object) -> Path:
+    Image.fromarray(array).save(path, **options)  # type: ignore[arg-type]
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "kind", "format_name"),
+    [
+        ("gray.png", GRAY, "gray", "png"),
+        ("rgb.png", RGB, "rgb", "png"),
+        ("rgba.png", RGBA, "rgb+alpha", "png"),
+        ("gray16.png", GRAY16, "gray", "png"),
+        ("gray16.tif", GRAY16, "gray", "tiff"),
+        ("rgb.tif", RGB, "rgb", "tiff"),
+        ("rgb.bmp", RGB, "rgb", "bmp"),
+        ("rgb.ppm", RGB, "rgb", "ppm"),
+        ("gray16.pgm", GRAY16, "gray", "ppm"),
+        ("lossless.webp", RGB, "rgb", "webp"),
+        ("png_named.jpg", RGB, "rgb", "png"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_lossless_files_give_their_pixels(
+    name: str, array: np.ndarray, kind: str, format_name: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    options = {"lossless": True} if name.endswith("webp") else {"format": "PNG"} if name == "png_named.jpg" else {}
+
+    picture = read_image(saved(path, array, **options))
+
+    assert (picture.kind, picture.format, picture.bits) == (kind, format_name, 8 * array.dtype.itemsize)
+    np.testing.assert_array_equal(picture.pixels.squeeze(axis=2) if array.ndim == 2 else picture.pixels, array)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_sixteen_bits_per_channel_survive(channels: int, tmp_path: Path) -> None:
+    pytest.importorskip("pyvips")
+    pixels = RANDOM.integers(0, 65536, (5, 7, channels), dtype=np.uint16)
+    path = tmp_path / "wide.png"
+    path.write_bytes(png16(pixels))
+
+    picture = read_image(path)
+
+    assert picture.pixels.dtype == np.uint16
+    np.testing.assert_array_equal(picture.pixels, pixels)
+
+
+def test_palette_becomes_colour_and_its_transparency_alpha(tmp_path: Path) -> None:
+    indexed = Image.fromarray(GRAY % 4).convert("P")
+    indexed.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90, 200, 210, 220])
+    indexed.save(tmp_path / "opaque.png")
+    indexed.save(tmp_path / "holes.png", transparency=1)
+
+    opaque, holes = read_image(tmp_path / "opaque.png"), read_image(tmp_path / "holes.png")
+
+    assert (opaque.kind, holes.kind) == ("rgb", "rgb+alpha")
+    assert opaque.palette
+    np.testing.assert_array_equal(holes.pixels[..., 3] == 0, np.asarray(indexed) == 1)
+
+
+def test_bilevel_becomes_gray_and_gray_with_a_transparent_value_gets_alpha(tmp_path: Path) -> None:
+    Image.fromarray(GRAY > 100).save(tmp_path / "bilevel.png")
+    Image.fromarray(GRAY).save(tmp_path / "keyed.png", transparency=int(GRAY[2, 3]))
+
+    bilevel, keyed = read_image(tmp_path / "bilevel.png"), read_image(tmp_path / "keyed.png")
+
+    np.testing.assert_array_equal(bilevel.pixels[..., 0], np.where(GRAY > 100, 255, 0))
+    assert keyed.kind == "gray+alpha"
+    assert keyed.pixels[2, 3, 1] == 0
+
+
+def test_metadata_comes_along_and_pixels_are_not_turned(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees when shown
+    path = saved(tmp_path / "photo.jpg", RGB, exif=exif, dpi=(300, 300), icc_profile=b"profile", quality=95)
+
+    picture = read_image(path)
+
+    assert picture.pixels.shape == (5, 7, 3)
+    assert picture.icc == b"profile"
+    assert picture.dpi == (300.0, 300.0)
+    assert picture.exif is not None
+    assert picture.exif.startswith(b"Exif")
+    assert picture_metadata(path).icc == b"profile"
+
+
+def _truncated(data: bytes) -> bytes:
+    return data[: len(data) * 2 // 3]
+
+
+def _encoded(array: np.ndarray, format_name: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(array).save(stream, format=format_name, **options)  # type: ignore[arg-type]
+    return stream.getvalue()
+
+
+LARGE = RANDOM.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+
+
+def _bomb(width: int, height: int) -> bytes:
+    """A small valid PNG whose header is then changed to claim another size."""
+    data = bytearray(_encoded(RGB, "PNG"))
+    struct.pack_into(">II", data, 16, width, height)
+    struct.pack_into(">I", data, 29, zlib.crc32(bytes(data[12:29])))
+    return bytes(data)
+
+
+def _animation(format_name: str) -> bytes:
+    stream = io.BytesIO()
+    frames = [Image.fromarray(np.full((8, 8, 3), value, np.uint8)) for value in (0, 120, 250)]
+    frames[0].save(stream, format=format_name, save_all=True, append_images=frames[1:])
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: b"", "is empty"),
+        (lambda: b"just some text, no picture", "not an image that can be read"),
+        (lambda: _truncated(_encoded(LARGE, "PNG")), "damaged or truncated"),
+        (lambda: _truncated(_encoded(LARGE, "JPEG")), "damaged or truncated"),
+        (lambda: _truncated(_encoded(LARGE, "TIFF")), "damaged or truncated"),
+        (lambda: _truncated(png16(LARGE.astype(np.uint16) * 257)), "damaged or truncated"),
+        (lambda: _encoded(LARGE, "PNG")[:20], "damaged or truncated|not an image"),
+        (lambda: _bomb(20_000, 20_000), r"400,000,000 pixels.*at most 89,478,485"),
+        (lambda: _bomb(2**31 - 1, 2**31 - 1), "declares .* pixels"),
+        (lambda: _animation("GIF"), r"3 frames \(an animation\)"),
+        (lambda: _animation("PNG"), r"3 frames \(an animation\)"),
+        (lambda: _animation("WEBP"), r"3 frames \(an animation\)"),
+        (lambda: _animation("TIFF"), "3 pages"),
+        (lambda: _cmyk("TIFF"), "CMYK"),
+        (lambda: _cmyk("JPEG"), "CMYK"),
+        (lambda: _encoded(GRAY.astype(np.float32), "TIFF"), "32-bit floating point"),
+        (lambda: _encoded(GRAY.astype(np.int32), "TIFF"), "32-bit integer"),
+    ],
+    ids=[
+        "zero bytes", "text", "cut PNG", "cut JPEG", "cut TIFF", "cut 16-bit PNG", "cut header", "bomb", "absurd size",
+        "GIF animation", "PNG animation", "WebP animation", "TIFF pages", "CMYK TIFF", "CMYK JPEG", "float", "int32",
+    ],
+)  # fmt: skip
+def test_what_is_no_single_sound_picture_is_refused(make: Callable[[], bytes], words: str, tmp_path: Path) -> None:
+    path = tmp_path / "input.png"
+    path.write_bytes(make())
+
+    with pytest.raises(InputError, match=words) as refusal:
+        read_image(path)
+
+    assert str(path) in str(refusal.value)
+
+
+def _cmyk(format_name: str) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(RGB).convert("CMYK").save(stream, format=format_name)
+    return stream.getvalue()
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no\.png does not exist"):
+        read_image(tmp_path / "no.png")
+
+
+def test_size_limit_is_an_option(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.png", LARGE)
+
+    assert MAX_PIXELS > 64 * 64
+    assert read_image(path, max_pixels=64 * 64).pixels.shape == (64, 64, 3)
+    with pytest.raises(InputError, match="at most 4,095"):
+        read_image(path, max_pixels=64 * 64 - 1)
+
+
+def test_folders_are_searched_in_order_and_hidden_files_passed_over(tmp_path: Path) -> None:
+    for name in ("b/2.png", "b/1.JPG", "a.tif", ".hidden.png", ".trash/x.png", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+
+    assert [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)] == ["a.tif", "b/1.JPG", "b/2.png"]
+    assert find_images(tmp_path / "a.tif") == [tmp_path / "a.tif"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("", "holds no image"), ("missing", "does not exist")], ids=["empty", "no"]
+)
+def test_nothing_to_find_is_an_error(name: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=words):
+        find_images(tmp_path / name)
+
+
+def test_rgb8_repeats_gray_rounds_sixteen_bits_and_drops_alpha(tmp_path: Path) -> None:
+    np.testing.assert_array_equal(rgb8(saved(tmp_path / "g.png", GRAY)), np.repeat(GRAY[..., None], 3, axis=2))
+    np.testing.assert_array_equal(rgb8(saved(tmp_path / "a.png", RGBA)), RGBA[..., :3])
+    wide = np.array([[0, 128, 129, 65535 - 128, 65535]], np.uint16)
+    np.testing.assert_array_equal(rgb8(saved(tmp_path / "w.png", wide))[0, :, 0], [0, 0, 1, 255, 255])
+
+
+def test_network_input_is_unit_floats_in_rgb_or_studio_luma() -> None:
+    planes = network_input(RGB, "rgb")
+    luma = network_input(RGB, "y")
+
+    assert (planes.shape, planes.dtype) == ((1, 3, 5, 7), np.float32)
+    np.testing.assert_array_equal(planes[0].transpose(1, 2, 0), RGB.astype(np.float32) / np.float32(255))
+    np.testing.assert_allclose(luma[0, 0], y_from_rgb(RGB / 255.0), atol=1e-7)
+    black_and_white = np.array([[0, 65535]], np.uint16)
+    np.testing.assert_allclose(network_input(black_and_white, "y").ravel(), [16 / 255, 235 / 255], atol=1e-7)
+
+
+def test_output_is_clamped_and_rounded_half_to_even() -> None:
+    values = np.array([[[-1.0, 0.5 / 255, 1.5 / 255, 2.5 / 255, 1.0, 7.0]]])
+
+    np.testing.assert_array_equal(to_uint8(values)[0, :, 0], [0, 0, 2, 2, 255, 255])
+    np.testing.assert_array_equal(to_uint16(values)[0, [0, 4], 0], [0, 65535])
+
+
+def test_bytes_survive_the_round_trip_through_the_network_s_range() -> None:
+    every = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+
+    np.testing.assert_array_equal(to_uint8(network_input(every, "rgb")), every)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)
+def test_broken_output_becomes_no_picture(value: float) -> None:
+    output = np.zeros((3, 4, 4), np.float32)
+    output[1, 2, 3] = value
+
+    with pytest.raises(GateError, match="NaN or infinite"):
+        to_uint8(output)
