@@ -11,6 +11,7 @@ import click
 from srdeploy.cli.checkpoint_options import CheckpointOptions, checkpoint_options, load_from_options
 from srdeploy.cli.console import RichProgress, emit_json, markdown_table, next_command, table, warning_line
 from srdeploy.cli.options import EXISTING, OUTPUT_PATH, SHAPE, example, force_option, json_option
+from srdeploy.core.errors import UsageError
 from srdeploy.core.runner import Runner
 from srdeploy.core.shapes import Shape, format_shape
 
@@ -93,6 +94,11 @@ def command(
         check_output_folder(options["report_folder"], force=options["force"], known_by="report.json")
     progress = RichProgress()
     loaded = load_from_options(checkpoint, stated, progress, quiet=options["as_json"])
+    channels = loaded.contract().channels
+    if shape[1] != channels:
+        raise UsageError(
+            f"--shape {format_shape(shape)} has {shape[1]} channels", expected=f"{channels} for {checkpoint.name}"
+        )
     with ExitStack() as stack:
         runners = _runners(candidates, loaded, stack, options, progress)
         result = bench(runners, shape=shape, effort=effort, environment=conditions(), progress=progress)
