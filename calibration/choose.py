@@ -1,31 +1,38 @@
 """Chooses how a graph is quantized by measuring, and keeps everything it measured.
 
-Three questions in this order, each with the cheapest measurement that answers it:
+Three questions in this order, each with the cheapest measurement that answers:
 
 1. How are ranges and weights chosen? Few candidates, judged by fidelity on crops of the calibration images.
 2. Does the result keep the bound? Judged on images kept aside, on the target's engine where it runs here.
-3. If not, which layers leave INT8? Quantizing groups of layers alone tells their error; errors of independent layers add
-   up, so the layers that bring most error per multiply-add leave first until the bound is kept, which is then measured.
+3. If not, which layers leave INT8? Quantizing groups of layers alone tells their error; independent errors add up,
+   so the layers that bring most error per multiply-add leave first until the bound is kept, which is then measured.
 """
 
+import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from srdeploy.calibration.dataset import Sample
 from srdeploy.calibration.graph import Layer
+from srdeploy.calibration.journal import Journal
 from srdeploy.calibration.judge import Judge, OpenEngine, Verdict, opened
 from srdeploy.calibration.options import QuantizeOptions
-from srdeploy.calibration.placement import share_of_macs
+from srdeploy.calibration.placement import can_split, share_of_macs
+from srdeploy.calibration.ranges import Method
 from srdeploy.calibration.workbench import Decisions, Workbench
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import GateError, UsageError
 from srdeploy.core.progress import SILENT, Progress
 
-STRENGTHS = (0.0, 0.3, 0.5, 0.7)
+STRENGTHS = (0.5, 0.7)
+AUTOMATIC_METHODS: tuple[Method, ...] = ("mse", "percentile")  # entropy lost everywhere it was measured
 TUNING_SAMPLES = 8
 TUNING_PIXELS = 64 * 64
+SPLIT_LEAVES = 0.1
+"""Splitting a layer takes its activations' error away; that of its weights stays, about a tenth in power."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +50,8 @@ class Trial:
             "note": self.note,
             "equalization": chosen.strength,
             "method": chosen.method,
-            "weight_search": chosen.weight_search,
             "bias_correction": chosen.correct_bias,
+            "split_layers": list(chosen.splits),
             "fidelity_db": round(self.fidelity_db, 3),
         }
 
@@ -60,9 +67,10 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Point:
-    """One point on the way from all-INT8 to all-float."""
+    """One point on the way from plain INT8 to float: what left, and what that gave."""
 
     keep: tuple[str, ...]
+    splits: tuple[str, ...]
     int8_macs: float
     verdict: Verdict
     latency_ms: float | None
@@ -71,6 +79,7 @@ class Point:
         """Return the point as JSON values."""
         return {
             "layers_kept_float": list(self.keep),
+            "layers_split": list(self.splits),
             "int8_macs_share": round(self.int8_macs, 4),
             "latency_ms": None if self.latency_ms is None else round(self.latency_ms, 2),
             **self.verdict.to_json(),
@@ -120,6 +129,7 @@ def choose(
     open_engine: OpenEngine | None,
     samples: Sequence[Sample],
     judges: Sequence[Sample],
+    journal: Journal,
     progress: Progress = SILENT,
 ) -> Choice:
     """Choose decisions for a graph.
@@ -131,6 +141,7 @@ def choose(
         open_engine: the target's engine; None judges on ONNX Runtime's plain kernels.
         samples: calibration samples, of which some are used to compare candidates.
         judges: images kept aside for the bound.
+        journal: remembers what was measured.
         progress: where to report.
 
     Raises:
@@ -140,12 +151,12 @@ def choose(
     deadline = time.monotonic() + options.time_budget_s
     _check_kept(bench, options)
     tuning = Judge(bench.graph.model, tuning_samples(samples), contract)
-    decisions, trials = _tuned(bench, tuning, options, deadline, progress)
+    decisions, trials = _tuned(bench, tuning, options, deadline, journal, progress)
     judge = Judge(bench.graph.model, judges, contract)
     first = _point(bench, judge, decisions, open_engine)
-    if options.max_psnr_drop is None or first.verdict.drop_db <= options.max_psnr_drop:
+    if options.satisfied(first.verdict):
         return Choice(decisions, tuple(trials), (first,))
-    return _bounded(bench, tuning, judge, decisions, trials, first, options, open_engine, deadline, progress)
+    return _bounded(bench, tuning, judge, decisions, trials, first, options, open_engine, deadline, journal, progress)
 
 
 def tuning_samples(samples: Sequence[Sample]) -> list[Sample]:
@@ -156,7 +167,7 @@ def tuning_samples(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def _tuned(
-    bench: Workbench, judge: Judge, options: QuantizeOptions, deadline: float, progress: Progress
+    bench: Workbench, judge: Judge, options: QuantizeOptions, deadline: float, journal: Journal, progress: Progress
 ) -> tuple[Decisions, list[Trial]]:
     """Answer the first question: one decision after the other, the best so far kept."""
     base = Decisions(keep=options.kept(), strength=options.strength or 0.0, method=options.method or "minmax")
@@ -168,8 +179,8 @@ def _tuned(
         for note, candidate in candidates:
             if any(trial.decisions == candidate for trial in trials) or (trials and time.monotonic() > deadline):
                 continue
-            model, _ = bench.build(candidate)
-            trials.append(Trial(candidate, judge.graph(model).fidelity_db, note))
+            fidelity = journal.number(_key("trial", candidate), partial(_fidelity, bench, judge, candidate))
+            trials.append(Trial(candidate, fidelity, note))
             advance(note=f"{trials[-1].fidelity_db:.2f} dB: {note}")
         top = max(trials, key=lambda trial: trial.fidelity_db)
         return top.decisions if trials else so_far
@@ -178,13 +189,11 @@ def _tuned(
         chosen = best([("the plainest: min-max, nothing else", base)], base)
         if options.strength is None and bench.stored is None:
             chosen = best(
-                [(f"channels equalized, strength {s}", replace(chosen, strength=s)) for s in STRENGTHS if s], chosen
+                [(f"channels equalized, strength {s}", replace(chosen, strength=s)) for s in STRENGTHS], chosen
             )
         if options.method is None and bench.stored is None:
-            others = ("mse", "percentile", "entropy")
-            chosen = best([(f"ranges by {m}", replace(chosen, method=m)) for m in others], chosen)
+            chosen = best([(f"ranges by {m}", replace(chosen, method=m)) for m in AUTOMATIC_METHODS], chosen)
         chosen = best([("without bias correction", replace(chosen, correct_bias=False))], chosen)
-        chosen = best([("weights clipped for least error", replace(chosen, weight_search=True))], chosen)
     return chosen, trials
 
 
@@ -198,39 +207,60 @@ def _bounded(
     options: QuantizeOptions,
     open_engine: OpenEngine | None,
     deadline: float,
+    journal: Journal,
     progress: Progress,
 ) -> Choice:
-    """Answer the third question: take layers out of INT8 until the bound is kept."""
-    assert options.max_psnr_drop is not None
-    sensitivities = measure_sensitivities(bench, tuning, decisions, deadline, progress)
+    """Answer the third question: change the layers that bring most error until the bound is kept.
+
+    Where the target allows it a layer is first split into two 8-bit convolutions, which see 16-bit activations; only
+    when all of that is not enough do layers become float.
+    """
+    sensitivities = measure_sensitivities(bench, tuning, decisions, deadline, journal, progress)
     ranking = sorted(sensitivities, key=lambda entry: -entry.error / max(entry.macs_share, 1e-9))
+    layers = {layer.name: layer for layer in bench.graph.layers}
     points = [first]
-    keep: dict[str, str] = dict(decisions.keep)
-    total = sum(entry.error for entry in sensitivities)
-    with progress.task("searching the bound", total=len(ranking)) as advance:
-        for position, entry in enumerate(ranking):
-            reason = f"its 8-bit error is {100 * entry.error / max(total, 1e-30):.1f} % of the image's"
-            keep |= {name: reason for name in entry.layers if name not in keep}
+    current, remaining = decisions, {entry.layers: entry.error for entry in sensitivities}
+    total = max(sum(remaining.values()), 1e-30)
+    steps = [(entry, True) for entry in ranking if bench.recipe.splits] + [(entry, False) for entry in ranking]
+    with progress.task("searching the bound", total=len(steps)) as advance:
+        for position, (entry, split) in enumerate(steps):
             advance()
-            if position + 1 < len(ranking) and not _worth_measuring(points[-1], sensitivities, keep, options):
+            if split and not all(can_split(bench.graph, layers[name]) for name in entry.layers):
                 continue
-            points.append(_point(bench, judge, decisions.keeping(keep), open_engine))
+            if split:
+                current = replace(current, splits=(*current.splits, *entry.layers))
+                remaining[entry.layers] *= SPLIT_LEAVES
+            else:
+                reason = f"its 8-bit error is {100 * entry.error / total:.1f} % of the image's"
+                keep = {**dict.fromkeys(entry.layers, reason), **current.keep}
+                splits = tuple(name for name in current.splits if name not in keep)
+                current = replace(current, keep=keep, splits=splits)
+                remaining[entry.layers] = 0.0
+            last = position + 1 == len(steps)
+            if not last and not options.hopeful(first.verdict, sum(remaining.values()) / total):
+                continue
+            points.append(_point(bench, judge, current, open_engine))
             advance(0, note=f"{points[-1].verdict.drop_db:.4f} dB")
-            if points[-1].verdict.drop_db <= options.max_psnr_drop:
-                return Choice(decisions.keeping(keep), tuple(trials), tuple(points), tuple(sensitivities))
+            if options.satisfied(points[-1].verdict):
+                return Choice(current, tuple(trials), tuple(points), tuple(sensitivities))
             if time.monotonic() > deadline:
                 break
-    best = min(points, key=lambda point: point.verdict.drop_db)
+    best = max(points, key=lambda point: point.verdict.fidelity_db)
     raise GateError(
-        f"the best graph found loses {best.verdict.drop_db:.4f} dB with {100 * best.int8_macs:.1f} % of the "
-        f"multiply-adds in INT8 ({len(points)} measured: {_table(points)})",
-        expected=f"at most {options.max_psnr_drop} dB",
+        f"the best graph found loses {best.verdict.drop_db:.4f} dB at a fidelity of {best.verdict.fidelity_db:.2f} dB "
+        f"with {100 * best.int8_macs:.1f} % of the multiply-adds in INT8 ({len(points)} measured: {_table(points)})",
+        expected=options.bound(),
         next_step="allow a larger drop, give it more time with --time-budget, or use --precision fp16",
     )
 
 
 def measure_sensitivities(
-    bench: Workbench, judge: Judge, decisions: Decisions, deadline: float, progress: Progress = SILENT
+    bench: Workbench,
+    judge: Judge,
+    decisions: Decisions,
+    deadline: float,
+    journal: Journal,
+    progress: Progress = SILENT,
 ) -> list[Sensitivity]:
     """Measure what quantizing groups of layers alone costs, splitting the worst groups as long as time lasts.
 
@@ -247,8 +277,9 @@ def measure_sensitivities(
     def measure(group: Sequence[Layer]) -> None:
         names = tuple(layer.name for layer in group)
         others = dict.fromkeys((layer.name for layer in layers if layer.name not in names), "not looked at")
-        model, _ = bench.build(decisions.keeping({**decisions.keep, **others}))
-        error = 10.0 ** (-judge.graph(model).fidelity_db / 10)
+        alone = decisions.keeping({**decisions.keep, **others})
+        fidelity = journal.number(_key(f"alone:{names}", decisions), partial(_fidelity, bench, judge, alone))
+        error = 10.0 ** (-fidelity / 10)
         measured[names[0]] = Sensitivity(names, error, share_of_macs(bench.graph, names))
 
     with progress.task("measuring the sensitivity of layers", total=len(groups)) as advance:
@@ -267,25 +298,16 @@ def measure_sensitivities(
     return sorted(measured.values(), key=lambda entry: order[entry.layers[0]])
 
 
+def _fidelity(bench: Workbench, judge: Judge, decisions: Decisions) -> float:
+    return judge.graph(bench.build(decisions)[0]).fidelity_db
+
+
+def _key(kind: str, decisions: Decisions) -> str:
+    return f"{kind}:{json.dumps(asdict(decisions), sort_keys=True)}"
+
+
 def _error(entry: Sensitivity) -> float:
     return entry.error
-
-
-def _worth_measuring(
-    last: Point, sensitivities: Sequence[Sensitivity], keep: Mapping[str, str], options: QuantizeOptions
-) -> bool:
-    """Tell whether the expected error has come near the bound since the last measurement.
-
-    Errors add up in power; the drop is nearly proportional to the power while it is small.
-    """
-    assert options.max_psnr_drop is not None
-
-    def expected(kept: Iterable[str]) -> float:
-        names = set(kept)
-        return sum(entry.error for entry in sensitivities if not set(entry.layers) <= names)
-
-    before, now = expected(last.keep), expected(keep)
-    return before <= 0 or last.verdict.drop_db * now / before <= 1.1 * options.max_psnr_drop
 
 
 def _point(bench: Workbench, judge: Judge, decisions: Decisions, open_engine: OpenEngine | None) -> Point:
@@ -296,8 +318,10 @@ def _point(bench: Workbench, judge: Judge, decisions: Decisions, open_engine: Op
     else:
         with opened(model, open_engine) as runner:
             verdict = judge.runner(runner)
-            latency = judge.latency_ms(runner)
-    return Point(tuple(decisions.keep), share_of_macs(bench.graph, placement.layers), verdict, latency)
+            (latency,) = judge.latencies_ms(runner)
+    return Point(
+        tuple(decisions.keep), decisions.splits, share_of_macs(bench.graph, placement.layers), verdict, latency
+    )
 
 
 def _check_kept(bench: Workbench, options: QuantizeOptions) -> None:

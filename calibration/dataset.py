@@ -23,7 +23,7 @@ from srdeploy.core.images import network_input
 from srdeploy.core.progress import SILENT, Progress
 
 MIN_IMAGES = 3
-MIN_PIXELS = 3 * 32 * 32
+MIN_PIXELS = 2 * 32 * 32
 JUDGE_EVERY = 4
 JUDGE_AT_MOST = 8
 WHOLE_PIXELS = 320 * 320

@@ -1,10 +1,10 @@
 """Per-channel scales moved between layers without changing the function.
 
-ReLU and its leaky kin are positively homogeneous, and sums, concatenations, pixel shuffles and gates keep channels apart.
+ReLU and its kin are positively homogeneous, and sums, concatenations, pixel shuffles and gates keep channels apart.
 So a channel may leave its producer multiplied by s and enter its readers divided by s. With s chosen such that all
-channels of a tensor span a similar range, one scale per tensor wastes no codes on quiet channels: per-channel activation
-quantization for free (Nagel et al. 2019, "Data-free quantization through weight equalization and bias correction"; the
-migration strength between activations and weights is that of Xiao et al. 2023, "SmoothQuant").
+channels of a tensor span a similar range, one scale per tensor wastes no codes on quiet channels: activations are
+quantized per channel for free (Nagel et al. 2019, "Data-free quantization through weight equalization and bias
+correction"; the migration strength between activations and weights is that of Xiao et al. 2023, "SmoothQuant").
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,12 +28,17 @@ class ChannelClasses:
 
     def __init__(self, graph: Graph) -> None:
         self._parent = [0]
-        self.of: dict[str, NDArray[np.int64]] = {}
+        shape = graph.model.graph.input[0].type.tensor_type.shape.dim
+        self.of: dict[str, NDArray[np.int64]] = {INPUT: np.zeros(shape[1].dim_value, dtype=np.int64)}
         channels = {layer.output: layer.channels_out for layer in graph.layers}
         for node in graph.model.graph.node:
             self._visit(node, graph, channels)
-        for name in (INPUT, OUTPUT):
-            self._pin(name)
+        self._pin(OUTPUT)
+
+    @property
+    def count(self) -> int:
+        """Number of classes ever made; class numbers are below it."""
+        return len(self._parent)
 
     def find(self, index: int) -> int:
         """Return the representative of a class."""
@@ -150,7 +155,7 @@ def equalized(
 def _factors(
     graph: Graph, classes: ChannelClasses, seen: Mapping[str, Observation], tensors: Sequence[str], strength: float
 ) -> NDArray[np.float64]:
-    count = len(classes._parent)
+    count = classes.count
     activation = np.zeros(count)
     for name in tensors:
         if name in classes.of and name in seen:

@@ -1,7 +1,7 @@
 """Reading a super-resolution graph: who writes and reads each tensor, and which layers carry weights.
 
-Quantization needs to know three things of a layer that ONNX does not say: at which resolution it works (as a multiple of
-the LR image), how many multiply-adds it costs per LR pixel, and what part it plays (first, trunk, attention, last).
+Quantization needs to know three things of a layer that ONNX does not say: at which resolution it works (as a multiple
+of the LR image), how many multiply-adds it costs per LR pixel, and what part it plays (first, trunk, attention, last).
 """
 
 from collections.abc import Iterable

@@ -62,13 +62,13 @@ class Verdict:
 
 
 class Judge:
-    """Compares graphs with the FP32 graph on fixed samples; the FP32 outputs are computed once."""
+    """Compares graphs with the FP32 graph on fixed samples; its outputs, `expected`, are computed once."""
 
     def __init__(self, reference: onnx.ModelProto, samples: Sequence[Sample], contract: ModelContract) -> None:
         self.samples = tuple(samples)
         self._contract = contract
         session = session_for(reference)
-        self._expected = [session.run([OUTPUT], {INPUT: sample.pixels})[0] for sample in self.samples]
+        self.expected = [session.run([OUTPUT], {INPUT: sample.pixels})[0] for sample in self.samples]
 
     def graph(self, model: onnx.ModelProto, open_engine: OpenEngine | None = None) -> Verdict:
         """Judge a graph on an engine; on ONNX Runtime's plain CPU kernels when none is given."""
@@ -82,20 +82,21 @@ class Judge:
         """Judge an opened engine."""
         return self._verdict(run_image(runner, sample.pixels) for sample in self.samples)
 
-    def latency_ms(self, runner: Runner, repeats: int = 5) -> float:
-        """Return the median time in milliseconds of the first sample: a guide for the search, not a benchmark."""
+    def latencies_ms(self, *runners: Runner, repeats: int = 5) -> tuple[float, ...]:
+        """Return each runner's median time in milliseconds for the first sample, interleaved: no benchmark, a guide."""
         pixels = self.samples[0].pixels
-        times = []
+        times: list[list[float]] = [[] for _ in runners]
         for _ in range(repeats):
-            start = time.perf_counter()
-            run_image(runner, pixels)
-            times.append(time.perf_counter() - start)
-        return float(np.median(times)) * 1e3
+            for own, runner in zip(times, runners, strict=True):
+                start = time.perf_counter()
+                run_image(runner, pixels)
+                own.append(1e3 * (time.perf_counter() - start))
+        return tuple(float(np.median(own)) for own in times)
 
     def _verdict(self, outputs: Iterable[NDArray[np.float32]]) -> Verdict:
         fidelities, truths, losses = [], [], []
         scale = self._contract.scale
-        for output, expected, sample in zip(outputs, self._expected, self.samples, strict=True):
+        for output, expected, sample in zip(outputs, self.expected, self.samples, strict=True):
             if not np.isfinite(output).all():
                 fidelities.append(-HIGHEST_DB)  # an overflow: as bad as can be
                 losses.append(math.inf)

@@ -1,7 +1,7 @@
 """What flows through a graph, in one pass and bounded memory.
 
-The reductions are appended to the graph itself, so that an activation never leaves the engine: what comes out per tensor
-is its smallest and largest value and its mean per channel, and a sample on a regular grid of pixels that feeds a
+The reductions are appended to the graph itself, so that no activation leaves the engine: what comes out per tensor is
+its smallest and largest value and its mean per channel, and a sample on a regular grid of pixels that feeds a
 histogram. ONNX Runtime frees each activation as soon as its reductions are done, so memory stays that of one plain run.
 """
 
@@ -23,7 +23,7 @@ from srdeploy.core.extras import import_extra
 from srdeploy.core.progress import SILENT, Progress
 
 BINS = 8192
-"""Bins of a histogram over [-limit, limit]; a histogram that grows merges them in pairs, so half of them are always used."""
+"""Bins of a histogram over [-limit, limit]; one that grows merges them in pairs, so half of them are always used."""
 SAMPLE_PIXELS = 1024
 """About this many pixels of a tensor and image go into its histogram, all their channels with them."""
 
@@ -78,7 +78,8 @@ class Observation:
     def centres(self) -> NDArray[np.float64]:
         """Return the middle of every bin."""
         width = 2 * self.limit / BINS
-        return -self.limit + width * (np.arange(BINS) + 0.5)
+        middles: NDArray[np.float64] = -self.limit + width * (np.arange(BINS, dtype=np.float64) + 0.5)
+        return middles
 
 
 def observe(
@@ -192,6 +193,7 @@ def _writer(graph: Graph, tensor: str) -> str:
 
 
 def session_for(model: onnx.ModelProto, threads: int | None = None) -> Any:
+    """Open a graph with ONNX Runtime's CPU kernels, this stage's own means of looking into graphs."""
     onnxruntime = import_extra("onnxruntime", "cpu")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or cpu_count()

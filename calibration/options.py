@@ -1,10 +1,12 @@
 """What a user may decide about quantization; everything else is measured."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from srdeploy.calibration.judge import Verdict
 from srdeploy.calibration.placement import Recipe
 from srdeploy.calibration.ranges import Method
 from srdeploy.core.errors import UsageError
@@ -23,6 +25,8 @@ class QuantizeOptions:
         deconvolution: "int8" (scales per output channel), "float" or "rewrite" (an exact 2x2 convolution and pixel
             shuffle); "auto" takes the target's.
         max_psnr_drop: the bound in dB on the loss of Y PSNR; None for no bound.
+        min_fidelity: the bound in dB on the PSNR between output and FP32 output; None for no bound. Use it where the
+            images at hand are softer than those that count: the sharper the image, the more an error costs.
         time_budget_s: the search stops trying after so many seconds and takes the best found.
         ranges: a `ranges.json` of this model to use instead of collecting ranges.
         seed: for the choice of measurements.
@@ -33,6 +37,7 @@ class QuantizeOptions:
     keep: tuple[str, ...] = ()
     deconvolution: Deconvolution = "auto"
     max_psnr_drop: float | None = None
+    min_fidelity: float | None = None
     time_budget_s: float = 600.0
     ranges: Path | None = None
     seed: int = 0
@@ -52,3 +57,24 @@ class QuantizeOptions:
     def kept(self) -> Mapping[str, str]:
         """Return the layers the user wants float, with the reason."""
         return dict.fromkeys(self.keep, "asked for with --keep")
+
+    def satisfied(self, verdict: Verdict) -> bool:
+        """Tell whether a verdict keeps the bound."""
+        drop, fidelity = self.max_psnr_drop, self.min_fidelity
+        return (drop is None or verdict.drop_db <= drop) and (fidelity is None or verdict.fidelity_db >= fidelity)
+
+    def hopeful(self, verdict: Verdict, left: float) -> bool:
+        """Tell whether the bound may be kept once only a share `left` of the error power of a verdict is left.
+
+        The drop is nearly proportional to the power while it is small, the fidelity is its logarithm. Both are allowed
+        a tenth of optimism: a measurement costs less than a layer changed in vain.
+        """
+        fidelity = verdict.fidelity_db - 10 * math.log10(max(left, 1e-9))
+        drop_may = self.max_psnr_drop is None or verdict.drop_db * left <= 1.1 * self.max_psnr_drop
+        return drop_may and (self.min_fidelity is None or fidelity >= self.min_fidelity - 0.4)
+
+    def bound(self) -> str:
+        """Return the bound in words."""
+        parts = [f"at most {self.max_psnr_drop} dB lost"] if self.max_psnr_drop is not None else []
+        parts += [f"a fidelity of at least {self.min_fidelity} dB"] if self.min_fidelity is not None else []
+        return " and ".join(parts)

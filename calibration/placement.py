@@ -2,8 +2,8 @@
 
 What all targets have in common: the *inputs* of convolutions are quantized, their outputs are not, so that convolution,
 bias and ReLU stay one kernel and the next reader's quantization fuses into it; channel attention (pooling, its two 1x1
-convolutions, sigmoid and gate) stays float, as it works on 1x1 maps and steers every channel; nothing is quantized after
-the last convolution, where one step of 255 would already be visible.
+convolutions, sigmoid and gate) stays float, as it works on 1x1 maps and steers every channel; nothing is quantized
+after the last convolution, where one step of 255 would already be visible.
 
 A dense network concatenates features that each have a range of their own. Quantizing every concatenation anew costs a
 pass over hundreds of channels per layer. With `share`, each feature is quantized once where it is made, with one scale
@@ -30,6 +30,9 @@ class Recipe:
         deconvolution: "int8" (weights per output channel on axis 1), "float" or "rewrite" (exact 2x2 convolution).
         first, last: whether the layers that read and write the image are quantized.
         min_channels: layers with fewer input or output channels stay float.
+        chained: the engine computes a layer with integers only where its output is quantized as well, so outputs of
+            layers and of concatenations get pairs too.
+        splits: 8-bit multiply-adds are so much faster than float ones that two of them beat leaving a layer float.
         why: reasons, for people.
     """
 
@@ -39,6 +42,8 @@ class Recipe:
     first: bool
     last: bool
     min_channels: int
+    chained: bool
+    splits: bool
     why: Mapping[str, str]
 
 
@@ -49,6 +54,8 @@ _TENSORRT = Recipe(
     first=False,
     last=False,
     min_channels=16,
+    chained=False,
+    splits=False,  # INT8 is twice as fast as FP16: two passes would gain nothing
     why={
         "deconvolution": "TensorRT generations disagree about INT8 deconvolutions with scales per channel",
         "first": "too few input channels for INT8 tensor cores",
@@ -60,8 +67,21 @@ RECIPES: dict[Target, Recipe] = {
     Target.TENSORRT: _TENSORRT,
     Target.TENSORRT_RTX: _TENSORRT,
     # uint8, because signed int8 behind a concatenation is computed wrongly, in silence, by OpenVINO 2026.4 on the CPU.
-    Target.OPENVINO: Recipe("uint8", False, "int8", True, True, 1, {}),
-    Target.ONNXRUNTIME: Recipe("uint8", False, "int8", True, True, 1, {}),
+    Target.OPENVINO: Recipe("uint8", False, "int8", True, True, 1, False, True, {}),
+    Target.ONNXRUNTIME: Recipe(
+        "uint8",
+        False,
+        "rewrite",
+        True,
+        False,
+        1,
+        True,
+        False,
+        {
+            "chained": "its output is read by the residual stream in full precision, and integer kernels round theirs",
+            "last": "integer kernels need a quantized output, and that would be the image",
+        },
+    ),
 }
 
 
@@ -87,7 +107,6 @@ def place(
     precision: Precision = Precision.INT8,
     keep: Mapping[str, str] | None = None,
     share: bool = True,
-    adds: bool = False,
 ) -> Placement:
     """Decide the placement of Q/DQ pairs.
 
@@ -97,10 +116,14 @@ def place(
         precision: INT8 or FP8, which asks for more channels.
         keep: layers to leave float, with the reason.
         share: quantize what meets in a concatenation once, with one scale, instead of every concatenation anew.
-        adds: let sums read the 8-bit value of their identity input where it is 8-bit already. Faster on some
-            engines; the rounding then stays in the residual stream and adds up.
     """
     floats = {layer.name: reason for layer in graph.layers if (reason := _why_float(layer, recipe, precision))}
+    if recipe.chained:
+        floats |= {
+            layer.name: recipe.why["chained"]
+            for layer in graph.layers
+            if layer.name not in floats and _feeds_stream(graph, layer)
+        }
     floats |= dict(keep or {})
     chosen = [layer for layer in graph.layers if layer.name not in floats]
     groups = _concat_leaves(graph, chosen) if share else {}
@@ -110,14 +133,26 @@ def place(
             readers.setdefault(layer.input, []).append(layer.node)
     for leaf in groups:
         readers[leaf] = [node.name for node in graph.consumers[leaf]]
-    if adds:
-        for tensor, names in readers.items():
-            names.extend(
-                node.name for node in graph.consumers[tensor] if node.op_type == "Add" and node.name not in names
-            )
+    if recipe.chained:
+        for layer in chosen:
+            for tensor in _outputs(graph, layer):
+                readers.setdefault(tensor, [node.name for node in graph.consumers[tensor]])
+        for tensor in [name for name in graph.producer if _is_concat(graph, name)]:
+            leaves = _leaves(graph, tensor)
+            if share and leaves[0] in groups:
+                readers[tensor] = [node.name for node in graph.consumers[tensor]]
+                groups[tensor] = groups[leaves[0]]
     order = [*(value.name for value in graph.model.graph.input), *graph.producer]
     sites = tuple(Site(t, tuple(readers[t]), groups.get(t, t)) for t in order if t in readers)
     return Placement(tuple(layer.name for layer in chosen), sites, floats)
+
+
+def can_split(graph: Graph, layer: Layer) -> bool:
+    """Tell whether a layer can be computed as two 8-bit convolutions: what it reads must exist as floats.
+
+    What meets in a concatenation exists in 8 bits only, and the first layer reads an image that is exact in 8 bits.
+    """
+    return layer.op == "Conv" and layer.role in ("trunk", "last") and not _is_concat(graph, layer.input)
 
 
 def share_of_macs(graph: Graph, names: Collection[str]) -> float:
@@ -141,6 +176,25 @@ def _why_float(layer: Layer, recipe: Recipe, precision: Precision) -> str | None
     if narrow < recipe.min_channels:
         return recipe.why["min_channels"]
     return None
+
+
+def _feeds_stream(graph: Graph, layer: Layer) -> bool:
+    readers = graph.consumers.get(layer.output, [])
+    return len(readers) > 1 and any(node.op_type == "Add" for node in readers)
+
+
+def _outputs(graph: Graph, layer: Layer) -> list[str]:
+    """Return what has to be quantized for a layer to end in integers: behind its ReLU, and behind a pixel shuffle."""
+    tensor = layer.output
+    reader = graph.only_consumer(tensor)
+    if reader is not None and reader.op_type == "Relu":
+        tensor = reader.output[0]
+        reader = graph.only_consumer(tensor)
+    if tensor not in graph.consumers:
+        return []
+    if reader is not None and reader.op_type == "DepthToSpace":
+        return [tensor, reader.output[0]]
+    return [tensor]
 
 
 def _is_concat(graph: Graph, tensor: str) -> bool:

@@ -1,8 +1,8 @@
 """Writes quantize/dequantize pairs into a float graph.
 
-What is written is the explicit form that every engine reads: activations pass a QuantizeLinear/DequantizeLinear pair, and
-weights are stored as 8-bit initializers behind a DequantizeLinear. The type of the scales decides in which type the rest
-of the graph computes (strong typing), so it is the caller's business to bring the rest to that type first.
+What is written is the explicit form that every engine reads: activations pass a QuantizeLinear/DequantizeLinear pair,
+and weights are stored as 8-bit initializers behind a DequantizeLinear. The type of the scales decides in which type the
+rest of the graph computes (strong typing): `typed.py` brings scales and everything else to FP16 together.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from srdeploy.calibration.arithmetic import FP8_MAX, QuantParams, round_to_e4m3
+from srdeploy.calibration.arithmetic import FP8_MAX, QuantParams, params_for_range, round_to_e4m3
 from srdeploy.calibration.graph import Graph
 
 _TYPES = {"int8": TensorProto.INT8, "uint8": TensorProto.UINT8, "float8e4m3fn": TensorProto.FLOAT8E4M3FN}
@@ -73,7 +73,7 @@ def insert_qdq(
     params: Mapping[str, QuantParams],
     weights: Mapping[str, QuantWeight],
     *,
-    half: bool = False,
+    splits: Sequence[str] = (),
 ) -> onnx.ModelProto:
     """Return a copy of a graph with Q/DQ pairs.
 
@@ -82,10 +82,11 @@ def insert_qdq(
         sites: activations to quantize.
         params: their parameters, by tensor.
         weights: quantized weights, by initializer name.
-        half: write FP16 scales, for a graph whose float part is FP16.
+        splits: names of convolutions that are computed twice, on the 8-bit activation and on what its rounding left
+            over, quantized with a step 256 times finer. Both run on integers; together they see 16-bit activations.
     """
     graph = Graph(model)
-    scale_type = np.float16 if half else np.float32
+    scale_type = np.float32
     before: dict[str, list[onnx.NodeProto]] = {}
     first: list[onnx.NodeProto] = []
     new: list[onnx.TensorProto] = []
@@ -112,11 +113,35 @@ def insert_qdq(
         copy = result.graph.node.add()
         copy.CopyFrom(node)
         copy.input[:] = [renamed.get((node.name, name), name) for name in node.input]
+        if node.name in splits:
+            tail, constants = _second_convolution(node, copy, params[node.input[0]], scale_type)
+            new += constants
+            result.graph.node.extend(tail)
         result.graph.node.extend(before.get(node.name, []))
     kept = [tensor for tensor in model.graph.initializer if tensor.name not in weights]
     del result.graph.initializer[:]
     result.graph.initializer.extend([*kept, *new])
     return result
+
+
+def _second_convolution(
+    node: onnx.NodeProto, first: onnx.NodeProto, params: QuantParams, scale_type: type[np.floating]
+) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+    """Turn `first`, the quantized copy of `node`, into the high half and return the low half and the sum."""
+    output, source = node.output[0], node.input[0]
+    high, low, rest = f"{output}_high", f"{output}_low", f"{output}_rest"
+    # What rounding leaves over lies within half a step; what clipping leaves over is cut off as before.
+    fine = params_for_range(-params.scale / 2, params.scale / 2, params.kind)
+    pair, constants = _activation_pair(rest, fine, scale_type)
+    second = onnx.NodeProto()
+    second.CopyFrom(first)
+    second.name = f"{node.name}_low"
+    second.input[:] = [pair[1].output[0], first.input[1]]
+    second.output[:] = [low]
+    first.output[:] = [high]
+    before = helper.make_node("Sub", [source, first.input[0]], [rest], name=f"{rest}_subtract")
+    total = helper.make_node("Add", [high, low], [output], name=f"{output}_sum")
+    return [before, *pair, second, total], constants
 
 
 def _activation_pair(

@@ -11,6 +11,7 @@ import onnx
 from srdeploy.calibration.choose import Choice, choose
 from srdeploy.calibration.dataset import CalibrationSet
 from srdeploy.calibration.graph import Graph, read_model
+from srdeploy.calibration.journal import Journal
 from srdeploy.calibration.judge import Judge, OpenEngine, Verdict, opened
 from srdeploy.calibration.observe import observe
 from srdeploy.calibration.options import QuantizeOptions
@@ -23,7 +24,7 @@ from srdeploy.calibration.workbench import Workbench
 from srdeploy.core.artifact import atomic_files, sha256_of_bytes
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.environment import package_versions
-from srdeploy.core.errors import UsageError
+from srdeploy.core.errors import GateError, UsageError
 from srdeploy.core.manifest import Manifest, Source, manifest_path
 from srdeploy.core.precision import Precision, Target
 from srdeploy.core.progress import SILENT, Progress
@@ -47,6 +48,8 @@ class QuantizeResult:
         islands: nodes of a 16-bit graph that stay FP32, with reasons.
         readback: what the engine says it runs; None when no engine of the target runs here.
         choice: the search and all it measured; None for FP16 and BF16.
+        latency_ms: of the graph and of the float graph on the engine, the first judged image, interleaved; a guide, not
+            a benchmark. None where the engine does not run here.
         notes: what a user should know, one sentence each.
         artifacts: further files written: name -> path.
     """
@@ -61,6 +64,7 @@ class QuantizeResult:
     islands: tuple[Island, ...] = ()
     readback: Readback | None = None
     choice: Choice | None = None
+    latency_ms: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
     artifacts: Mapping[str, Path] = field(default_factory=dict)
 
@@ -77,6 +81,7 @@ class QuantizeResult:
             "fp32_islands": [{"node": island.node, "reason": island.reason} for island in self.islands],
             "readback": self.readback.to_json() if self.readback else None,
             "search": self.choice.to_json() if self.choice else None,
+            "latency_ms": dict(zip(("quantized", "float"), self.latency_ms, strict=True)) if self.latency_ms else None,
             "notes": list(self.notes),
             "artifacts": {name: str(path) for name, path in self.artifacts.items()},
         }
@@ -89,6 +94,7 @@ class _Made:
     model: onnx.ModelProto
     result: QuantizeResult
     ranges: Ranges | None = None
+    journal: Journal | None = None
 
 
 def quantize(
@@ -145,7 +151,7 @@ def quantize(
             "ranges": made.ranges.to_json() if made.ranges else None,
             "sensitivity": made.result.choice.sensitivity_json() if made.result.choice else None,
         }
-        for (name, document), temporary in zip(documents.items(), temporaries[2:], strict=True):
+        for document, temporary in zip(documents.values(), temporaries[2:], strict=True):
             if document is not None:
                 temporary.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         written = {name: paths[name] for name, document in documents.items() if document is not None}
@@ -158,6 +164,8 @@ def quantize(
             versions=package_versions(_PACKAGES),
         )
         temporaries[1].write_text(manifest.to_json(), encoding="utf-8")
+    if made.journal is not None:
+        made.journal.close()
     return result
 
 
@@ -227,9 +235,12 @@ def _quantized_graph(
     if recipe.deconvolution == "rewrite":
         model, _ = deconvolutions_rewritten(model)
         recipe = replace(recipe, deconvolution="int8")
-    bench = Workbench(model, recipe, precision, calibration, progress, ranges)
+    journal = Journal(sha256, calibration.sha256, repr(recipe), precision.value)
+    if journal.resumed:
+        progress.note("going on with what an earlier, interrupted run measured")
+    bench = Workbench(model, recipe, precision, calibration, progress, ranges, journal)
     runnable = open_engine if target in CPU_TARGETS else None
-    choice = choose(bench, contract, options, runnable, calibration.samples, calibration.judges, progress)
+    choice = choose(bench, contract, options, runnable, calibration.samples, calibration.judges, journal, progress)
     quantized, placement = bench.build(choice.decisions)
     islands: tuple[Island, ...] = ()
     if recipe.half:
@@ -238,13 +249,21 @@ def _quantized_graph(
         )
         quantized = typed_graph(quantized, Precision.FP16, islands)
     judge = Judge(model, calibration.judges, contract)
-    readback = None
+    readback, latency = None, None
     if runnable is not None:
-        with opened(quantized, runnable) as runner:
+        with opened(quantized, runnable) as runner, opened(model, runnable) as float_runner:
             verdict = judge.runner(runner)
+            quick, slow = judge.latencies_ms(runner, float_runner)
+            latency = quick, slow
             readback = read_back(runner.info, bench.graph, placement)
     else:
         verdict = judge.graph(quantized)
+    if not options.satisfied(verdict):  # FP16 around the 8-bit layers, or another run, tips it over the edge
+        raise GateError(
+            f"the finished graph loses {verdict.drop_db:.4f} dB at a fidelity of {verdict.fidelity_db:.2f} dB",
+            expected=options.bound(),
+            next_step="allow a little more, or use --precision fp16",
+        )
     result = QuantizeResult(
         output=Path(),
         precision=precision,
@@ -256,20 +275,23 @@ def _quantized_graph(
         islands=islands,
         readback=readback,
         choice=choice,
-        notes=_notes(target, choice, readback),
+        latency_ms=latency,
+        notes=_notes(target, latency),
     )
-    return _Made(quantized, result, bench.ranges(choice.decisions, model_sha256=sha256))
+    return _Made(quantized, result, bench.ranges(choice.decisions, model_sha256=sha256), journal)
 
 
-def _notes(target: Target, choice: Choice, readback: Readback | None) -> tuple[str, ...]:
-    notes = list(choice.notes)
+def _notes(target: Target, latency: tuple[float, float] | None) -> tuple[str, ...]:
+    notes = []
     if target == Target.TENSORRT_RTX:
         notes.append(
-            "TensorRT for RTX computes FP16 by default: its INT8 convolutions give floats and need a second kernel for "
-            "scale, bias and ReLU, so FP16 is the recommended precision there unless you measure otherwise"
+            "on TensorRT for RTX FP16 is the recommended precision: its INT8 convolutions give floats and need another "
+            "kernel for scale, bias and ReLU; take INT8 there only when you have measured it to be faster"
         )
-    if readback is not None and readback.note:
-        notes.append(readback.note)
+    if latency is not None and latency[0] >= latency[1]:
+        notes.append(
+            f"not recommended on {target.value}: {latency[0]:.1f} ms here against {latency[1]:.1f} ms of the float graph"
+        )
     return tuple(notes)
 
 

@@ -6,7 +6,7 @@ taken (see `choose.py`); none is believed in.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -38,26 +38,31 @@ def range_of(seen: Observation, method: Method, kind: Kind) -> tuple[float, floa
     low, high = seen.range
     low, high = min(low, 0.0), max(high, 0.0)
     filled = seen.counts > 0
-    values, counts = seen.centres()[filled], seen.counts[filled].astype(np.float64)
+    values: NDArray[np.float64] = seen.centres()[filled]
+    counts: NDArray[np.float64] = seen.counts[filled].astype(np.float64)
     if method == "minmax" or values.size < 2:
         return low, high
     if method == "percentile":
         cumulative = np.cumsum(counts) / counts.sum()
-        bottom = float(values[np.searchsorted(cumulative, PERCENTILE)])
-        top = float(values[min(np.searchsorted(cumulative, 1 - PERCENTILE), values.size - 1)])
+        bottom = float(values[int(np.searchsorted(cumulative, PERCENTILE))])
+        top = float(values[min(int(np.searchsorted(cumulative, 1 - PERCENTILE)), values.size - 1)])
         return max(low, min(bottom, 0.0)), min(high, max(top, 0.0))
     # Values sampled into the histogram never reach the outermost extremes that min-max saw; add those once.
     values, counts = np.append(values, (low, high)), np.append(counts, (1.0, 1.0))
     cost = _squared_error if method == "mse" else _divergence
     if kind != "uint8":
         reach = max(-low, high)
-        factor = min(_FACTORS, key=lambda f: cost(values, counts, -f * reach, f * reach, kind))
-        return -float(factor) * reach, float(factor) * reach
+        factor = _best(lambda f: cost(values, counts, -f * reach, f * reach, kind))
+        return -factor * reach, factor * reach
     if high > 0:
-        high *= float(min(_FACTORS, key=lambda f: cost(values, counts, low, f * high, kind)))
+        high *= _best(lambda f: cost(values, counts, low, f * high, kind))
     if low < 0:
-        low *= float(min(_FACTORS, key=lambda f: cost(values, counts, f * low, high, kind)))
+        low *= _best(lambda f: cost(values, counts, f * low, high, kind))
     return low, high
+
+
+def _best(cost: Callable[[float], float]) -> float:
+    return min((float(factor) for factor in _FACTORS), key=cost)
 
 
 def _squared_error(

@@ -23,7 +23,6 @@ class Readback:
         ran: convolutions that the engine computes in 8 bits.
         total: all its convolutions.
         macs: share of the multiply-adds that are computed in 8 bits, 0..1.
-        note: what differs, for people; empty when nothing does.
     """
 
     engine: str
@@ -31,7 +30,6 @@ class Readback:
     ran: int
     total: int
     macs: float
-    note: str = ""
 
     def line(self) -> str:
         """Return "61 of 67 convolutions, 97.0 % of multiply-adds in INT8"."""

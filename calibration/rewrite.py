@@ -1,4 +1,4 @@
-"""Exact rewrites: graphs that compute the same numbers in operations that an engine has fast 8-bit or BF16 kernels for."""
+"""Exact rewrites: the same numbers from operations that an engine has fast 8-bit or BF16 kernels for."""
 
 from math import ceil, floor
 
@@ -14,8 +14,8 @@ def deconvolutions_rewritten(model: onnx.ModelProto) -> tuple[onnx.ModelProto, i
     """Return a graph whose deconvolutions are convolutions followed by a pixel shuffle, and how many were rewritten.
 
     A deconvolution of stride s computes each of its s x s output phases from a small window of the input: that is a
-    convolution with s x s times the channels, and DepthToSpace puts the phases in place. A 3x3 kernel of stride 2 becomes
-    2x2 with four times the channels, of which 7 of 16 taps are zero, so it costs 16/9 of the multiply-adds.
+    convolution with s x s times the channels, and DepthToSpace puts the phases in place. A 3x3 kernel of stride 2
+    becomes 2x2 with four times the channels, of which 7 of 16 taps are zero, so it costs 16/9 of the multiply-adds.
     Deconvolutions whose output is not exactly s times the input, grouped and dilated ones stay as they are.
     """
     result = onnx.ModelProto()
@@ -23,7 +23,10 @@ def deconvolutions_rewritten(model: onnx.ModelProto) -> tuple[onnx.ModelProto, i
     graph = Graph(result)
     del result.graph.node[:]
     count = 0
+    moved: set[str] = set()  # ReLUs that were put in front of their pixel shuffle, where they fuse with the convolution
     for node in model.graph.node:
+        if node.name in moved:
+            continue
         if node.op_type != "ConvTranspose" or not _suits(node, graph):
             result.graph.node.add().CopyFrom(node)
             continue
@@ -32,24 +35,28 @@ def deconvolutions_rewritten(model: onnx.ModelProto) -> tuple[onnx.ModelProto, i
         _replace(result, node.input[1], kernel)
         if len(node.input) > 2 and node.input[2]:
             _replace(result, node.input[2], np.repeat(graph.array(node.input[2]), stride * stride))
+        reader = graph.only_consumer(node.output[0])
+        relu = reader if reader is not None and reader.op_type == "Relu" else None
+        shuffled = (relu or node).output[0]
         phases = f"{node.output[0]}_phases"
-        pads = [-first, -first, last, last]
-        result.graph.node.append(
+        made = [
             helper.make_node(
                 "Conv",
                 node.input,
                 [phases],
                 name=node.name,
-                pads=pads,
+                pads=[-first, -first, last, last],
                 kernel_shape=list(kernel.shape[2:]),
                 strides=[1, 1],
             )
-        )
-        result.graph.node.append(
-            helper.make_node(
-                "DepthToSpace", [phases], node.output, name=f"{node.name}_shuffle", blocksize=stride, mode="CRD"
-            )
-        )
+        ]
+        if relu is not None:
+            moved.add(relu.name)
+            made.append(helper.make_node("Relu", [phases], [f"{phases}_relu"], name=relu.name))
+        shuffle = f"{node.name}_shuffle"
+        source = made[-1].output[0]
+        made.append(helper.make_node("DepthToSpace", [source], [shuffled], name=shuffle, blocksize=stride, mode="CRD"))
+        result.graph.node.extend(made)
         count += 1
     return result, count
 

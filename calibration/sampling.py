@@ -25,7 +25,7 @@ MAX_CANDIDATES_PER_IMAGE = 64
 
 @dataclass(frozen=True)
 class Crop:
-    """A window of an image: index of the image, top left corner, height and width in LR pixels, and why it was taken."""
+    """A window of an image: the image's index, top left corner, height and width in LR pixels, and why it was taken."""
 
     image: int
     top: int
@@ -67,7 +67,7 @@ def choose_crops(images: Sequence[NDArray[np.uint8]], *, count: int, size: int, 
             chosen[_named(best.crop, f"extreme: {name}")] = None
     strata = _strata(candidates)
     for members in strata:
-        random.shuffle(members)  # type: ignore[arg-type]  # numpy shuffles lists in place
+        random.shuffle(members)
     while len(chosen) < count and any(strata):
         for members in strata:
             if members and len(chosen) < count:

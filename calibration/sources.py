@@ -61,7 +61,7 @@ def photos_from(source: Path, *, bad: list[tuple[str, str]]) -> Iterator[Photo]:
 
 def _paths(source: Path) -> list[Path]:
     if any(letter in str(source) for letter in "*?[") and not source.exists():
-        found = sorted(Path(name) for name in glob.glob(str(source), recursive=True))
+        found = sorted(Path(name) for name in glob.glob(str(source), recursive=True))  # noqa: PTH207  # a pattern may be absolute
         if not found:
             raise InputError(f"no file matches {source}", expected="a pattern that names images")
         return [path for path in found if path.is_file()]

@@ -17,6 +17,7 @@ from srdeploy.calibration.arithmetic import QuantParams, params_for_range, quant
 from srdeploy.calibration.dataset import CalibrationSet
 from srdeploy.calibration.equalize import equalized
 from srdeploy.calibration.graph import Graph
+from srdeploy.calibration.journal import Journal
 from srdeploy.calibration.observe import Observation, observe
 from srdeploy.calibration.placement import Placement, Recipe, place
 from srdeploy.calibration.qdq import QuantWeight, fp8_weight, insert_qdq
@@ -33,20 +34,18 @@ class Decisions:
     Attributes:
         strength: of channel equalization, 0 to 1.
         method: how ranges are clipped.
-        weight_search: clip weights where that lowers their squared error.
         correct_bias: move the mean error of rounded weights into the bias.
         share: one scale for all that meets in a concatenation.
-        adds: sums read 8-bit identities.
         keep: layers left float: name -> reason.
+        splits: layers that see 16-bit activations, as two 8-bit convolutions.
     """
 
     strength: float = 0.5
     method: Method = "minmax"
-    weight_search: bool = False
     correct_bias: bool = True
     share: bool = True
-    adds: bool = False
     keep: Mapping[str, str] = field(default_factory=dict)
+    splits: tuple[str, ...] = ()
 
     def keeping(self, keep: Mapping[str, str]) -> "Decisions":
         """Return the same decisions with these layers left float."""
@@ -63,6 +62,7 @@ class Workbench:
         calibration: images that ranges are taken from.
         progress: where the passes over the images report.
         stored: ranges of this graph from an earlier run: no pass over the images is made.
+        journal: remembers passes over the images.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class Workbench:
         calibration: CalibrationSet,
         progress: Progress = SILENT,
         stored: Ranges | None = None,
+        journal: Journal | None = None,
     ) -> None:
         self.graph = Graph(model)
         self.recipe = recipe
@@ -80,10 +81,11 @@ class Workbench:
         self._calibration = calibration
         self._progress = progress
         self.stored = stored
+        self._journal = journal
         self._equalized: dict[float, tuple[Graph, dict[str, NDArray[np.float64]]]] = {}
         self._seen: dict[float, dict[str, Observation]] = {}
         self._ranges: dict[tuple[float, Method], dict[str, tuple[float, float]]] = {}
-        self._codes: dict[tuple[float, bool, str], QuantWeight] = {}
+        self._codes: dict[tuple[float, str], QuantWeight] = {}
 
     @cached_property
     def tensors(self) -> tuple[str, ...]:
@@ -104,12 +106,16 @@ class Workbench:
         if strength not in self._seen and self.stored is not None and strength == 0.0:
             self._seen[strength] = self._remembered()
         if strength not in self._seen:
-            graph, _ = self.equalized(strength) if strength else (self.graph, {})
-            seen = observe(
-                graph, self.tensors, self._calibration, count=len(self._calibration), progress=self._progress
+            self._seen[strength] = (
+                self._journal.observations(str(strength), lambda: self._observe(strength))
+                if self._journal
+                else self._observe(strength)
             )
-            self._seen[strength] = seen
         return self._seen[strength]
+
+    def _observe(self, strength: float) -> dict[str, Observation]:
+        graph, _ = self.equalized(strength)
+        return observe(graph, self.tensors, self._calibration, count=len(self._calibration), progress=self._progress)
 
     def equalized(self, strength: float) -> tuple[Graph, dict[str, NDArray[np.float64]]]:
         """Return the equalized graph, and the factor of each channel by tensor."""
@@ -130,7 +136,6 @@ class Workbench:
             precision=self.precision,
             keep=decisions.keep,
             share=decisions.share,
-            adds=decisions.adds,
         )
         weights = {
             layer.weight: self._weight(decisions, layer.weight, layer.axis)
@@ -138,7 +143,10 @@ class Workbench:
             if layer.name in placement.layers
         }
         base = self._with_corrected_biases(graph, weights, decisions) if decisions.correct_bias else graph.model
-        model = insert_qdq(base, placement.sites, self.params(placement, decisions), weights)
+        splits = [
+            layer.node for layer in graph.layers if layer.name in decisions.splits and layer.name in placement.layers
+        ]
+        model = insert_qdq(base, placement.sites, self.params(placement, decisions), weights, splits=splits)
         return model, placement
 
     def params(self, placement: Placement, decisions: Decisions) -> dict[str, QuantParams]:
@@ -218,13 +226,13 @@ class Workbench:
         return self.seen[tensor].mean * self.equalized(strength)[1].get(tensor, np.ones(1))
 
     def _weight(self, decisions: Decisions, name: str, axis: int) -> QuantWeight:
-        key = (decisions.strength, decisions.weight_search, name)
+        key = (decisions.strength, name)
         if key not in self._codes:
             weights = self.equalized(decisions.strength)[0].array(name)
             if self.precision == Precision.FP8:
                 self._codes[key] = fp8_weight(weights, axis)
             else:
-                scales = weight_scales(weights, axis, search=decisions.weight_search)
+                scales = weight_scales(weights, axis)
                 if self.recipe.half:
                     scales = np.maximum(scales.astype(np.float16), np.float16(2.0**-20)).astype(np.float32)
                 self._codes[key] = QuantWeight(quantize_weights(weights, scales, axis), scales, axis)

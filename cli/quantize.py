@@ -46,6 +46,7 @@ srdeploy quantize model.onnx --precision int8 --target openvino --images photos 
 @click.option("--seed", type=int, default=0, show_default=True, help="Decides which crops are taken.")
 @click.option("--skip-bad", is_flag=True, help="Use the rest when some images cannot be used.")
 @click.option("--max-psnr-drop", type=float, help="Largest loss of Y PSNR in dB; layers leave INT8 until it is kept.")
+@click.option("--min-fidelity", type=float, help="Least PSNR in dB between the result and the FP32 graph.")
 @click.option("--time-budget", type=float, default=600.0, show_default=True, help="Seconds the search may take.")
 @click.option(
     "--method", type=click.Choice(["minmax", "percentile", "mse", "entropy"]), help="Ranges; default: measured."
@@ -97,6 +98,7 @@ def command(onnx: Path, precision: str, target: str, images: Path | None, output
             keep=choices["keep"],
             deconvolution=choices["deconvolution"],
             max_psnr_drop=choices["max_psnr_drop"],
+            min_fidelity=choices["min_fidelity"],
             time_budget_s=choices["time_budget"],
             ranges=choices["ranges"],
             seed=choices["seed"],
@@ -130,13 +132,14 @@ def _show(result: "QuantizeResult") -> None:
             (
                 f"{100 * point.int8_macs:.1f} %",
                 len(point.keep),
+                len(point.splits),
                 f"{point.verdict.fidelity_db:.2f}",
                 f"{point.verdict.drop_db:.4f}",
                 "" if point.latency_ms is None else f"{point.latency_ms:.1f}",
             )
             for point in result.choice.points
         ]
-        table("", ("MACs in INT8", "layers kept float", "fidelity dB", "drop dB", "ms"), rows)
+        table("", ("MACs in INT8", "layers kept float", "split", "fidelity dB", "drop dB", "ms"), rows)
     if result.int8_layers:
         total = len(result.int8_layers) + len(result.floats)
         progress.note(

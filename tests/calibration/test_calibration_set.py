@@ -1,0 +1,175 @@
+"""Calibration sets: what is taken, in which order, and what is refused."""
+
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from srdeploy.calibration.dataset import CalibrationSet, make_calibration_set
+from srdeploy.calibration.sampling import choose_crops
+from srdeploy.core.bicubic import imresize
+from srdeploy.core.contract import ModelContract
+from srdeploy.core.errors import InputError, UsageError
+
+Paint = Callable[..., np.ndarray]
+Contracts = dict[str, ModelContract]
+
+
+def test_the_same_images_give_the_same_set_whatever_they_are_called(
+    photos: Path, contracts: Contracts, tmp_path: Path
+) -> None:
+    for index, path in enumerate(sorted(photos.iterdir())):
+        (tmp_path / f"{9 - index}.png").write_bytes(path.read_bytes())
+
+    one = make_calibration_set(photos, contract=contracts["residual"], count=14, crop=16, whole=1)
+    two = make_calibration_set(tmp_path, contract=contracts["residual"], count=14, crop=16, whole=1)
+    other = make_calibration_set(photos, contract=contracts["residual"], count=14, crop=16, whole=1, seed=1)
+
+    assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+    assert any(a.shape != b.shape or not np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_judges_are_never_calibrated_on(calibrations: dict[str, CalibrationSet]) -> None:
+    document = calibrations["residual"].document
+
+    used = {crop["image"] for crop in document["crops"]}
+    judged = {crop["image"] for crop in document["judges"]}
+
+    assert used
+    assert judged
+    assert not used & judged
+    assert len(calibrations["residual"].image_hashes) == len(used)
+
+
+def test_hr_images_are_shrunk_as_benchmarks_do_and_kept_as_truth(
+    photos: Path, contracts: Contracts, calibrations: dict[str, CalibrationSet]
+) -> None:
+    judge = calibrations["residual"].judges[0]
+    high = np.asarray(Image.open(photos / judge.name))
+    low = imresize(high, scale=0.5)
+
+    found = judge.pixels[0].transpose(1, 2, 0) * 255
+
+    assert judge.truth is not None
+    assert judge.truth.shape[0] == 2 * judge.pixels.shape[2]
+    height, width = found.shape[:2]
+    top, left = (low.shape[0] - height) // 2, (low.shape[1] - width) // 2
+    assert np.array_equal(np.rint(found).astype(np.uint8), low[top : top + height, left : left + width])
+    lr_only = make_calibration_set(photos, contract=contracts["residual"], count=4, crop=16)
+    assert lr_only.judges[0].truth is None
+
+
+def test_a_luma_network_gets_one_channel(calibrations: dict[str, CalibrationSet]) -> None:
+    batch = next(iter(calibrations["dense"]))
+
+    assert batch.shape[:2] == (1, 1)
+    assert batch.dtype == np.float32
+    assert batch.min() >= 16 / 255 - 1e-6
+    assert batch.max() <= 235 / 255 + 1e-6
+
+
+def test_the_one_saturated_corner_is_always_taken(paint: Paint) -> None:
+    images = [np.full((64, 64, 3), 90, np.uint8) + paint(seed, 64, 64) // 8 for seed in range(4)]
+    images[2][40:48, 8:16] = (255, 0, 0)
+
+    crops = choose_crops(images, count=8, size=16, seed=0)
+
+    red = [crop for crop in crops if (crop.cut(images[crop.image]) == (255, 0, 0)).all(axis=2).any()]
+    assert red
+    assert "extreme" in red[0].reason
+
+
+def test_crops_are_distinct_and_inside(paint: Paint) -> None:
+    images = [paint(seed, 40, 56) for seed in range(3)]
+
+    crops = choose_crops(images, count=40, size=16, seed=3)
+
+    assert len({(crop.image, crop.top, crop.left) for crop in crops}) == len(crops)
+    assert all(crop.cut(images[crop.image]).shape == (16, 16, 3) for crop in crops)
+
+
+def test_zip_list_and_pattern_hold_the_same_images(photos: Path, contracts: Contracts, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        for path in photos.iterdir():
+            archive.write(path, f"some folder/{path.name}")
+    listing = tmp_path / "photos.txt"
+    listing.write_text("# chosen\n" + "\n".join(str(path) for path in photos.iterdir()))
+
+    sets = [
+        make_calibration_set(source, contract=contracts["residual"], count=4, crop=16)
+        for source in (photos, tmp_path / "photos.zip", listing, photos / "*.png")
+    ]
+
+    hashes = [sorted(entry["sha256"] for entry in made.document["files"]) for made in sets]
+    assert all(entry == hashes[0] for entry in hashes)
+
+
+def test_set_json_says_what_was_taken(calibrations: dict[str, CalibrationSet], tmp_path: Path) -> None:
+    calibrations["residual"].save(tmp_path / "set.json")
+
+    document = json.loads((tmp_path / "set.json").read_text())
+
+    assert document["recipe"]["crop"] == 16
+    assert len(document["files"]) == 6
+    assert document["coverage"]["white"] > 0.5
+    assert all(len(entry["sha256"]) == 64 for entry in document["files"])
+
+
+def _constant(folder: Path, paint: Paint) -> None:
+    Image.new("RGB", (32, 32), (9, 9, 9)).save(folder / "flat.png")
+
+
+def _noise(folder: Path, paint: Paint) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)).save(folder / "noise.png")
+
+
+def _broken(folder: Path, paint: Paint) -> None:
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "word"),
+    [
+        pytest.param(_constant, "constant", id="constant"),
+        pytest.param(_noise, "noise", id="random"),
+        pytest.param(_broken, "broken.png", id="undecodable"),
+    ],
+)
+def test_useless_images_are_named_and_only_passed_over_when_asked(
+    spoil: Callable[[Path, Paint], None], word: str, paint: Paint, contracts: Contracts, tmp_path: Path
+) -> None:
+    for seed in range(4):
+        Image.fromarray(paint(seed)).save(tmp_path / f"{seed}.png")
+    spoil(tmp_path, paint)
+
+    with pytest.raises(InputError, match=word) as caught:
+        make_calibration_set(tmp_path, contract=contracts["residual"], count=4, crop=16)
+    made = make_calibration_set(tmp_path, contract=contracts["residual"], count=4, crop=16, skip_bad=True)
+
+    assert "1 of 5" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(made.document["passed_over"]) == 1
+
+
+def test_too_few_grey_or_no_images_are_refused(paint: Paint, contracts: Contracts, tmp_path: Path) -> None:
+    with pytest.raises(InputError):
+        make_calibration_set(tmp_path, contract=contracts["residual"])
+    Image.fromarray(paint(0)).save(tmp_path / "0.png")
+    (tmp_path / "copy.png").write_bytes((tmp_path / "0.png").read_bytes())
+    with pytest.raises(InputError, match="1 usable"):  # the same picture twice is one picture
+        make_calibration_set(tmp_path, contract=contracts["residual"])
+    for seed in range(4):
+        Image.fromarray(paint(seed)).convert("L").save(tmp_path / f"{seed}.png")
+    (tmp_path / "copy.png").unlink()
+    with pytest.raises(InputError, match="grey"):
+        make_calibration_set(tmp_path, contract=contracts["residual"], count=4, crop=16)
+    assert make_calibration_set(tmp_path, contract=contracts["dense"], count=4, crop=16)
+
+
+def test_a_crop_smaller_than_sense_is_a_usage_error(photos: Path, contracts: Contracts) -> None:
+    with pytest.raises(UsageError):
+        make_calibration_set(photos, contract=contracts["residual"], crop=4)

@@ -1,0 +1,129 @@
+"""Edits that must not change the function: equalization, rewritten deconvolutions."""
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+from srdeploy.calibration.dataset import CalibrationSet
+from srdeploy.calibration.equalize import ChannelClasses, equalized
+from srdeploy.calibration.graph import Graph
+from srdeploy.calibration.observe import observe, run_outputs
+from srdeploy.calibration.placement import RECIPES, place
+from srdeploy.calibration.rewrite import deconvolutions_rewritten, phase_kernel
+from srdeploy.core.precision import Target
+
+Networks = dict[str, Callable[..., onnx.ModelProto]]
+
+
+def outputs(model: onnx.ModelProto, batches: list[np.ndarray]) -> list[np.ndarray]:
+    return [entry["output"] for entry in run_outputs(model, ["output"], batches)]
+
+
+@pytest.mark.parametrize("name", ["dense", "residual"])
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_equalization_keeps_the_function_and_evens_the_channels(
+    name: str, strength: float, networks: Networks, calibrations: dict[str, CalibrationSet]
+) -> None:
+    graph = Graph(networks[name]())
+    sites = place(graph, RECIPES[Target.OPENVINO]).sites
+    tensors = [site.tensor for site in sites]
+    batches = list(calibrations[name])[:3]
+    seen = observe(graph, tensors, batches)
+
+    model, factors = equalized(graph, seen, tensors, strength)
+
+    for before, after in zip(outputs(graph.model, batches), outputs(model, batches), strict=True):
+        assert np.abs(before - after).max() < 2e-5 * max(1.0, np.abs(before).max())
+    inner = [tensor for tensor in tensors if np.ptp(factors[tensor]) > 0]
+    assert inner, "equalization did nothing"
+    if strength == 1.0:
+        spreads = []
+        for tensor in inner:
+            reach = np.maximum(np.abs(seen[tensor].low), np.abs(seen[tensor].high))
+            alive = reach > 1e-6
+            spreads.append(np.ptp(np.log((reach * factors[tensor])[alive])) - np.ptp(np.log(reach[alive])))
+        assert np.mean(spreads) < 0
+
+
+def test_image_and_gates_are_never_scaled(networks: Networks) -> None:
+    graph = Graph(networks["residual"]())
+    gate = next(node for node in graph.model.graph.node if node.op_type == "Sigmoid")
+
+    classes = ChannelClasses(graph)
+
+    assert not classes.roots("input").any()
+    assert not classes.roots("output").any()
+    assert not classes.roots(gate.output[0]).any()
+
+
+def test_channels_met_in_a_sum_share_their_class_and_others_do_not(networks: Networks) -> None:
+    graph = Graph(networks["residual"]())
+    add = next(node for node in graph.model.graph.node if node.op_type == "Add")
+
+    classes = ChannelClasses(graph)
+
+    assert np.array_equal(classes.roots(add.input[0]), classes.roots(add.input[1]))
+    assert len(set(classes.roots(add.input[1]).tolist())) == 16
+
+
+def test_an_operation_that_does_not_scale_pins_its_channels(networks: Networks) -> None:
+    model = networks["residual"]()
+    relu = next(node for node in model.graph.node if node.op_type == "Relu")
+    relu.op_type = "Softplus"
+
+    classes = ChannelClasses(Graph(model))
+
+    assert not classes.roots(relu.output[0]).any()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "pad", "extra"),
+    [
+        pytest.param(3, 2, 1, 1, id="3x3 stride 2, the paper's"),
+        pytest.param(4, 2, 1, 0, id="4x4 stride 2"),
+        pytest.param(5, 3, 1, 0, id="5x5 stride 3"),
+    ],
+)
+def test_a_deconvolution_is_a_convolution_and_a_shuffle(kernel: int, stride: int, pad: int, extra: int) -> None:
+    random = np.random.default_rng(0)
+    weights = random.normal(size=(4, 3, kernel, kernel)).astype(np.float32)
+    bias = random.normal(size=3).astype(np.float32)
+    node = helper.make_node(
+        "ConvTranspose", ["input", "w", "b"], ["y"], name="up", kernel_shape=[kernel] * 2, strides=[stride] * 2,
+        pads=[pad] * 4, output_padding=[extra] * 2,
+    )  # fmt: skip
+    relu = helper.make_node("Relu", ["y"], ["output"], name="relu")
+    float_info = [helper.make_tensor_value_info(name, 1, None) for name in ("input", "output")]
+    constants = [numpy_helper.from_array(weights, "w"), numpy_helper.from_array(bias, "b")]
+    graph = helper.make_graph([node, relu], "g", [float_info[0]], [float_info[1]], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+    rewritten, count = deconvolutions_rewritten(model)
+
+    assert count == 1
+    assert [entry.op_type for entry in rewritten.graph.node] == ["Conv", "Relu", "DepthToSpace"]
+    for shape in ((1, 4, 1, 1), (2, 4, 5, 7)):
+        image = random.normal(size=shape).astype(np.float32)
+        assert np.abs(outputs(model, [image])[0] - outputs(rewritten, [image])[0]).max() < 1e-5
+
+
+def test_a_deconvolution_of_another_size_is_left_alone(networks: Networks) -> None:
+    model = networks["dense"]()
+    deconv = next(node for node in model.graph.node if node.op_type == "ConvTranspose")
+    next(entry for entry in deconv.attribute if entry.name == "output_padding").ints[:] = [0, 0]
+
+    rewritten, count = deconvolutions_rewritten(model)
+
+    assert count == 0
+    assert any(node.op_type == "ConvTranspose" for node in rewritten.graph.node)
+
+
+def test_the_phases_of_the_papers_kernel_take_nine_of_sixteen_taps() -> None:
+    kernel, first, last = phase_kernel(np.ones((1, 1, 3, 3), dtype=np.float32), 2, 1)
+
+    assert (first, last) == (0, 1)
+    assert kernel.shape == (4, 1, 2, 2)
+    assert int(kernel.sum()) == 9

@@ -1,0 +1,116 @@
+"""Streaming statistics and the ranges that follow from them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from srdeploy.calibration.arithmetic import fake_quantize, params_for_range
+from srdeploy.calibration.dataset import CalibrationSet
+from srdeploy.calibration.graph import Graph
+from srdeploy.calibration.observe import Observation, observe, run_outputs
+from srdeploy.calibration.ranges import METHODS, range_of, read_ranges
+from srdeploy.core.errors import InputError, UsageError
+
+Networks = dict[str, Callable[..., onnx.ModelProto]]
+
+
+def observed(values: np.ndarray, chunks: int = 1) -> Observation:
+    seen = Observation(np.full(1, np.inf), np.full(1, -np.inf), np.zeros(1))
+    for part in np.array_split(values, chunks):
+        seen.add(np.array([part.min()]), np.array([part.max()]), np.array([part.mean()]), part)
+    return seen
+
+
+def test_what_is_observed_is_what_flows(networks: Networks, calibrations: dict[str, CalibrationSet]) -> None:
+    graph = Graph(networks["residual"]())
+    tensors = [layer.input for layer in graph.layers if layer.role in ("trunk", "last")]
+    batches = list(calibrations["residual"])
+
+    seen = observe(graph, tensors, batches)
+
+    truth = list(run_outputs(graph.model, tensors, batches))
+    for tensor in tensors:
+        arrays = [entry[tensor] for entry in truth]
+        assert seen[tensor].range == pytest.approx(
+            (min(a.min() for a in arrays), max(a.max() for a in arrays)), abs=1e-6
+        )
+        assert seen[tensor].mean == pytest.approx(np.mean([a.mean(axis=(0, 2, 3)) for a in arrays], axis=0), abs=1e-5)
+
+
+def test_a_growing_histogram_loses_no_value() -> None:
+    values = np.random.default_rng(0).normal(size=20000) * np.geomspace(1e-4, 30, 20000)
+
+    seen = observed(values, chunks=13)
+
+    direct = np.histogram(values, bins=seen.counts.size, range=(-seen.limit, seen.limit))[0]
+    assert seen.counts.sum() == values.size
+    assert np.abs(np.cumsum(seen.counts) - np.cumsum(direct)).max() <= 25  # merged bins round at their edges
+
+
+def test_an_activation_that_is_not_finite_names_its_layer(networks: Networks) -> None:
+    model = networks["residual"]()
+    weights = next(tensor for tensor in model.graph.initializer if tensor.name == "body.0.2.weight")
+    broken = numpy_helper.to_array(weights).copy()
+    broken[0] = np.nan
+    weights.CopyFrom(numpy_helper.from_array(broken, weights.name))
+    graph = Graph(model)
+    tensors = [next(layer.output for layer in graph.layers if layer.name == "body.0.2")]
+
+    with pytest.raises(InputError, match=r"body\.0\.2"):
+        observe(graph, tensors, [np.full((1, 3, 8, 8), 0.5, np.float32)])
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int8"])
+def test_clipping_for_least_error_beats_covering_outliers(kind: str) -> None:
+    values = np.concatenate([np.random.default_rng(0).normal(0, 0.05, 1_000_000), [0.6, -0.6]])
+    seen = observed(values)
+
+    def error(method: str) -> float:
+        low, high = range_of(seen, method, kind)  # type: ignore[arg-type]
+        return float(np.mean((values - fake_quantize(values, params_for_range(low, high, kind))) ** 2))  # type: ignore[arg-type]
+
+    assert range_of(seen, "minmax", kind) == pytest.approx((-0.6, 0.6))  # type: ignore[arg-type]
+    assert error("mse") < 0.5 * error("minmax")
+    assert error("mse") <= min(error(method) for method in METHODS) * 1.15
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ranges_hold_zero_and_never_exceed_what_was_seen(method: str) -> None:
+    seen = observed(np.random.default_rng(1).uniform(0.25, 2.0, 5000))
+
+    low, high = range_of(seen, method, "uint8")  # type: ignore[arg-type]
+
+    assert low == 0.0
+    assert 0.5 < high <= 2.0
+
+
+def test_percentiles_leave_out_what_is_rarer_than_they_say() -> None:
+    values = np.concatenate([np.linspace(0, 1, 1_000_000), [50.0]])
+
+    low, high = range_of(observed(values), "percentile", "uint8")
+
+    assert low == 0.0
+    assert high == pytest.approx(1.0, abs=0.02)
+
+
+def test_ranges_of_another_model_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ranges.json"
+    path.write_text(
+        '{"schema": 1, "model_sha256": "aa", "set_sha256": "bb", "method": "mse", "strength": 0.5,'
+        ' "ranges": {"x": [0, 1]}, "channels": {}}'
+    )
+
+    ranges = read_ranges(path, model_sha256="aa")
+
+    assert ranges.ranges["x"] == (0.0, 1.0)
+    with pytest.raises(InputError, match="another|model"):
+        read_ranges(path, model_sha256="cc")
+    path.write_text("[1, 2]")
+    with pytest.raises(InputError, match=r"not a ranges\.json"):
+        read_ranges(path, model_sha256="aa")
+    with pytest.raises(UsageError):
+        read_ranges(tmp_path / "missing.json", model_sha256="aa")
