@@ -10,6 +10,7 @@ the road goes on; everything else ends it, and no bundle is written.
 """
 
 import math
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -345,6 +346,11 @@ def _quantize(work: Work, onnx: str, engine: str, precision: Precision, calibrat
         open_engine=partial(open_engine, engine=engine) if engine in CPU_ENGINES else None,
         progress=work.progress,
     )
+    if int8 and not result.int8_macs:
+        output.unlink()
+        manifest_path(output).unlink()
+        shutil.rmtree(artifacts_folder(output), ignore_errors=True)
+        raise GateError("the bound is kept only with every layer in FP32", expected="an INT8 graph")
     work.sensitivity[onnx] = _sensitivity(result.choice)
     # One folder for all graphs: their calibration set is one and the same.
     places = {name: f"calibration/{'' if name == 'set' else output.stem + '.'}{name}.json" for name in result.artifacts}
