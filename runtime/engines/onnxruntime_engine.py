@@ -12,7 +12,8 @@ output is quantized too; elsewhere it is FP32 on rounded values. The numeric mod
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,7 +25,7 @@ from onnx import TensorProto
 
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.environment import cpu_count, machine, package_versions
-from srdeploy.core.errors import BuildError, CapabilityError, InputError, UsageError
+from srdeploy.core.errors import BuildError, CapabilityError, InputError, OutputError, UsageError
 from srdeploy.core.extras import import_extra
 from srdeploy.core.progress import Progress
 from srdeploy.core.runner import RunnerInfo
@@ -34,6 +35,7 @@ from srdeploy.runtime.engines.sidecar import Engine
 from srdeploy.runtime.engines.tensors import TensorSpec, check_feeds
 
 FAMILY = "onnxruntime"
+_SCRATCH_STEP = "free some space there, or set TMPDIR"
 PROVIDER = "CPUExecutionProvider"
 REFUSED_OPTIONS = CPU_REFUSED_OPTIONS
 _LAYOUT_FLAGS = ("avx2", "avx512f", "avx512_vnni")
@@ -67,8 +69,8 @@ def build(graph: Graph, options: BuildOptions, progress: Progress) -> BuiltEngin
         BuildError: ONNX Runtime refuses the graph.
     """
     runtime = import_extra("onnxruntime", "cpu")
-    with tempfile.TemporaryDirectory() as folder, progress.task("optimizing with ONNX Runtime"):
-        optimized = Path(folder) / "optimized.onnx"
+    with _scratch_folder() as folder, progress.task("optimizing with ONNX Runtime"):
+        optimized = folder / "optimized.onnx"
         session_options = _session_options(runtime, options.threads)
         session_options.optimized_model_filepath = str(optimized)
         try:
@@ -79,6 +81,7 @@ def build(graph: Graph, options: BuildOptions, progress: Progress) -> BuiltEngin
                 disabled_optimizers=_disabled_passes(graph),
             )
         except Exception as error:
+            _refuse_full_scratch(error)
             raise BuildError(f"ONNX Runtime cannot build {graph.path}: {_first_line(error)}") from error
         data = optimized.read_bytes()
     built = _built(onnx.load_model_from_string(data))
@@ -104,8 +107,8 @@ def open_onnx(graph: Graph, *, threads: int | None, parity: bool, outputs: Seque
     runtime = import_extra("onnxruntime", "cpu")
     data = graph.serialized(extra_outputs=tuple(outputs or ()))
     session_options = _session_options(runtime, threads)
-    with tempfile.TemporaryDirectory() as folder:
-        optimized = Path(folder) / "optimized.onnx"
+    with _scratch_folder() as folder:
+        optimized = folder / "optimized.onnx"
         if outputs is None:
             session_options.optimized_model_filepath = str(optimized)
         session = _session(runtime, data, session_options, _disabled_passes(graph), name=str(graph.path))
@@ -222,7 +225,29 @@ def _session(runtime: Any, data: bytes, options: Any, disabled: list[str], *, na
     try:
         return runtime.InferenceSession(data, options, providers=[PROVIDER], disabled_optimizers=disabled)
     except Exception as error:
+        _refuse_full_scratch(error)
         raise InputError(f"ONNX Runtime cannot open {name}: {_first_line(error)}") from error
+
+
+@contextmanager
+def _scratch_folder() -> Iterator[Path]:
+    """Yield a folder for the graph that ONNX Runtime writes so that one can read what it really built."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="srdeploy-ort-", ignore_cleanup_errors=True) as name:
+            yield Path(name)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write the optimized graph in a temporary folder: {error.strerror or error}",
+            next_step=_SCRATCH_STEP,
+        ) from error
+
+
+def _refuse_full_scratch(error: Exception) -> None:
+    """ONNX Runtime names neither the file nor the reason when the optimized graph cannot be written."""
+    if "Protobuf serialization failed" in str(error):
+        raise OutputError(
+            f"cannot write the optimized graph in {tempfile.gettempdir()}", next_step=_SCRATCH_STEP
+        ) from error
 
 
 def _built(model: onnx.ModelProto) -> dict[str, Any]:
