@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from srdeploy.core.errors import GateError, InputError
-from srdeploy.core.extras import import_extra
+from srdeploy.core.extras import import_extra, is_installed
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".gif")
 """Names that count as images when a folder is searched."""
@@ -34,6 +34,8 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "PPM", "GIF")
 _MODES = {"1": "L", "L": "L", "LA": "LA", "La": "LA", "RGB": "RGB", "RGBX": "RGB", "YCbCr": "RGB"} | dict.fromkeys(
     ("RGBA", "RGBa", "PA"), "RGBA"
 )
+_EXIF_HEADER = b"Exif\0\0"
+_XMP_KEYWORD = "XML:com.adobe.xmp"
 _open_lock = threading.Lock()
 
 Pixels = NDArray[np.uint8] | NDArray[np.uint16]
@@ -124,9 +126,15 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Picture:
         InputError: the file is empty, truncated, no image, animated, CMYK, floating point or above `max_pixels`.
         MissingExtraError: a 16-bit colour image, and pyvips is not installed.
     """
+    if _is_wide_gray_alpha_tiff(path):
+        return _picture_from_vips(path, max_pixels)
     with opened(path, max_pixels=max_pixels) as image:
-        pixels = _wide_pixels(path) if _is_wide_colour(path, image) else _narrow_pixels(path, image)
-        return _picture(image, pixels)
+        exif = _exif(image)  # before the pixels: loading a TIFF turns it and forgets its orientation
+        if _is_wide_colour(path, image):
+            pixels: Pixels = _wide_pixels(path)
+        else:
+            pixels = _as_stored(_narrow_pixels(path, image), image, exif)
+        return _picture(image, pixels, exif)
 
 
 def picture_metadata(path: Path) -> Picture:
@@ -136,10 +144,10 @@ def picture_metadata(path: Path) -> Picture:
         InputError: as `read_image`, but no image is too large.
     """
     with opened(path, max_pixels=None) as image:
-        return _picture(image, np.empty((0, 0, len(image.getbands())), np.uint8))
+        return _picture(image, np.empty((0, 0, len(image.getbands())), np.uint8), _exif(image))
 
 
-def _picture(image: Image.Image, pixels: Pixels) -> Picture:
+def _picture(image: Image.Image, pixels: Pixels, exif: bytes | None) -> Picture:
     """Put pixels and what an opened image says about them together."""
     info: dict[Any, Any] = dict(image.info)
     dpi = info.get("dpi")
@@ -148,8 +156,8 @@ def _picture(image: Image.Image, pixels: Pixels) -> Picture:
         format="jpeg" if image.format == "MPO" else str(image.format).lower(),
         palette=image.mode in ("P", "PA"),
         icc=info.get("icc_profile") or None,
-        exif=_exif(image),
-        xmp=_bytes_or_none(info.get("xmp")),
+        exif=exif,
+        xmp=_bytes_or_none(info.get("xmp") or info.get(_XMP_KEYWORD)),
         dpi=(float(dpi[0]), float(dpi[1])) if dpi and all(0 < float(value) < 1e6 for value in dpi) else None,
     )
 
@@ -317,6 +325,30 @@ def _narrow_pixels(path: Path, image: Image.Image) -> Pixels:
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
+def _as_stored(pixels: NDArray[Any], image: Image.Image, exif: bytes | None) -> NDArray[Any]:
+    """Undo the turn that Pillow gives to TIFF files (and to no others) by their orientation."""
+    if image.format != "TIFF" or exif is None:
+        return pixels
+    found = Image.Exif()
+    found.load(exif)
+    match found.get(274):
+        case 2:
+            pixels = pixels[:, ::-1]
+        case 3:
+            pixels = pixels[::-1, ::-1]
+        case 4:
+            pixels = pixels[::-1]
+        case 5:
+            pixels = pixels.swapaxes(0, 1)
+        case 6:
+            pixels = np.rot90(pixels, 1)
+        case 7:
+            pixels = pixels[::-1, ::-1].swapaxes(0, 1)
+        case 8:
+            pixels = np.rot90(pixels, -1)
+    return np.ascontiguousarray(pixels)
+
+
 def _is_wide_colour(path: Path, image: Image.Image) -> bool:
     """Tell whether the file stores more than 8 bits in several channels, which Pillow would cut to 8."""
     if image.format == "PNG":
@@ -327,6 +359,43 @@ def _is_wide_colour(path: Path, image: Image.Image) -> bool:
         bits = image.tag_v2.get(258, (1,))  # type: ignore[attr-defined]
         return len(bits) > 1 and max(bits) > 8
     return image.format == "PPM" and image.mode == "RGB" and _ppm_maximum(path) > 255
+
+
+def _is_wide_gray_alpha_tiff(path: Path) -> bool:
+    """Tell whether a file is the one kind that libvips decodes and Pillow does not even identify."""
+    try:
+        with path.open("rb") as stream:
+            if stream.read(4) not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+") or not is_installed("pyvips"):
+                return False
+        vips: Any = import_extra("pyvips", "huge")
+        image = vips.Image.new_from_file(str(path))
+        return bool(image.format == "ushort" and image.bands == 2)
+    except OSError:
+        return False
+    except vips.Error:
+        return False
+
+
+def _picture_from_vips(path: Path, max_pixels: int) -> Picture:
+    vips: Any = import_extra("pyvips", "huge")
+    image = vips.Image.new_from_file(str(path))
+    if image.width * image.height > max_pixels:
+        raise _too_large(path, f"{image.width}x{image.height}, {image.width * image.height:,}", max_pixels)
+
+    def blob(name: str) -> bytes | None:
+        return bytes(image.get(name)) if image.get_typeof(name) else None
+
+    exif = Image.Exif()
+    if image.get_typeof("orientation"):
+        exif[274] = image.get("orientation")
+    return Picture(
+        pixels=_wide_pixels(path),
+        format="tiff",
+        icc=blob("icc-profile-data"),
+        exif=exif.tobytes() if len(exif) else None,
+        xmp=blob("xmp-data"),
+        dpi=(image.xres * 25.4, image.yres * 25.4) if image.xres > 0 else None,
+    )
 
 
 def _ppm_maximum(path: Path) -> int:
@@ -357,7 +426,7 @@ def _exif(image: Image.Image) -> bytes | None:
     """Return the EXIF block; a TIFF's own directory also describes its strips, which must not travel."""
     stored = image.info.get("exif")
     if image.format != "TIFF" and isinstance(stored, bytes) and stored:
-        return stored
+        return stored if stored.startswith(_EXIF_HEADER) else _EXIF_HEADER + stored  # WebP stores it without
     found = image.getexif()
     if image.format == "TIFF":
         kept = Image.Exif()

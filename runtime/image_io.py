@@ -20,12 +20,14 @@ from PIL import Image, PngImagePlugin
 from srdeploy.core.errors import UsageError
 from srdeploy.core.extras import import_extra
 from srdeploy.core.images import Picture
+from srdeploy.runtime.tiff_tags import add_exif
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 """What can be written, by the end of the name."""
 JPEG_QUALITY = 95
 _MAX_SIDE = {"JPEG": 65_500, "WEBP": 16_383, "PNG": 2**31 - 1, "TIFF": 2**31 - 1}
 _EXIF_HEADER = b"Exif\0\0"
+_SHORT, _LONG = 3, 4
 _XMP_KEYWORD = "XML:com.adobe.xmp"
 
 
@@ -99,11 +101,15 @@ def resized_exif(exif: bytes, *, width: int, height: int) -> bytes:
             start = pending.pop()
             for entry in range(struct.unpack_from(order + "H", block, start)[0]):
                 at = start + 2 + 12 * entry
-                tag, _, count = struct.unpack_from(order + "HHI", block, at)
+                tag, kind, count = struct.unpack_from(order + "HHI", block, at)
                 if tag == 0x8769:
                     pending.append(struct.unpack_from(order + "I", block, at + 8)[0])
                 elif tag in values and count == 1:
-                    struct.pack_into(order + "HHII", block, at, tag, 4, 1, values[tag])
+                    value = values[tag]
+                    if kind == _SHORT and value < 1 << 16:
+                        struct.pack_into(order + "HHIHH", block, at, tag, _SHORT, 1, value, 0)
+                    else:
+                        struct.pack_into(order + "HHII", block, at, tag, _LONG, 1, value)
     except struct.error:  # a damaged directory is passed on as it is
         return exif
     return exif[:header] + bytes(block)
@@ -184,7 +190,10 @@ def _save_with_pillow(path: Path, pixels: NDArray[Any], name: str, like: Picture
         options |= {"quality": quality} if quality else {"lossless": True, "exact": True}
     elif name == "TIFF":
         options |= {"compression": "tiff_adobe_deflate"}
+        exif = options.pop("exif", None)
     image.save(path, format=name, **options)
+    if name == "TIFF" and exif:
+        add_exif(path, exif)
 
 
 def _pillow_metadata(like: Picture, name: str, *, width: int, height: int) -> dict[str, Any]:
@@ -216,13 +225,15 @@ def write_vips(path: Path, image: Any, name: str, like: Picture | None, dtype: n
             image.pngsave(str(path), bitdepth=8 * dtype.itemsize, compression=6)
         else:
             image.tiffsave(str(path), **tiff_options(dtype))
+            if like is not None and like.exif:
+                add_exif(path, resized_exif(like.exif, width=image.width, height=image.height))
 
 
 def tiff_options(dtype: np.dtype[Any]) -> dict[str, Any]:
     """Return how TIFF files are written: lossless, with the predictor that suits the type."""
     return {
         "compression": "deflate",
-        "predictor": "float" if dtype.kind == "f" else "horizontal",
+        "predictor": "none" if dtype.kind == "f" else "horizontal",  # few readers know the one for floats
         "bigtiff": True,
     }
 

@@ -130,6 +130,22 @@ def test_metadata_comes_along_and_pixels_are_not_turned(tmp_path: Path) -> None:
     assert picture_metadata(path).icc == b"profile"
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".tif", ".png"])
+def test_pixels_stay_as_stored_whatever_the_orientation(suffix: str, orientation: int, tmp_path: Path) -> None:
+    """Pillow turns TIFF files when it loads them, and no others: a trap for whoever passes the tag on."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path / f"turned{suffix}", RGB, exif=exif)
+
+    picture = read_image(path)
+
+    np.testing.assert_array_equal(picture.pixels, RGB)
+    kept = Image.Exif()
+    kept.load(picture.exif or b"")
+    assert kept[0x0112] == orientation
+
+
 def _truncated(data: bytes) -> bytes:
     return data[: len(data) * 2 // 3]
 
