@@ -3,8 +3,8 @@
     python benchmarks/gpu.py [--network rcan] [--minutes 8] [-o benchmarks/results]
 
 What is measured, for full RCAN x4 and SRDenseNet_All x4 (random weights: they cost the same time as trained ones),
-batch 1, at 320x180, 480x270 and 960x540 LR pixels: compute on the GPU (CUDA events around one inference) and end to end (from
-a numpy image to a numpy result) of eager FP32 with TF32 off, eager FP16 in channels-last, torch.compile FP16 with
+batch 1, at 320x180, 480x270 and 960x540 LR pixels: compute on the GPU (CUDA events around one inference) and end to end
+(numpy image to numpy result) of eager FP32 with TF32 off, eager FP16 in channels-last, torch.compile FP16 with
 max-autotune, and every engine that runs here, TensorRT with CUDA graphs on and off.
 
 What limits it: a lower bound per shape comes from two rates measured on the same GPU in the same run, an FP16 matrix
