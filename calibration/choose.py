@@ -325,6 +325,12 @@ def _point(bench: Workbench, judge: Judge, decisions: Decisions, open_engine: Op
 
 
 def _check_kept(bench: Workbench, options: QuantizeOptions) -> None:
+    if not bench.tensors:
+        raise UsageError(
+            f"no layer of this network fits {bench.precision.value} on this target",
+            expected="wider layers",
+            next_step="use --precision fp16",
+        )
     names = {layer.name for layer in bench.graph.layers}
     unknown = [name for name in options.keep if name not in names]
     if unknown:

@@ -142,7 +142,7 @@ def equalized(
         weight = np.moveaxis(arrays[layer.weight], layer.axis, 0)  # (out, in, kh, kw)
         out = factors[classes.roots(layer.output)]
         weight *= out[:, None, None, None]
-        if layer.input in classes.of:
+        if layer.input in classes.of and weight.shape[1] == layer.channels_in:  # grouped ones are pinned
             weight /= factors[classes.roots(layer.input)][None, :, None, None]
         if layer.bias:
             arrays[layer.bias] *= out

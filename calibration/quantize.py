@@ -19,7 +19,7 @@ from srdeploy.calibration.placement import RECIPES, share_of_macs
 from srdeploy.calibration.ranges import Ranges, read_ranges
 from srdeploy.calibration.readback import Readback, read_back
 from srdeploy.calibration.rewrite import deconvolutions_rewritten
-from srdeploy.calibration.typed import Island, float_tensors, islands_for, typed_graph
+from srdeploy.calibration.typed import Island, emulated_graph, float_tensors, islands_for, typed_graph
 from srdeploy.calibration.workbench import Workbench
 from srdeploy.core.artifact import atomic_files, sha256_of_bytes
 from srdeploy.core.contract import ModelContract
@@ -136,7 +136,7 @@ def quantize(
     paths = {"set": folder / "set.json", "ranges": folder / "ranges.json", "sensitivity": folder / "sensitivity.json"}
     with atomic_files(output, manifest_path(output), *paths.values(), force=force) as temporaries:
         if precision in (Precision.FP16, Precision.BF16):
-            made = _half_graph(model, contract, precision, target, calibration, open_engine, progress)
+            made = _half_graph(model, contract, precision, target, calibration, progress)
         else:
             assert calibration is not None
             ranges = read_ranges(options.ranges, model_sha256=sha256) if options.ranges else None
@@ -193,7 +193,6 @@ def _half_graph(
     precision: Precision,
     target: Target,
     calibration: CalibrationSet | None,
-    open_engine: OpenEngine | None,
     progress: Progress,
 ) -> _Made:
     notes = []
@@ -211,10 +210,8 @@ def _half_graph(
     typed = typed_graph(model, precision, islands)
     verdict = None
     if calibration is not None:
-        # ONNX Runtime's CPU kernels compute FP16 by rounding each result, and have no BF16 convolution.
-        runnable = open_engine if target in CPU_TARGETS else None
-        if precision == Precision.FP16 or runnable is not None:
-            verdict = Judge(model, calibration.judges, contract).graph(typed, runnable)
+        emulated = emulated_graph(model, precision, islands)
+        verdict = Judge(model, calibration.judges, contract).graph(emulated)
     result = QuantizeResult(Path(), precision, target, verdict, islands=islands, notes=tuple(notes))
     return _Made(typed, result)
 
@@ -247,6 +244,7 @@ def _quantized_graph(
         islands = islands_for(
             bench.equalized(choice.decisions.strength)[0], Precision.FP16, bench.scaled_seen(choice.decisions.strength)
         )
+        emulated = emulated_graph(quantized, Precision.FP16, islands)
         quantized = typed_graph(quantized, Precision.FP16, islands)
     judge = Judge(model, calibration.judges, contract)
     readback, latency = None, None
@@ -257,7 +255,7 @@ def _quantized_graph(
             latency = quick, slow
             readback = read_back(runner.info, bench.graph, placement)
     else:
-        verdict = judge.graph(quantized)
+        verdict = judge.graph(emulated if recipe.half else quantized)
     if not options.satisfied(verdict):  # FP16 around the 8-bit layers, or another run, tips it over the edge
         raise GateError(
             f"the finished graph loses {verdict.drop_db:.4f} dB at a fidelity of {verdict.fidelity_db:.2f} dB",
@@ -285,12 +283,12 @@ def _notes(target: Target, latency: tuple[float, float] | None) -> tuple[str, ..
     notes = []
     if target == Target.TENSORRT_RTX:
         notes.append(
-            "on TensorRT for RTX FP16 is the recommended precision: its INT8 convolutions give floats and need another "
-            "kernel for scale, bias and ReLU; take INT8 there only when you have measured it to be faster"
+            "on TensorRT for RTX FP16 is the recommended precision: its INT8 convolutions give floats and need "
+            "another kernel for scale, bias and ReLU; take INT8 there only when you have measured it to be faster"
         )
     if latency is not None and latency[0] >= latency[1]:
         notes.append(
-            f"not recommended on {target.value}: {latency[0]:.1f} ms here against {latency[1]:.1f} ms of the float graph"
+            f"not recommended on {target.value}: {latency[0]:.1f} ms here, the float graph {latency[1]:.1f} ms"
         )
     return tuple(notes)
 

@@ -86,6 +86,40 @@ def typed_graph(model: onnx.ModelProto, precision: Precision, islands: Iterable[
     return result
 
 
+def emulated_graph(model: onnx.ModelProto, precision: Precision, islands: Iterable[Island]) -> onnx.ModelProto:
+    """Return an FP32 graph with the rounding and the overflow of `typed_graph`.
+
+    CPU engines compute FP16 graphs in FP32 throughout, and so hide overflow, and have no BF16 convolution. Here every
+    weight is rounded to the type, and every result passes through it, as on a GPU that sums up in FP32.
+    """
+    kind = _TYPES[precision]
+    kept = {island.node for island in islands}
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    del result.graph.node[:]
+    del result.graph.value_info[:]
+    constants = {tensor.name: tensor for tensor in result.graph.initializer}
+    whole = {name for node in model.graph.node if node.name in kept for name in node.input}
+    for name, tensor in constants.items():
+        if tensor.data_type == _FLOAT and name not in whole:
+            rounded = numpy_helper.to_array(_converted(tensor, kind, name)).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(rounded, name))
+    outputs = {value.name for value in model.graph.output}
+    graph = Graph(model)
+    renamed: dict[str, str] = {}
+    for node in model.graph.node:
+        copy = result.graph.node.add()
+        copy.CopyFrom(node)
+        copy.input[:] = [renamed.get(name, name) for name in node.input]
+        for name in node.output:
+            if node.name in kept or name in outputs or name not in graph.resolution or node.op_type == "QuantizeLinear":
+                continue
+            renamed[name] = f"{name}_rounded"
+            steps = ((name, f"{name}_half", kind), (f"{name}_half", renamed[name], _FLOAT))
+            result.graph.node.extend(helper.make_node("Cast", [one], [two], to=to) for one, two, to in steps)
+    return result
+
+
 class _Typing:
     """Keeps, for every tensor, the names under which it exists in FP32 and in the 16-bit type."""
 

@@ -96,21 +96,21 @@ def dense_network(seed: int = 0) -> onnx.ModelProto:
     return net.model(net.conv("tail", x, 16, 1), contract_of("srdensenet", "y", 2))
 
 
-def residual_network(seed: int = 0, gain: float = 1.0) -> onnx.ModelProto:
+def residual_network(seed: int = 0, features: int = 16) -> onnx.ModelProto:
     """RCAN in small: one group of two blocks with channel attention, a pixel shuffle (x2), RGB."""
-    net = NetworkWriter(seed, gain)
-    head = x = net.conv("head", "input", 3, 16)
+    net = NetworkWriter(seed)
+    head = x = net.conv("head", "input", 3, features)
     axes = net.constant("axes", np.array([2, 3], dtype=np.int64))
     for block in range(2):
-        y = net.node("Relu", [net.conv(f"body.{block}.0", x, 16, 16)])
-        y = net.conv(f"body.{block}.2", y, 16, 16)
+        y = net.node("Relu", [net.conv(f"body.{block}.0", x, features, features)])
+        y = net.conv(f"body.{block}.2", y, features, features)
         gate = net.node("ReduceMean", [y, axes], keepdims=1)
-        gate = net.node("Relu", [net.conv(f"body.{block}.gate.0", gate, 16, 4, kernel=1)])
-        gate = net.node("Sigmoid", [net.conv(f"body.{block}.gate.2", gate, 4, 16, kernel=1)])
+        gate = net.node("Relu", [net.conv(f"body.{block}.gate.0", gate, features, 4, kernel=1)])
+        gate = net.node("Sigmoid", [net.conv(f"body.{block}.gate.2", gate, 4, features, kernel=1)])
         x = net.node("Add", [net.node("Mul", [y, gate]), x])
-    x = net.node("Add", [net.conv("body.end", x, 16, 16), head])
-    x = net.node("DepthToSpace", [net.conv("up", x, 16, 64)], blocksize=2, mode="CRD")
-    return net.model(net.conv("tail", x, 16, 3), contract_of("rcan", "rgb", 2))
+    x = net.node("Add", [net.conv("body.end", x, features, features), head])
+    x = net.node("DepthToSpace", [net.conv("up", x, features, 4 * features)], blocksize=2, mode="CRD")
+    return net.model(net.conv("tail", x, features, 3), contract_of("rcan", "rgb", 2))
 
 
 NETWORKS: dict[str, Callable[..., onnx.ModelProto]] = {"dense": dense_network, "residual": residual_network}
@@ -120,7 +120,9 @@ def picture(seed: int, height: int = 48, width: int = 64) -> NDArray[np.uint8]:
     """A picture with soft gradients, hard edges and saturated patches."""
     random = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width] / max(height, width)
-    pixels = np.stack([np.sin(random.uniform(2, 9) * x + random.uniform(2, 9) * y) for _ in range(3)], axis=2) * 0.4 + 0.5
+    pixels = (
+        np.stack([np.sin(random.uniform(2, 9) * x + random.uniform(2, 9) * y) for _ in range(3)], axis=2) * 0.4 + 0.5
+    )
     for _ in range(6):
         top, left = random.integers(0, height - 8), random.integers(0, width - 8)
         pixels[top : top + 8, left : left + 8] = random.integers(0, 2, 3)
@@ -144,7 +146,7 @@ def contracts() -> dict[str, ModelContract]:
 
 @pytest.fixture(scope="session")
 def networks() -> dict[str, Callable[..., onnx.ModelProto]]:
-    """Functions that make the tiny networks; "residual" takes `gain`, which makes activations grow."""
+    """Functions that make the tiny networks; "residual" takes its number of `features`."""
     return dict(NETWORKS)
 
 
