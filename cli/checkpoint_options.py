@@ -8,14 +8,14 @@ def command(checkpoint: Path, stated: CheckpointOptions) -> None:
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from srdeploy.cli.console import warning_line
+from srdeploy.cli.console import table, warning_line
 from srdeploy.cli.options import EXISTING
 from srdeploy.core.progress import SILENT, Progress
 
@@ -151,13 +151,33 @@ def load_from_options(
     from srdeploy.models.resolve import flag_of, shown
 
     loaded = load_checkpoint(path, stated.choices(), probe_images=stated.probe_images(), progress=progress)
-    if not quiet:
-        for decision in loaded.evidence.assumptions:
-            warning_line(
-                f"assumed {flag_of(decision.choice)} {shown(decision.value)}: {decision.reason}"
-                f" (candidates: {', '.join(map(shown, decision.candidates))})"
-            )
+    if quiet:
+        return loaded
+    if loaded.evidence.ranking:
+        show_ranking([(entry.values, entry.psnr_db) for entry in loaded.evidence.ranking])
+    for decision in loaded.evidence.decisions:
+        stands = f"{flag_of(decision.choice)} {shown(decision.value)}"
+        if decision.by == "probe":
+            progress.note(f"{stands}: {decision.reason}")
+        elif decision in loaded.evidence.assumptions:
+            candidates = ", ".join(map(shown, decision.candidates))
+            warning_line(f"assumed {stands}: {decision.reason} (candidates: {candidates})")
     return loaded
+
+
+def show_ranking(ranking: Sequence[tuple[Mapping[str, Any], float]]) -> None:
+    """Print what candidates reached on real images, best first, with each one's distance to the best."""
+    from srdeploy.models.resolve import flag_of, shown
+
+    rows = [
+        (
+            " ".join(f"{flag_of(choice)} {shown(value)}" for choice, value in values.items()),
+            f"{psnr_db:.2f}",
+            f"{psnr_db - ranking[0][1]:.2f}",
+        )
+        for values, psnr_db in ranking
+    ]
+    table("Candidates on real images", ("", "reduced output vs input, dB", "to the best, dB"), rows)
 
 
 def _word(value: Any) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from srdeploy.cli.checkpoint_options import CheckpointOptions, checkpoint_options
+from srdeploy.cli.checkpoint_options import CheckpointOptions, checkpoint_options, show_ranking
 from srdeploy.cli.console import RichProgress, emit_json, next_command, table, warning_line
 from srdeploy.cli.options import example, json_option
 
@@ -90,11 +90,7 @@ def _checkpoint(document: Mapping[str, Any]) -> None:
             ],
         )
     if document["probe"]:
-        scores = [
-            (" ".join(f"{name}={_text(value)}" for name, value in entry["values"].items()), f"{entry['psnr_db']:.2f}")
-            for entry in document["probe"]
-        ]
-        table("Candidates on real images", ("", "downscaled output vs input, dB"), scores)
+        show_ranking([(entry["values"], entry["psnr_db"]) for entry in document["probe"]])
     _network(document["network"])
     for note in document["notes"]:
         RichProgress().note(f"note: {note}")

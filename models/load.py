@@ -288,7 +288,8 @@ def _neighbour(path: Path) -> dict[str, Any]:
     """Read the config.json that some publishers put beside the weights; {} when there is none or it is no such file."""
     neighbour = path.with_name("config.json")
     try:
-        if neighbour.stat().st_size > _LARGEST_NEIGHBOUR_BYTES:
+        # Opening anything but a regular file might wait forever.
+        if not neighbour.is_file() or neighbour.stat().st_size > _LARGEST_NEIGHBOUR_BYTES:
             return {}
         document = json.loads(neighbour.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

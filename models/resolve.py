@@ -161,7 +161,8 @@ def resolve(
         raise _unresolved(still_open, title, ranking)
     values = {choice: answer.value for choice, answer in settled.items()}
     for question in still_open:
-        settled[question.choice] = Answer(None, "open", f"state {question.flag}, or pass --probe IMAGES")
+        reason = f"state {question.flag}" + ", or pass --probe IMAGES" * question.probed
+        settled[question.choice] = Answer(None, "open", reason)
     return Resolved(
         config=with_values(config, questions, values),
         decisions=tuple(_decision(question, settled[question.choice]) for question in questions),

@@ -18,7 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from srdeploy.models.dialects import DIALECTS
 from srdeploy.models.load import Choices, load_checkpoint
+from srdeploy.models.recognise import source_names
 
 DIV2K = torch.tensor([0.4488, 0.4371, 0.4040]).double().view(1, 3, 1, 1)
 
@@ -520,7 +522,31 @@ def test_a_loaded_file_computes_what_its_source_computes(
     assert tuple(getattr(loaded.config, name) for name in names) == structure
 
 
-def test_every_dialect_has_a_reference() -> None:
-    from srdeploy.models.dialects import DIALECTS
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_a_file_written_back_under_its_sources_names_is_the_same_network(tmp_path: Path, case: Case) -> None:
+    """The canonical tensors, written under the dialect's names, load to the same configuration and tensors."""
+    sizes = Sizes(case.scales[-1], 2, 1, 4, 2, case.channels[-1], 2, 2, 3, 4)
+    weights = Weights(1)
+    case.run(weights, torch.rand(1, sizes.channels, 5, 6).double(), sizes)
+    first, second = tmp_path / case.file_name, tmp_path / "again" / case.file_name
+    second.parent.mkdir()
+    torch.save(case.wrap(weights, sizes), first)
+    loaded = load_checkpoint(first, Choices(**case.choices))
+    dialect = next(dialect for dialect in DIALECTS if dialect.name == case.dialect)
+    tensors = loaded.network.state_dict()
+    names = source_names(dialect, loaded.config)
+    written = Weights(2)
+    written.update({source: tensors[name] for name, source in names.items()})
+    written.update({copy: tensors[name] for copy, name in dialect.layout.copies(loaded.config).items()})
+    written.update({key: weights[key] for key in ("mean", "std") if key in weights})
 
+    torch.save(case.wrap(written, sizes), second)
+    again = load_checkpoint(second, Choices(**case.choices))
+
+    assert again.config == loaded.config
+    assert all(torch.equal(values, tensors[name]) for name, values in again.network.state_dict().items())
+    assert set(weights) - set(written) <= {key for key in weights if key.endswith("num_batches_tracked")}
+
+
+def test_every_dialect_has_a_reference() -> None:
     assert {dialect.name for dialect in DIALECTS} == {case.dialect for case in CASES}

@@ -1,6 +1,7 @@
 """Loaded checkpoints: outside contract, evidence, weights, channel order, neighbours, and no time wasted."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -135,6 +136,12 @@ def test_a_publishers_neighbouring_file_is_a_hint(
 
     decision = loaded.evidence.decisions[0]
     assert (decision.choice, decision.value, decision.by) == ("value_range", value, by)
+
+
+def test_a_neighbour_that_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+
+    assert load_checkpoint(saved(tmp_path / "net.pt", state_of())).spec.value_range == 255.0
 
 
 @pytest.mark.parametrize(
