@@ -13,8 +13,8 @@ LAYOUT = SrDenseNetLayout(
 )
 
 NOTE = (
-    "trained on a luma whose red weight is 64.738 instead of BT.601's 65.738, so white is 234; the standard luma that "
-    "is fed here differs by at most 1/255"
+    "yjn870's own script trains on a luma with a red weight of 64.738 instead of BT.601's 65.738; the file does not "
+    "say which it was, and the standard luma that is fed here differs by at most 1/255"
 )
 
 

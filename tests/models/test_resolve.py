@@ -18,6 +18,7 @@ from srdeploy.models.rcan import Rcan, RcanConfig
 from srdeploy.models.recognise import source_names
 from srdeploy.models.resolve import Ranked, resolve
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 CONFIG = RcanConfig(scale=2, groups=1, blocks=1, features=4, attention_width=1, upsampler=(2,), mean_shift="none")
 RANGE = Question("value_range", ("value_range",), "the range", (255.0, 1.0))
 SCALE = Question("res_scale", ("residual_scale",), "the factor", (0.1, 1.0), any_value=True)
@@ -183,9 +184,9 @@ def test_probe_images_must_be_large_enough(tmp_path: Path) -> None:
         load_checkpoint(lornatang_file(tmp_path / "bare.pth", 0.2), probe_images=[tiny])
 
 
-def test_probing_trained_weights(reference_data: Path, tmp_path: Path) -> None:
+def test_probing_trained_weights(tmp_path: Path) -> None:
     """A trained 0..1 network in a layout whose files are ambiguous, and the same network brought to 0..255 inside."""
-    trained = load_checkpoint(reference_data / "checkpoints" / "rcan_x2_rgb.pt")
+    trained = load_checkpoint(EXAMPLES / "rcan_x2_demo.pt")
     assert isinstance(trained.config, RcanConfig)
     config = replace(trained.config, mean_shift="constant", mean=(0.0, 0.0, 0.0))
     names = source_names(LORNATANG, config)
@@ -194,7 +195,7 @@ def test_probing_trained_weights(reference_data: Path, tmp_path: Path) -> None:
         name: tensor * 255 if name.endswith("bias") and "gate" not in name else tensor for name, tensor in state.items()
     }
     large |= {name: tensor / 255 for name, tensor in state.items() if name.endswith("gate.squeeze.weight")}
-    images = sorted((reference_data / "data" / "Set5").rglob("*.png"))[:2]
+    images = [EXAMPLES / "photos" / "evaluation" / name for name in ("cat.png", "coffee.png")]
 
     for tensors, expected in ((state, 1.0), (large, 255.0)):
         path = tmp_path / f"range{expected:g}.pth"
