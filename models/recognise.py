@@ -20,6 +20,9 @@ from srdeploy.models.dialects.refused import REFUSED
 from srdeploy.models.rcan import Rcan
 from srdeploy.models.spec import NetworkConfig, network_of
 
+_DEEPEST_PREFIX = 4
+"""A network is looked for this many attributes below the top of the one that embeds it."""
+
 _COUNTER = "num_batches_tracked"
 """Batch normalisation counts its training steps under this name; inference does not use it."""
 
@@ -143,9 +146,9 @@ def _embedding_prefix(tensors: Mapping[str, Tensor]) -> str:
     """Return a prefix that all names share, where a known family shows once it is taken away."""
     if _is_known(tensors) or not tensors:
         return ""
-    first = next(iter(tensors))
-    for end in (index + 1 for index, character in enumerate(first) if character == "."):
-        prefix = first[:end]
+    parts = next(iter(tensors)).split(".")
+    for depth in range(1, min(len(parts), _DEEPEST_PREFIX + 1)):
+        prefix = ".".join(parts[:depth]) + "."
         if not all(name.startswith(prefix) for name in tensors):
             break
         bare = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}

@@ -21,6 +21,15 @@ def _filled(template: str, **values: int) -> str:
     )
 
 
+def _check_counts(survey: Survey, outer: int, inner: int) -> None:
+    """Refuse counts whose product the file cannot hold, before a network of that size is laid out."""
+    if outer * inner > len(survey.tensors):
+        raise survey.refuse(
+            f"its names speak of {outer} x {inner} blocks and it holds {len(survey.tensors)} tensors",
+            "every one of them in the file",
+        )
+
+
 @dataclass(frozen=True)
 class RcanLayout:
     """Where RCAN's tensors lie. `group_end` and `residual_scale` exist in some files only."""
@@ -72,6 +81,7 @@ class RcanLayout:
         """Read the configuration fields that follow from shapes alone."""
         groups = survey.count("groups", lambda index: _filled(self.conv1, group=index, block=0) + ".weight")
         blocks = survey.count("blocks", lambda index: _filled(self.conv1, group=0, block=index) + ".weight")
+        _check_counts(survey, groups, blocks)
         features = survey.size("features", self.first + ".weight", 0)
         channels = survey.size("channels", self.last + ".weight", 0)
         if channels not in (1, 3):
@@ -147,9 +157,12 @@ class SrDenseNetLayout:
 
     def sizes(self, survey: Survey) -> dict[str, Any]:
         """Read the configuration fields that follow from shapes alone."""
+        blocks = survey.count("blocks", lambda index: _filled(self.layer, block=index, layer=0) + ".weight")
+        layers = survey.count("layers", lambda index: _filled(self.layer, block=0, layer=index) + ".weight")
+        _check_counts(survey, blocks, layers)
         sizes: dict[str, Any] = {
-            "blocks": survey.count("blocks", lambda index: _filled(self.layer, block=index, layer=0) + ".weight"),
-            "layers": survey.count("layers", lambda index: _filled(self.layer, block=0, layer=index) + ".weight"),
+            "blocks": blocks,
+            "layers": layers,
             "growth": survey.size("growth", _filled(self.layer, block=0, layer=0) + ".weight", 0),
             "low_level": survey.size("low_level", self.first + ".weight", 0),
             "channels": survey.size("channels", self.last + ".weight", 0),

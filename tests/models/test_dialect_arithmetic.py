@@ -18,9 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from srdeploy.core.errors import InputError
 from srdeploy.models.dialects import DIALECTS
+from srdeploy.models.dialects.base import Hints
 from srdeploy.models.load import Choices, load_checkpoint
-from srdeploy.models.recognise import source_names
+from srdeploy.models.recognise import build_network, recognise, source_names
 
 DIV2K = torch.tensor([0.4488, 0.4371, 0.4040]).double().view(1, 3, 1, 1)
 
@@ -546,6 +548,52 @@ def test_a_file_written_back_under_its_sources_names_is_the_same_network(tmp_pat
     assert again.config == loaded.config
     assert all(torch.equal(values, tensors[name]) for name, values in again.network.state_dict().items())
     assert set(weights) - set(written) <= {key for key in weights if key.endswith("num_batches_tracked")}
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_damaged_key_sets_end_in_success_or_a_documented_error(data: st.DataObject) -> None:
+    """Shapes, types and names are changed at random; whatever is accepted must build a network."""
+    case = data.draw(st.sampled_from(CASES))
+    sizes = Sizes(case.scales[-1], 2, 1, 4, 2, case.channels[-1], 2, 2, 3, 4)
+    weights = Weights(1)
+    case.run(weights, torch.rand(1, sizes.channels, 5, 6).double(), sizes)
+    state: dict[str, Tensor] = dict(weights)
+    for _ in range(data.draw(st.integers(1, 3))):
+        key = data.draw(st.sampled_from(sorted(state)))
+        shape = list(state[key].shape)
+        match data.draw(st.sampled_from(["axis", "rank", "type", "drop", "index", "copy"])):
+            case "axis" if shape:
+                shape[data.draw(st.integers(0, len(shape) - 1))] = data.draw(st.integers(0, 9))
+                state[key] = torch.zeros(shape)
+            case "rank":
+                state[key] = torch.zeros(shape[: data.draw(st.integers(0, 2))])
+            case "type":
+                state[key] = state[key].to(data.draw(st.sampled_from([torch.int64, torch.bool, torch.complex64])))
+            case "drop" if len(state) > 1:
+                del state[key]
+            case "index":
+                state[key.replace("0", data.draw(st.sampled_from(["1", "7", "x"])))] = state[key]
+            case _:
+                state[key + ".weight"] = state[key]
+
+    try:
+        recognised = recognise(state, Hints())
+    except InputError:
+        return
+
+    build_network(recognised.reading.config, recognised.tensors)
+
+
+def test_names_that_promise_more_than_the_file_holds_are_refused_at_once() -> None:
+    """One thousand groups of one thousand blocks would be a million, named with two thousand keys."""
+    state = {f"body.{index}.body.0.body.0.weight": torch.zeros(4, 4, 3, 3) for index in range(1000)}
+    state |= {f"body.0.body.{index}.body.0.weight": torch.zeros(4, 4, 3, 3) for index in range(1000)}
+    state |= dict.fromkeys(("head.0.weight", "tail.1.weight"), torch.zeros(4, 4, 3, 3))
+    state["body.0.body.0.body.3.conv_du.0.weight"] = torch.zeros(1, 4, 1, 1)
+
+    with pytest.raises(InputError, match="1000 x 1000 blocks"):
+        recognise(state, Hints())
 
 
 def test_every_dialect_has_a_reference() -> None:
