@@ -49,8 +49,8 @@ def command(checkpoint: Path, output: Path, opset: int, stated: CheckpointOption
         ["operators", ", ".join(f"{count} {name}" for name, count in result.operators.items())],
         ["largest difference from PyTorch", f"{result.check.max_abs:.2e} on {len(result.check.deviations)} shapes"],
         ["seconds", ", ".join(f"{step} {seconds:.1f}" for step, seconds in result.seconds.items())],
-        *(["folded", note] for note in result.folded),
     ]
+    rows += [["folded", note] for note in result.folded]
     table(str(output), ["what", "value"], rows)
     if result.external_data is not None:
         console.print(f"weights: {result.external_data}; keep it beside the ONNX file", soft_wrap=True)

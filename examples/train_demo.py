@@ -331,7 +331,7 @@ RECIPES = {
         batch=12,
         learning_rate=1e-3,
         seed=20261,
-        steps=6000,
+        steps=7500,
     ),
     "srdensenet_x4": Recipe(
         scale=4,

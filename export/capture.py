@@ -54,7 +54,7 @@ def graph_from_network(network: nn.Module, *, channels: int, opset: int) -> onnx
     # The sizes are only an example; the least sizes keep the tracer from looking for special cases below them, and the
     # graph is checked on smaller images than that.
     example = torch.zeros(2, channels, 10, 12)
-    dynamic = {0: Dim("batch", min=2), 2: Dim("height", min=4), 3: Dim("width", min=4)}
+    dynamic = {0: Dim("batch", min=2), 2: Dim("height", min=9), 3: Dim("width", min=9)}
     with _quiet_exporter(), torch.no_grad():
         program = torch.export.export(
             network,

@@ -46,7 +46,8 @@ def canonical_graph(model: onnx_ir.Model, *, name: str, pads_to_multiple: bool) 
     Raises:
         ExportError: the graph is not in the canonical form after all.
     """
-    optimizer.fold_constants(model, onnx_shape_inference=False)
+    # Shapes are known from the tracer, except those of the sizes that such a network computes.
+    optimizer.fold_constants(model, onnx_shape_inference=pads_to_multiple)
     _order_channels_in_weights(model.graph)
     optimizer.remove_unused_nodes(model)
     _share_small_constants(model.graph)
@@ -118,6 +119,8 @@ def _name_sizes(graph: onnx_ir.Graph) -> None:
 
 def _name_by_module(graph: onnx_ir.Graph) -> None:
     taken: Counter[str] = Counter()
+    for value in (*graph.inputs, *graph.outputs):
+        value.metadata_props.clear()
     for node in graph:
         module = _module_of(node.metadata_props)
         name = f"{module}/{node.op_type}" if module else node.op_type
@@ -164,7 +167,7 @@ def _check_form(graph: onnx_ir.Graph, pads_to_multiple: bool) -> None:
         mode = node.attributes.get("mode")
         if node.op_type == "DepthToSpace" and (mode is None or mode.as_string() != "CRD"):
             raise ExportError(f"{node.name} is a DepthToSpace of another channel order", expected="mode CRD")
-        if node.op_type in forbidden or (node.op_type == "Reshape" and _is_float(node.outputs[0])):
+        if node.op_type in forbidden or (node.op_type == "Reshape" and _may_be_maps(node.outputs[0])):
             raise ExportError(
                 f"the exported graph contains {node.name}",
                 expected="sub-pixel layers as DepthToSpace and no sizes computed in the graph",
@@ -174,5 +177,6 @@ def _check_form(graph: onnx_ir.Graph, pads_to_multiple: bool) -> None:
             raise ExportError(f"{node.name} depends on constants alone", expected="constants to be folded")
 
 
-def _is_float(value: onnx_ir.Value) -> bool:
-    return value.dtype is None or value.dtype.is_floating_point()
+def _may_be_maps(value: onnx_ir.Value) -> bool:
+    """Tell whether a value may be more than a list of sizes or positions."""
+    return value.shape is None or len(value.shape) > 1
