@@ -22,6 +22,8 @@ LIVE_TENSORS = 3.0
 INDEX_LIMIT = 2**31 - 1
 """Most elements of a tensor that convolution kernels can index."""
 _DEFAULT_SHARE = 0.5
+_SHARE_OF_STRIPS = 0.5
+_STRIP_COPIES = 3  # the outputs, the part that waits for the next row of tiles, and temporaries
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -127,7 +129,7 @@ def decide(
     if settings.mode == "whole" or (settings.mode == "auto" and fits and settings.side is None):
         return _whole(height, width, bounds, fits, settings)
     halo, blend, exact = _overlap(contract, settings)
-    window = _window(height, width, bounds, halo, settings)
+    window = _window(height, width, bounds, halo, settings, _strip_rows(width, contract, bounds, groups))
     plan = plan_tiles(
         height,
         width,
@@ -229,7 +231,15 @@ def _overlap(contract: ModelContract, settings: TileSettings) -> tuple[int, int,
     return halo, 0 if exact else halo, exact
 
 
-def _window(height: int, width: int, bounds: _Bounds, halo: int, settings: TileSettings) -> tuple[int, int]:
+def _strip_rows(width: int, contract: ModelContract, bounds: _Bounds, groups: int) -> int:
+    """Return the most rows that a row of tiles may have: its outputs over the whole width wait in memory as floats."""
+    row_bytes = 4 * groups * contract.channels * width * contract.scale**2
+    return max(1, int(bounds.budget * _SHARE_OF_STRIPS / (row_bytes * _STRIP_COPIES)))
+
+
+def _window(
+    height: int, width: int, bounds: _Bounds, halo: int, settings: TileSettings, most_rows: int
+) -> tuple[int, int]:
     """Return the largest sensible window within the bounds."""
     if settings.side is not None:
         side = settings.side
@@ -244,10 +254,13 @@ def _window(height: int, width: int, bounds: _Bounds, halo: int, settings: TileS
         tall, wide = bounds.tuned
         # The tuned shape is fastest; the largest is taken only when the overlap leaves too little of the tuned one.
         return bounds.tuned if min(tall, wide) >= 4 * halo else bounds.largest
+    most_rows = max(most_rows, 2 * halo + 2)
     side = min(MAX_SIDE, math.isqrt(bounds.pixels))
     short = min(height, width, side)
     long = min(MAX_SIDE, bounds.pixels // max(short, 1))  # an image that is low or narrow gets longer tiles
     tall, wide = (short, long) if height <= width else (long, short)
+    if tall > most_rows:
+        tall, wide = most_rows, min(MAX_SIDE, bounds.pixels // most_rows)
     return (
         max(bounds.smallest[0], min(tall, bounds.largest[0])),
         max(bounds.smallest[1], min(wide, bounds.largest[1])),

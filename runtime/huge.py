@@ -30,6 +30,9 @@ MAX_STREAMED_PIXELS = 1 << 34
 """Most pixels of a streamed input, 131,072 x 131,072: beyond, a header is a mistake or an attack."""
 MAX_EXPANSION = 3000
 """Most pixels per byte of file: a flat picture deflates about 1030 times at most, a flat JPEG about 400."""
+STREAM_MEMORY = 768 << 20
+"""Budget of tiles and strips unless the user names one: with the packages themselves it stays below 1.5 GB."""
+_WRITTEN_ROWS = 64
 _KEPT_ROWS = 16  # rows kept before the last begin asked for: chroma lags behind the tiles by a few rows
 
 
@@ -147,7 +150,7 @@ def upscale_streamed(
     metadata = picture_metadata(source)
     pixels = StreamedSource(source)
     dtype = np.dtype(np.float32) if as_float else pixels.dtype
-    rows, report = up.rows(pixels, progress=progress)
+    rows, report = up.rows(pixels, memory_bytes=STREAM_MEMORY, progress=progress)
     height, width = report.output_size
     channels = pixels.shape[2]
     name = check_output(output, size=(height, width), channels=channels, dtype=dtype)
@@ -157,7 +160,9 @@ def upscale_streamed(
     with _spool(output.parent) as spool:
         with spool.open("wb") as stream:
             for band in rows:
-                stream.write(converted(band, dtype).data)
+                for begin in range(0, len(band), _WRITTEN_ROWS):
+                    part = converted(band[begin : begin + _WRITTEN_ROWS], dtype)
+                    stream.write(np.ascontiguousarray(part).data)
         with progress.task(f"compressing {name}"):
             _compress(spool, output, name, (height, width, channels), dtype, metadata)
     return report

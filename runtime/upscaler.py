@@ -10,7 +10,7 @@ NaN, infinity and collapse to one colour (`srdeploy.runtime.guards`).
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, overload
@@ -230,10 +230,10 @@ class Upscaler:
             report.seam_score = seam_score(output, report.decision.plan, self.contract.scale)
         return (output[..., 0] if image.ndim == 2 else output), report
 
-    def decide(self, height: int, width: int, channels: int = 3) -> Decision:
-        """Tell how a picture of this size would be run."""
+    def decide(self, height: int, width: int, channels: int = 3, *, memory_bytes: int | None = None) -> Decision:
+        """Tell how a picture of this size would be run; `memory_bytes` is the budget where the settings name none."""
         groups = 2 if channels in (2, 4) else 1
-        settings = self._settings
+        settings = replace(self._settings, memory_bytes=self._settings.memory_bytes or memory_bytes)
         if self._wants_lock_step(height, width):
             decision = self._lock_step().decide(height, width, settings, groups=groups)
             if decision is not None:
@@ -249,8 +249,15 @@ class Upscaler:
             return False
         return settings.mode == "exact" or (settings.overlap is None and self._can_cut())
 
-    def rows(self, source: PixelSource, *, progress: Progress = SILENT) -> tuple[Iterator[Floats], ImageReport]:
+    def rows(
+        self, source: PixelSource, *, memory_bytes: int | None = None, progress: Progress = SILENT
+    ) -> tuple[Iterator[Floats], ImageReport]:
         """Upscale a picture that may be too large for memory.
+
+        Args:
+            source: gives its rows.
+            memory_bytes: budget where the settings name none.
+            progress: told about tiles.
 
         Returns:
             Finished rows from top to bottom, each (rows, W', C) float32 not clamped; and the report, complete when the
@@ -267,7 +274,7 @@ class Upscaler:
             alpha=channels in (2, 4) and constant is None,
             constant_alpha=constant,
         )
-        decision = self.decide(height, width, channels if conversion.alpha else 3)
+        decision = self.decide(height, width, channels if conversion.alpha else 3, memory_bytes=memory_bytes)
         _, _, *output_size = contract.output_shape((1, contract.channels, height, width))
         report = ImageReport((height, width), (output_size[0], output_size[1]), decision)
         run = self._lock_step_bands if decision.lock_step else self._bands
