@@ -15,7 +15,7 @@ from typing import Any
 import onnx
 from onnx import TensorProto
 
-from srdeploy.core.contract import ModelContract
+from srdeploy.core.contract import INPUT, OUTPUT, ModelContract
 from srdeploy.core.errors import InputError
 from srdeploy.runtime.engines.tensors import TensorSpec
 
@@ -136,6 +136,7 @@ def read_graph(path: Path) -> Graph:
             f"{path} is of ONNX opset {opset}",
             expected=f"at most {onnx.defs.onnx_opset_version()}, the newest that onnx {onnx.__version__} knows",
         )
+    _check_names(model.graph, path)
     digest = hashlib.sha256(data)
     _load_external(model, path, digest)
     contract = ModelContract.from_metadata({entry.key: entry.value for entry in model.metadata_props}, name=str(path))
@@ -256,6 +257,14 @@ def _product(sizes: tuple[int, ...]) -> int:
     for size in sizes:
         total *= size
     return total
+
+
+def _check_names(graph: onnx.GraphProto, path: Path) -> None:
+    initializers = {tensor.name for tensor in graph.initializer}
+    inputs = [value.name for value in graph.input if value.name not in initializers]
+    outputs = [value.name for value in graph.output]
+    if inputs != [INPUT] or OUTPUT not in outputs:
+        raise InputError(f"{path} has inputs {inputs} and outputs {outputs}", expected=f"[{INPUT!r}] and [{OUTPUT!r}]")
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:

@@ -41,6 +41,7 @@ REFUSED_OPTIONS = CPU_REFUSED_OPTIONS
 _LAYOUT_FLAGS = ("avx2", "avx512f", "avx512_vnni")
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8", "tensor(int8)": "int8",
            "tensor(double)": "float64", "tensor(int64)": "int64"}  # fmt: skip
+_AGAIN = "build it again here: srdeploy build model.onnx --engine onnxruntime -o ENGINE"
 _HALF_SCALES = "WeightBiasQuantization"
 """This pass writes bias scales as the product of two others; in FP16 the product underflows and the image breaks."""
 
@@ -128,11 +129,14 @@ def open_built(
     runtime = import_extra("onnxruntime", "cpu")
     if outputs is not None:
         raise UsageError("a built engine has no inner tensors to return", next_step="open the ONNX file for that")
+    here, there = versions().get("onnxruntime"), engine.manifest.versions.get("onnxruntime")
+    if here != there:  # the optimized graph holds operations that are ONNX Runtime's own business
+        raise CapabilityError(f"{engine.path} was built with ONNX Runtime {there}; here is {here}", next_step=_AGAIN)
     lacking = sorted(set(engine.target.get("cpu_flags", ())) - set(_target()["cpu_flags"]))
     if lacking:
         raise CapabilityError(
             f"{engine.path} was built for a processor with {', '.join(lacking)}, which this one lacks",
-            next_step="build it again here: srdeploy build model.onnx --engine onnxruntime -o ENGINE",
+            next_step=_AGAIN,
         )
     session_options = _session_options(runtime, threads)
     session_options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -25,6 +25,8 @@ REFUSED_OPTIONS: Mapping[str, str] = {
     "compute_capabilities": "it builds for the GPU of this machine (see --hardware-compatibility)",
     "threads": "it runs on the GPU",
 }
+_HELD: list[Any] = []
+"""Timing caches must outlive the build that reads them; a worker process builds once."""
 _COMPATIBILITY = {"ampere_plus": "AMPERE_PLUS", "same_compute_capability": "SAME_COMPUTE_CAPABILITY"}
 
 
@@ -128,9 +130,12 @@ def _configure(trt: Any, config: Any, options: BuildOptions) -> None:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.timing_cache is not None:
         before = options.timing_cache.read_bytes() if options.timing_cache.exists() else b""
-        timings = config.create_timing_cache(before) or config.create_timing_cache(b"")
-        # A cache of another GPU or release is ignored by TensorRT, which is what `False` asks for.
-        config.set_timing_cache(timings, False)
+        timings = config.create_timing_cache(before)
+        # False, the answer and the argument: timings of another GPU or release are refused. Then begin anew.
+        if timings is None or not config.set_timing_cache(timings, False):
+            timings = config.create_timing_cache(b"")
+            config.set_timing_cache(timings, False)
+        _HELD.append(timings)
 
 
 def _finish(trt: Any, config: Any, options: BuildOptions) -> None:

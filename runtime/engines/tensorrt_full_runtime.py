@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from srdeploy.core.errors import UsageError
 from srdeploy.runtime.engines.sidecar import Engine
 from srdeploy.runtime.engines.tensorrt_flavour import Flavour
@@ -16,7 +18,8 @@ def open_full(
     """Deserialize a checked engine and open a runner on it."""
     if outputs is not None:
         raise UsageError("a built engine has no inner tensors to return", next_step="open the ONNX file for that")
-    native = deserialized(flavour, trt, engine)
+    with torch.cuda.device(device):
+        native = deserialized(flavour, trt, engine)
     return TensorRtRunner(
         flavour,
         trt,

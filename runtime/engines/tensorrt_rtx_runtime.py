@@ -50,8 +50,9 @@ def open_rtx(
     """
     if outputs is not None:
         raise UsageError("a built engine has no inner tensors to return", next_step="open the ONNX file for that")
-    native = deserialized(flavour, trt, engine)
-    kernels = _KernelCache(trt, native[1], _cache_path(engine, device))
+    with torch.cuda.device(device):
+        native = deserialized(flavour, trt, engine)
+        kernels = _KernelCache(native[1], _cache_path(engine, device))
 
     def configure(runtime_config: Any) -> None:
         strategies = trt.CudaGraphStrategy
@@ -68,7 +69,7 @@ def open_rtx(
 class _KernelCache:
     """The compiled kernels of one engine, shared by all its contexts."""
 
-    def __init__(self, trt: Any, cuda_engine: Any, path: Path) -> None:
+    def __init__(self, cuda_engine: Any, path: Path) -> None:
         self._path = path
         runtime_config = cuda_engine.create_runtime_config()
         self.cache = runtime_config.create_runtime_cache()

@@ -172,9 +172,10 @@ class TensorRtRunner:
     def _lane(self) -> "_Lane":
         lane = getattr(self._local, "lane", None)
         if lane is None:
-            lane = self._local.lane = _Lane(
-                self._trt, self._engine, self._native[1], self._device, self._configure, self.capture
-            )
+            with torch.cuda.device(self._device):
+                lane = self._local.lane = _Lane(
+                    self._trt, self._engine, self._native[1], self._device, self._configure, self.capture
+                )
             with self._lock:
                 self._lanes.append(lane)
         return lane
@@ -193,6 +194,7 @@ class _Plan:
         self.host_output = torch.empty(output, dtype=dtypes[1], pin_memory=True)
         self.copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.loaded: torch.cuda.Event | None = None
+        self.fetched: torch.cuda.Event | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.runs = 0
 
@@ -210,10 +212,9 @@ class _Plan:
         self.copies.wait_stream(stream)
         with torch.cuda.stream(self.copies):
             self.host_output.copy_(self.output, non_blocking=True)
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            done.record(self.copies)
-        stream.wait_event(done)  # the next computation must not write over an output that still travels
-        return done
+            self.fetched = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.fetched.record(self.copies)
+        return self.fetched
 
 
 class _Lane:
@@ -247,7 +248,8 @@ class _Lane:
             while len(self.plans) >= MAX_PLANS:
                 self.stream.synchronize()
                 self.plans.popitem(last=False)
-            found = self.plans[key] = self._new_plan(shape)
+            with torch.cuda.device(self._device):
+                found = self.plans[key] = self._new_plan(shape)
         self.plans.move_to_end(key)
         return found
 
@@ -258,9 +260,16 @@ class _Lane:
             plan: of the input's shape.
             image: the input on the GPU; None reads the plan's own input buffer.
         """
+        with torch.cuda.device(self._device):
+            self._execute(plan, image)
+
+    def _execute(self, plan: _Plan, image: torch.Tensor | None) -> None:
         if plan.loaded is not None:
             self.stream.wait_event(plan.loaded)
             plan.loaded = None
+        if plan.fetched is not None:  # this computation must not write over an output that still travels
+            self.stream.wait_event(plan.fetched)
+            plan.fetched = None
         if plan.graph is not None:
             with torch.cuda.stream(self.stream):
                 if image is not None:
@@ -303,7 +312,10 @@ class _Lane:
             self._profile = index
         if not self.context.set_input_shape(name, shape):
             raise UsageError(f"{self._engine.path} refuses input shape {format_shape(shape)}")
-        missing = self.context.infer_shapes()
+        try:
+            missing = self.context.infer_shapes()
+        except RuntimeError as error:
+            raise UsageError(f"{self._engine.path} cannot take input shape {format_shape(shape)}: {error}") from error
         if missing:
             raise UsageError(f"{self._engine.path} cannot infer its shapes", expected=f"inputs {list(missing)}")
 

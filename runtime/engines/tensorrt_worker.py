@@ -132,6 +132,9 @@ def engine_name(graph: Graph) -> str:
 
 def _set_common(trt: Any, config: Any, options: BuildOptions) -> None:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    # Without it an execution context takes the memory of the largest shape, whatever shape it runs. Off by default in
+    # full TensorRT.
+    config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
     if options.tf32:  # on by default in every release: said either way
         config.set_flag(trt.BuilderFlag.TF32)
     else:

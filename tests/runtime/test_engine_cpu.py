@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -277,14 +278,19 @@ class TestBuiltEngineFiles:
         with pytest.raises(InputError, match="belongs to another engine"):
             open_engine(built)
 
-    def test_another_version_or_processor(self, built: Path) -> None:
+    @pytest.mark.parametrize(("part", "message"), [("versions", "here is"), ("target", "lacks")])
+    def test_another_version_or_processor(self, built: Path, part: str, message: str) -> None:
         manifest = read_manifest(built)
-        details = {**manifest.details, "target": {"cpu_flags": ["avx1024"], "capabilities": ["FP4096"]}}
-        text = type(manifest)(**{**vars(manifest), "details": details}).to_json()
-        manifest_path(built).write_text(text)
+        if part == "target":
+            target = {"cpu_flags": ["avx1024"], "capabilities": ["FP4096"]}
+            other = replace(manifest, details={**manifest.details, "target": target})
+        else:
+            other = replace(manifest, versions={"onnxruntime": "9.9.9", "openvino": "2099.1"})
+        manifest_path(built).write_text(other.to_json())
 
-        with pytest.raises(CapabilityError, match="build it again here"):
+        with pytest.raises(CapabilityError, match=f"{message}.*build it again here") as caught:
             open_engine(built)
+        assert caught.value.exit_code == 8
 
     def test_asked_for_as_another_family(self, built: Path, engine: str) -> None:
         with pytest.raises(UsageError, match=f"is an engine of {engine}"):

@@ -143,6 +143,16 @@ def test_files_that_are_no_graph(content: bytes | None, message: str, tmp_path: 
         read_graph(path)
 
 
+def test_an_unknown_input_name_is_refused(small_onnx: GraphFactory) -> None:
+    path = small_onnx()
+    model = onnx.load(path)
+    model.graph.input[0].name = model.graph.node[0].input[0] = "image"
+    onnx.save(model, path)
+
+    with pytest.raises(InputError, match=r"has inputs \['image'\].*expected \['input'\]"):
+        read_graph(path)
+
+
 def test_truncated_graph(small_onnx: GraphFactory) -> None:
     path = small_onnx()
     path.write_bytes(path.read_bytes()[:-300])
