@@ -1,12 +1,11 @@
 """srdeploy's command line: which verb lives where, and the one place where errors become lines and exit codes."""
 
-import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
 
 import click
 
+from srdeploy.cli import interrupts
 from srdeploy.cli.console import error_line
 from srdeploy.cli.lazy import LazyGroup
 from srdeploy.core.errors import SrdeployError
@@ -45,9 +44,10 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the documented code (see `srdeploy.core.errors`)."""
-    # Like Ctrl-C, a polite kill unwinds the stack, so that temporary files are removed on the way out.
-    signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(run(arguments))
+    interrupts.install()
+    code = run(arguments)
+    interrupts.ignore()
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -68,10 +68,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
         error_line(error.format_message())
         return 2
     return result if isinstance(result, int) else 0
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
 
 
 def _interrupted() -> int:
