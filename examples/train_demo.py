@@ -107,7 +107,8 @@ def train(recipe: Recipe, output: Path, *, steps: int, minutes: float, save_ever
     """Train one network and write its weights, every `save_every` seconds and at the end."""
     torch.manual_seed(recipe.seed)
     torch.set_num_threads(1)  # so that the order of additions, and the result, does not depend on the machine
-    network = recipe.network().to(memory_format=torch.channels_last).train()
+    network = recipe.network().train()
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch declares no such overload
     optimiser = torch.optim.Adam(network.parameters(), lr=recipe.learning_rate)
     batches = training_batches(recipe)
     started = saved = time.monotonic()
@@ -119,7 +120,7 @@ def train(recipe: Recipe, output: Path, *, steps: int, minutes: float, save_ever
         low, high = next(batches)
         loss = nn.functional.l1_loss(network(low), high)
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # of torch
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimiser.step()
         step += 1
@@ -152,7 +153,8 @@ def training_batches(recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tenso
     pairs = [pair for cut in TRAINING for pair in training_pairs(cut, recipe)]
     areas = np.array([low.shape[0] * low.shape[1] for low, _ in pairs], dtype=np.float64)
     while True:
-        lows, highs = [], []
+        lows: list[NDArray[np.float32]] = []
+        highs: list[NDArray[np.float32]] = []
         for _ in range(recipe.batch):
             low_image, high_image = pairs[random.choice(len(pairs), p=areas / areas.sum())]
             candidates = [patch_pair(low_image, high_image, recipe, random) for _ in range(3)]

@@ -115,7 +115,7 @@ def randomised(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
-@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
+@pytest.fixture(params=list(VARIANTS.values()), ids=list(VARIANTS))
 def config(request: pytest.FixtureRequest) -> NetworkConfig:
     """Every variant in turn."""
     variant: NetworkConfig = request.param

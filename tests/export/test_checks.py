@@ -212,5 +212,5 @@ def test_channel_reordering_moves_into_the_weights() -> None:
     evaluator = onnx.reference.ReferenceEvaluator(onnx_ir.to_proto(model))
     with torch.inference_mode():
         expected = convolution(nn.functional.pixel_unshuffle(torch.from_numpy(image), 2)).numpy()
-    (output,) = evaluator.run(None, {"input": image})
-    np.testing.assert_allclose(output, expected, atol=1e-6)
+    outputs = list(evaluator.run(None, {"input": image}))
+    np.testing.assert_allclose(np.asarray(outputs[0]), expected, atol=1e-6)
