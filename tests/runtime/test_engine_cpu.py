@@ -15,7 +15,7 @@ from srdeploy.core.manifest import manifest_path, read_manifest
 from srdeploy.core.runner import TimedRunner, run_image
 from srdeploy.core.shapes import ShapeProfile
 from srdeploy.runtime.engines.options import BuildOptions
-from srdeploy.runtime.engines.registry import build_engine, open_engine
+from srdeploy.runtime.engines.registry import availability, build_engine, open_engine
 
 CPU = ["onnxruntime", "openvino"]
 GraphFactory = Callable[..., Path]
@@ -321,6 +321,35 @@ def test_gpu_is_never_replaced_by_the_cpu(small_onnx: GraphFactory) -> None:
     for engine in CPU:
         with pytest.raises(UsageError, match="runs on the CPU here"):
             open_engine(small_onnx(), engine=engine, device="cuda")
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime-cuda", "onnxruntime-tensorrt"])
+def test_gpu_providers_are_refused_where_they_cannot_run(engine: str, small_onnx: GraphFactory) -> None:
+    if next(status for status in availability() if status.name == engine).why_not_run is None:
+        pytest.skip(f"{engine} runs here")
+
+    with pytest.raises(CapabilityError, match=f"{engine} cannot run here") as caught:
+        open_engine(small_onnx(), engine=engine)
+    assert caught.value.exit_code == 8
+    with pytest.raises(UsageError, match="runs on NVIDIA GPUs, and device 'cpu' was asked for"):
+        open_engine(small_onnx(), engine=engine, device="cpu")
+    with pytest.raises(UsageError, match="nothing to build"):
+        build_engine(small_onnx(), Path("never"), engine=engine)
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_a_gpu_session_does_not_fall_back_to_the_cpu(small_onnx: GraphFactory) -> None:
+    # ONNX Runtime by itself would answer with a warning and a CPU session.
+    import onnxruntime
+
+    from srdeploy.runtime.engines.graph import read_graph
+    from srdeploy.runtime.engines.onnxruntime_gpu import strict_session
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has the CUDA provider")
+
+    with pytest.raises(CapabilityError, match="CUDAExecutionProvider"):
+        strict_session(onnxruntime, read_graph(small_onnx()), "onnxruntime-cuda", 0, "cuda:0", None)
 
 
 def test_unknown_engine_lists_the_known_ones(small_onnx: GraphFactory) -> None:
