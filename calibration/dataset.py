@@ -165,7 +165,7 @@ def _refuse_bad(images: Path, bad: Sequence[tuple[str, str]], photos: Sequence[P
         raise InputError(
             f"{len(bad)} of {len(bad) + len(photos)} images cannot be used: {name} ({reason}){others}",
             expected="real images",
-            next_step="remove them, or pass --skip-bad to calibrate with the rest",
+            next_step="remove them, or let srdeploy quantize use the rest with --skip-bad",
         )
     if len(photos) < MIN_IMAGES:
         raise InputError(

@@ -4,6 +4,7 @@ import glob
 import hashlib
 import io
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,6 +19,8 @@ from srdeploy.core.extras import import_extra
 from srdeploy.core.images import EXTENSIONS, find_images, read_image, rgb8
 
 VIDEO_EXTENSIONS = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".y4m")
+LARGEST_ZIPPED_BYTES = 512 * 1024**2
+"""Of one image in a zip: beyond, it is no image but a bomb."""
 VIDEO_FRAMES = 64
 """Frames taken from a video, evenly over its length: neighbours tell nothing new."""
 
@@ -85,17 +88,22 @@ def _decoded(path: Path, name: str, bad: list[tuple[str, str]]) -> Photo | None:
 def _from_zip(source: Path, bad: list[tuple[str, str]]) -> Iterator[Photo]:
     try:
         with zipfile.ZipFile(source) as archive, TemporaryDirectory() as folder:
-            names = sorted(name for name in archive.namelist() if PurePosixPath(name).suffix.lower() in EXTENSIONS)
+            entries = {entry.filename: entry for entry in archive.infolist()}
+            names = sorted(name for name in entries if PurePosixPath(name).suffix.lower() in EXTENSIONS)
             if not names:
                 raise InputError(f"{source} contains no images", expected=f"files named {', '.join(EXTENSIONS)}")
             for name in names:
+                if entries[name].file_size > LARGEST_ZIPPED_BYTES:
+                    bad.append((name, f"it has {entries[name].file_size / 1e6:.0f} MB"))
+                    continue
                 # A name of our own: the archive's own paths are not trusted.
                 path = Path(folder) / f"image{PurePosixPath(name).suffix.lower()}"
                 path.write_bytes(archive.read(name))
                 photo = _decoded(path, name, bad)
                 if photo is not None:
                     yield photo
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        # damaged, truncated, packed in an unusual way, or encrypted: zipfile has an exception for each
         raise InputError(f"{source} is not a readable zip file ({error})") from error
 
 

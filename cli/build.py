@@ -8,6 +8,7 @@ import click
 
 from srdeploy.cli.console import RichProgress, emit_json, next_command, table, warning_line
 from srdeploy.cli.options import EXISTING, OUTPUT_PATH, SHAPE, example, force_option, json_option, output_option
+from srdeploy.core.artifact import refuse_input_as_output
 from srdeploy.core.errors import UsageError
 from srdeploy.core.shapes import Shape, ShapeProfile
 
@@ -58,6 +59,7 @@ def command(onnx: Path, engine: str, output: Path, force: bool, as_json: bool, *
     from srdeploy.runtime.engines.options import BuildOptions
     from srdeploy.runtime.engines.registry import build_engine
 
+    refuse_input_as_output(output, onnx)
     options = BuildOptions(
         profiles=_profiles(onnx, chosen),
         compute_capabilities=tuple(chosen["compute_capability"]),

@@ -7,6 +7,7 @@ import click
 from srdeploy.cli.checkpoint_options import CheckpointOptions, checkpoint_options, load_from_options
 from srdeploy.cli.console import RichProgress, console, emit_json, next_command, table
 from srdeploy.cli.options import EXISTING, example, force_option, json_option, output_option
+from srdeploy.core.artifact import refuse_input_as_output
 
 
 @click.command(
@@ -37,6 +38,7 @@ def command(checkpoint: Path, output: Path, opset: int, stated: CheckpointOption
     """
     from srdeploy.export.exporter import export_onnx
 
+    refuse_input_as_output(output, checkpoint)
     progress = RichProgress()
     loaded = load_from_options(checkpoint, stated, progress)
     result = export_onnx(loaded, output, opset=opset, force=force, progress=progress)

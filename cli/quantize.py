@@ -8,6 +8,7 @@ import click
 
 from srdeploy.cli.console import RichProgress, emit_json, next_command, table, warning_line
 from srdeploy.cli.options import EXISTING, example, force_option, json_option, output_option
+from srdeploy.core.artifact import refuse_input_as_output
 
 if TYPE_CHECKING:
     from srdeploy.calibration.quantize import QuantizeResult
@@ -68,6 +69,7 @@ def command(onnx: Path, precision: str, target: str, images: Path | None, output
     from srdeploy.calibration.quantize import quantize
     from srdeploy.core.precision import Precision, Target
 
+    refuse_input_as_output(output, onnx)
     progress = RichProgress()
     calibration = None
     if images is not None:

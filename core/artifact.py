@@ -121,6 +121,19 @@ def atomic_folder(path: Path, *, force: bool = False, known_by: str | None = Non
         _remove_empty(made)
 
 
+def refuse_input_as_output(output: Path, source: Path) -> None:
+    """Refuse to write over the file that is read, which even `force` does not mean.
+
+    Raises:
+        UsageError: both are the same file.
+    """
+    same = False
+    with contextlib.suppress(OSError):  # one of them does not exist
+        same = output.samefile(source)
+    if same:
+        raise UsageError(f"{output} is the input itself", next_step="choose another output name")
+
+
 def check_output_folder(path: Path, *, force: bool = False, known_by: str | None = None) -> None:
     """Find out before long work whether `atomic_folder` with the same arguments could begin.
 

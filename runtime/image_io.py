@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
-from srdeploy.core.errors import UsageError
+from srdeploy.core.errors import OutputError, UsageError
 from srdeploy.core.extras import import_extra
 from srdeploy.core.images import Picture
 from srdeploy.runtime.tiff_tags import add_exif
@@ -191,7 +191,15 @@ def _save_with_pillow(path: Path, pixels: NDArray[Any], name: str, like: Picture
     elif name == "TIFF":
         options |= {"compression": "tiff_adobe_deflate"}
         exif = options.pop("exif", None)
-    image.save(path, format=name, **options)
+    try:
+        image.save(path, format=name, **options)
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # libtiff gives its own numbers, and no reason, when it cannot write on
+        raise OutputError(
+            f"cannot write {path}: {error}", next_step="free some space, or choose another folder"
+        ) from error
     if name == "TIFF" and exif:
         add_exif(path, exif)
 
