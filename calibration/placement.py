@@ -31,7 +31,9 @@ class Recipe:
         first, last: whether the layers that read and write the image are quantized.
         min_channels: layers with fewer input or output channels stay float.
         chained: the engine computes a layer with integers only where its output is quantized as well, so outputs of
-            layers and of concatenations get pairs too.
+            layers get pairs too.
+        concat_pairs: a shared concatenation gets a pair of the same scale behind it as well, which changes no number:
+            the engine looks for the pair right in front of the convolution, and moves it up through the concatenation.
         splits: 8-bit multiply-adds are so much faster than float ones that two of them beat leaving a layer float.
         why: reasons, for people.
     """
@@ -43,6 +45,7 @@ class Recipe:
     last: bool
     min_channels: int
     chained: bool
+    concat_pairs: bool
     splits: bool
     why: Mapping[str, str]
 
@@ -55,6 +58,7 @@ _TENSORRT = Recipe(
     last=False,
     min_channels=16,
     chained=False,
+    concat_pairs=True,
     splits=False,  # INT8 is twice as fast as FP16: two passes would gain nothing
     why={
         "deconvolution": "TensorRT generations disagree about INT8 deconvolutions with scales per channel",
@@ -67,17 +71,29 @@ RECIPES: dict[Target, Recipe] = {
     Target.TENSORRT: _TENSORRT,
     Target.TENSORRT_RTX: _TENSORRT,
     # uint8, because signed int8 behind a concatenation is computed wrongly, in silence, by OpenVINO 2026.4 on the CPU.
-    Target.OPENVINO: Recipe("uint8", False, "int8", True, True, 1, False, True, {}),
+    Target.OPENVINO: Recipe(
+        kind="uint8",
+        half=False,
+        deconvolution="int8",
+        first=True,
+        last=True,
+        min_channels=1,
+        chained=False,
+        concat_pairs=False,
+        splits=True,
+        why={},
+    ),
     Target.ONNXRUNTIME: Recipe(
-        "uint8",
-        False,
-        "rewrite",
-        True,
-        False,
-        1,
-        True,
-        False,
-        {
+        kind="uint8",
+        half=False,
+        deconvolution="rewrite",
+        first=True,
+        last=False,
+        min_channels=1,
+        chained=True,
+        concat_pairs=True,
+        splits=False,  # the second half would have to be quantized at its output, which is what splitting avoids
+        why={
             "chained": "its output is read by the residual stream in full precision, and integer kernels round theirs",
             "last": "integer kernels need a quantized output, and that would be the image",
         },
@@ -132,11 +148,13 @@ def place(
         if not (share and _is_concat(graph, layer.input)):
             readers.setdefault(layer.input, []).append(layer.node)
     for leaf in groups:
-        readers[leaf] = [node.name for node in graph.consumers[leaf]]
+        nodes = {layer.node for layer in chosen}
+        readers[leaf] = [n.name for n in graph.consumers[leaf] if n.op_type == "Concat" or n.name in nodes]
     if recipe.chained:
         for layer in chosen:
             for tensor in _outputs(graph, layer):
                 readers.setdefault(tensor, [node.name for node in graph.consumers[tensor]])
+    if recipe.concat_pairs:
         for tensor in [name for name in graph.producer if _is_concat(graph, name)]:
             leaves = _leaves(graph, tensor)
             if share and leaves[0] in groups:

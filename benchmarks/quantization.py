@@ -1,0 +1,275 @@
+"""INT8 on OpenVINO: ours beside the defaults of NNCF and of ONNX Runtime's `quantize_static`.
+
+    python benchmarks/quantization.py --checkpoint srdensenet_x4.pth --checkpoint rcan_x2.pt \
+        --photos PHOTOS --hr SET5/HR [--latency-only rcan_x4] [--json results.json]
+
+What is measured, for each checkpoint and each INT8 graph, all running in OpenVINO with FP32 hint (no BF16):
+
+- drop: loss of Y PSNR against HR images, on --hr (shrunk by MATLAB's bicubic) and on the photographs that no method
+  was calibrated with (every fourth of --photos);
+- fidelity: PSNR against the FP32 output, mean over the --hr images;
+- share of the multiply-adds that OpenVINO's runtime model says it computes in 8 bits;
+- latency at --shape, all graphs and FP32 taking turns, medians, as a ratio to FP32.
+
+What limits it: all graphs share one machine; only ratios of one run are comparable, and only when nothing
+else runs. All methods see the same calibration crops. `--latency-only` names presets whose random weights make timings
+honest and decibels meaningless. Needs the `bench` extra.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from srdeploy.calibration.dataset import CalibrationSet, make_calibration_set
+from srdeploy.calibration.graph import read_model
+from srdeploy.calibration.judge import Judge
+from srdeploy.calibration.options import QuantizeOptions
+from srdeploy.calibration.quantize import quantize
+from srdeploy.cli.console import RichProgress, markdown_table
+from srdeploy.core.bicubic import imresize
+from srdeploy.core.contract import ModelContract
+from srdeploy.core.environment import machine, package_versions
+from srdeploy.core.images import find_images, network_input, rgb8
+from srdeploy.core.precision import Precision, Target
+from srdeploy.core.runner import Runner, run_image
+from srdeploy.runtime.engines.registry import open_engine
+
+
+@dataclass
+class Entry:
+    """One graph of the comparison and what was measured of it."""
+
+    method: str
+    path: Path
+    seconds: float = 0.0
+    drop_hr: float = float("nan")
+    drop_photos: float = float("nan")
+    fidelity: float = float("nan")
+    int8_macs: float = float("nan")
+    ms: float = float("nan")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, action="append", default=[])
+    parser.add_argument("--latency-only", choices=["rcan_x4"], action="append", default=[])
+    parser.add_argument("--photos", type=Path, required=True)
+    parser.add_argument("--hr", type=Path, required=True)
+    parser.add_argument("--min-fidelity", type=float, default=57.0)
+    parser.add_argument("--crops", type=int, default=48)
+    parser.add_argument("--size", type=int, default=64, help="height and width of the latency input")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--peers", nargs="*", default=["nncf", "onnxruntime"])
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    document: dict[str, Any] = {
+        "machine": machine(),
+        "versions": package_versions(["openvino", "onnxruntime", "nncf", "onnx", "torch"]),
+        "networks": {},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for checkpoint in arguments.checkpoint:
+            source = exported(checkpoint, Path(folder) / f"{checkpoint.stem}.onnx")
+            document["networks"][checkpoint.stem] = compare(source, arguments, quality=True)
+        for preset in arguments.latency_only:
+            source = exported(random_checkpoint(preset, Path(folder)), Path(folder) / f"{preset}.onnx")
+            document["networks"][preset] = compare(source, arguments, quality=False)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def compare(source: Path, arguments: argparse.Namespace, *, quality: bool) -> list[dict[str, Any]]:
+    model, contract, _ = read_model(source)
+    progress = RichProgress()
+    crops = arguments.crops if quality else 4
+    calibration = make_calibration_set(
+        arguments.photos, contract=contract, hr=True, count=crops, crop=48, whole=2 if quality else 0
+    )
+    opener = opener_for(arguments.threads)
+    entries = [Entry("FP32", source)]
+    methods: dict[str, Callable[[Path], None]] = {
+        "ours": lambda path: ours(source, path, calibration, arguments.min_fidelity if quality else None, opener),
+        "nncf": lambda path: by_nncf(source, path, calibration),
+        "onnxruntime": lambda path: by_onnxruntime(source, path, calibration),
+    }
+    for name in ("ours", *arguments.peers):
+        path = source.with_name(f"{source.stem}.{name}.onnx" if name != "nncf" else f"{source.stem}.nncf.xml")
+        start = time.perf_counter()
+        methods[name](path)
+        entries.append(Entry({"nncf": "NNCF default PTQ", "onnxruntime": "ORT quantize_static"}.get(name, name), path))
+        entries[-1].seconds = time.perf_counter() - start
+        progress.note(f"{source.stem}: {name} took {entries[-1].seconds:.0f} s")
+    runners = [opened(entry.path, contract, arguments.threads) for entry in entries]
+    if quality:
+        hr = hr_samples(arguments.hr, contract)
+        for judge, field in (
+            (Judge(model, calibration.judges, contract), "drop_photos"),
+            (Judge(model, hr, contract), ""),
+        ):
+            for entry, runner in zip(entries, runners, strict=True):
+                verdict = judge.runner(runner)
+                setattr(entry, field or "drop_hr", verdict.drop_db)
+                entry.fidelity = verdict.fidelity_db
+    shape = (1, contract.channels, arguments.size, arguments.size)
+    for entry, runner, ms in zip(entries, runners, latencies(runners, shape, arguments.repeats), strict=True):
+        entry.ms = ms
+        entry.int8_macs = runner.info.built["macs_share"].get("int8", 0.0)
+    show(source.stem, entries)
+    return [{**vars(entry), "path": entry.path.name} for entry in entries]
+
+
+def ours(
+    source: Path, output: Path, calibration: CalibrationSet, fidelity: float | None, opener: Callable[[Path], Runner]
+) -> None:
+    # Without a quality to search for (random weights) the plain decisions that trained networks lead to are taken.
+    options = QuantizeOptions(min_fidelity=fidelity) if fidelity else QuantizeOptions(strength=0.5, method="minmax")
+    quantize(
+        source,
+        output,
+        precision=Precision.INT8,
+        target=Target.OPENVINO,
+        calibration=calibration,
+        options=options,
+        open_engine=opener,
+        progress=RichProgress(),
+    )
+
+
+def by_nncf(source: Path, output: Path, calibration: CalibrationSet) -> None:
+    import nncf
+    import openvino
+
+    network = openvino.Core().read_model(source)
+    quantized = nncf.quantize(network, nncf.Dataset(list(calibration)))
+    openvino.save_model(quantized, output, compress_to_fp16=False)
+
+
+def by_onnxruntime(source: Path, output: Path, calibration: CalibrationSet) -> None:
+    from onnxruntime.quantization import CalibrationDataReader, quantize_static
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]  # the package has no types
+        def __init__(self) -> None:
+            self._batches = iter(calibration)
+
+        def get_next(self) -> dict[str, Any] | None:
+            batch = next(self._batches, None)
+            return None if batch is None else {"input": batch}
+
+    quantize_static(source, output, Reader())
+    model = onnx.load(output)  # it drops the metadata that tells what the graph is
+    if not any(entry.key.startswith("srdeploy.") for entry in model.metadata_props):
+        model.metadata_props.extend(onnx.load(source).metadata_props)
+        onnx.save(model, output)
+
+
+def opener_for(threads: int | None) -> Callable[[Path], Runner]:
+    return lambda path: open_engine(path, engine="openvino", threads=threads, parity=True)
+
+
+def opened(path: Path, contract: ModelContract, threads: int | None) -> Runner:
+    if path.suffix != ".xml":
+        return opener_for(threads)(path)
+    import openvino
+
+    from srdeploy.runtime.engines import openvino_engine
+
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(path), "CPU", openvino_engine._configuration(threads, parity=True))
+    from srdeploy.runtime.engines.graph import read_graph
+
+    reference = read_graph(path.with_name(path.name.removesuffix(".nncf.xml") + ".onnx"))
+    built = openvino_engine._built(compiled, reference.heavy_layers)
+    return openvino_engine.OpenVinoRunner(compiled, contract, reference.inputs, built, threads, None, True)
+
+
+def hr_samples(folder: Path, contract: ModelContract) -> list[Any]:
+    from srdeploy.calibration.dataset import Sample
+
+    samples = []
+    for path in find_images(folder):
+        high = rgb8(path)
+        height, width = (size - size % contract.scale for size in high.shape[:2])
+        high = high[:height, :width]
+        low = imresize(high, scale=1 / contract.scale)
+        samples.append(Sample(path.name, network_input(low, contract.colours), high))
+    return samples
+
+
+def latencies(runners: Sequence[Runner], shape: tuple[int, ...], repeats: int) -> list[float]:
+    image = np.random.default_rng(0).random(shape, dtype=np.float32)
+    times: list[list[float]] = [[] for _ in runners]
+    for turn in range(repeats + 2):
+        for own, runner in zip(times, runners, strict=True):
+            start = time.perf_counter()
+            run_image(runner, image)
+            if turn >= 2:  # the first turns warm up
+                own.append(1e3 * (time.perf_counter() - start))
+    return [statistics.median(own) for own in times]
+
+
+def exported(checkpoint: Path, output: Path) -> Path:
+    from srdeploy.export.exporter import export_onnx
+    from srdeploy.models.load import load_checkpoint
+
+    export_onnx(load_checkpoint(checkpoint), output)
+    return output
+
+
+def random_checkpoint(preset: str, folder: Path) -> Path:
+    """Write the full-size network with random weights in the official layout."""
+    import torch
+
+    torch.manual_seed(0)
+    features, state = 64, dict[str, torch.Tensor]()
+
+    def conv(name: str, inputs: int, outputs: int, kernel: int = 3) -> None:
+        layer = torch.nn.Conv2d(inputs, outputs, kernel)
+        state[f"{name}.weight"], state[f"{name}.bias"] = layer.weight.detach(), layer.bias.detach()  # type: ignore[union-attr]
+
+    conv("head.0", 3, features)
+    for group in range(10):
+        for block in range(20):
+            name = f"body.{group}.body.{block}.body"
+            conv(f"{name}.0", features, features)
+            conv(f"{name}.2", features, features)
+            conv(f"{name}.3.conv_du.0", features, 4, 1)
+            conv(f"{name}.3.conv_du.2", 4, features, 1)
+        conv(f"body.{group}.body.20", features, features)
+    conv("body.10", features, features)
+    conv("tail.0.0", features, 4 * features)
+    conv("tail.0.2", features, 4 * features)
+    conv("tail.1", features, 3)
+    torch.save(state, folder / f"{preset}.pt")
+    return folder / f"{preset}.pt"
+
+
+def show(name: str, entries: Sequence[Entry]) -> None:
+    headers = ("graph", "drop HR dB", "drop photos dB", "fidelity dB", "MACs in INT8", "ms", "over FP32", "made in s")
+    rows = [
+        (
+            entry.method,
+            f"{entry.drop_hr:.4f}",
+            f"{entry.drop_photos:.4f}",
+            f"{entry.fidelity:.2f}",
+            f"{100 * entry.int8_macs:.1f} %",
+            f"{entry.ms:.1f}",
+            f"{entries[0].ms / entry.ms:.2f}x",
+            f"{entry.seconds:.0f}",
+        )
+        for entry in entries
+    ]
+    print(f"\n### {name}\n\n{markdown_table(headers, rows)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
