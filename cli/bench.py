@@ -102,6 +102,7 @@ def command(
     with ExitStack() as stack:
         runners = _runners(candidates, loaded, stack, options, progress)
         result = bench(runners, shape=shape, effort=effort, environment=conditions(), progress=progress)
+        result = _with_process_memory(result, candidates, runners, shape, options)
         studies = _studies(candidates, runners, loaded, shape, effort, options, progress)
     _show(result, studies, options)
     if options["report_folder"] is not None:
@@ -114,6 +115,21 @@ def command(
     else:
         result.require_stable()
     next_command("srdeploy", "verify", *map(str, candidates), "--against", str(checkpoint), "--images", "IMAGES")
+
+
+def _with_process_memory(
+    result: "BenchResult", candidates: Sequence[Path], runners: Sequence[Runner], shape: Shape, options: dict[str, Any]
+) -> "BenchResult":
+    """Put the memory of a process of its own in the place of what showed in this one, for the candidates."""
+    from dataclasses import replace
+
+    from srdeploy.runtime.memory import process_memory
+
+    memory = dict(result.memory_bytes)
+    for path, runner in zip(candidates, runners[-len(candidates) :], strict=True):
+        if runner.info.device == "cpu":
+            memory[runner.info.name] = process_memory(path, shape, engine=options["engine"], threads=options["threads"])
+    return replace(result, memory_bytes=memory)
 
 
 def _runners(

@@ -23,6 +23,7 @@ from srdeploy.core.precision import Precision
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.runner import RunnerInfo
 from srdeploy.models.load import LoadedCheckpoint
+from srdeploy.runtime.engines.eager import _ieee_fp32
 from srdeploy.runtime.latency import timed
 
 
@@ -138,6 +139,8 @@ class BaselineRunner:
     @contextlib.contextmanager
     def _arithmetic(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
+            if self._device.type == "cuda" and not self._form.half:
+                stack.enter_context(_ieee_fp32())  # cuDNN's convolutions would take TF32 by themselves
             if self._form.half:
                 stack.enter_context(torch.autocast(self._device.type, dtype=self._half))
             if self._form.compiled:

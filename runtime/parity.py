@@ -172,7 +172,7 @@ class VerifyResult:
         reasons += [_reason(case, "shape") for case in sorted(self.grid, key=_badness) if not case.passed]
         drop, allowed = self.psnr_drop_db, self.gates.max_psnr_drop_db
         if allowed is not None and drop is not None and not drop <= allowed:
-            reasons.append(f"mean Y PSNR falls by {drop:.3f} dB; allowed are {allowed:g} dB")
+            reasons.append(f"mean Y PSNR falls by {drop:.3f} dB; {allowed:g} dB is allowed")
         return tuple(reasons)
 
     @property

@@ -1,4 +1,4 @@
-"""Pictures of a report: lossless, small enough to travel inside one HTML file, and always with a stated scale."""
+"""Pictures of a report: without loss (colour maps excepted), small enough to travel inside one page, with a scale."""
 
 import base64
 import io
@@ -30,14 +30,14 @@ class Pictures:
     def __init__(self) -> None:
         self._entries: dict[str, dict[str, Any]] = {}
 
-    def add(self, name: str, pixels: NDArray[np.uint8]) -> str:
-        """Store (H, W, 3) uint8 losslessly and return its key."""
+    def add(self, name: str, pixels: NDArray[np.uint8], *, lossless: bool = True) -> str:
+        """Store (H, W, 3) uint8 and return its key; only colour maps, which are noise, may be stored with loss."""
         safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "picture"
         key, number = safe, 2
         while key in self._entries:
             key, number = f"{safe}-{number}", number + 1
         stream = io.BytesIO()
-        Image.fromarray(pixels).save(stream, "WEBP", lossless=True, quality=70, method=4)
+        Image.fromarray(pixels).save(stream, "WEBP", lossless=lossless, quality=70 if lossless else 90, method=4)
         self._entries[key] = {
             "file": f"crops/{key}.webp",
             "width": pixels.shape[1],
@@ -111,7 +111,7 @@ def _engine(name: str, view: View, pictures: Pictures, *, prefix: str) -> dict[s
     return {
         "name": name,
         "output": pictures.add(f"{prefix}-{name}", view.candidate),
-        "heat": pictures.add(f"{prefix}-{name}-heat", heat_map(view.error, peak)),
+        "heat": pictures.add(f"{prefix}-{name}-heat", heat_map(view.error, peak), lossless=False),
         "heat_peak": peak,
         "max_abs": float(finite.max()) if finite.size else float("nan"),
         "mean_abs": float(finite.mean()) if finite.size else float("nan"),
