@@ -249,6 +249,14 @@ class TestOpeningWithoutGpu:
         assert caught.value.exit_code == 8
         assert "\n" not in str(caught.value)
 
+    def test_a_refused_deserialization_is_an_error_and_not_a_none(self, built: Path) -> None:
+        from srdeploy.runtime.engines.sidecar import read_engine
+        from srdeploy.runtime.engines.tensorrt_open import deserialized
+        from srdeploy.runtime.engines.tensorrt_rtx_engine import FLAVOUR
+
+        with pytest.raises(InputError, match=r"TensorRT-RTX cannot open .*e\.rtx: there is no NVIDIA driver"):
+            deserialized(FLAVOUR, FLAVOUR.load(), read_engine(built))
+
     def test_another_release(self, built: Path) -> None:
         data = bytearray(built.read_bytes())
         data[24:28] = bytes([1, 8, 0, 5])
