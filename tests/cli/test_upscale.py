@@ -1,0 +1,194 @@
+"""srdeploy upscale: images, folders and videos from the command line."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from srdeploy.cli.main import run
+from srdeploy.core.contract import ModelContract
+from srdeploy.core.images import read_image
+from srdeploy.core.precision import Precision
+from srdeploy.runtime.image_io import write_image
+
+RANDOM = np.random.default_rng(0)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A network that repeats pixels."""
+    return _nearest(tmp_path / "model.onnx")
+
+
+def _nearest(path: Path, *, broken: bool = False) -> Path:
+    weights = np.zeros((12, 3, 1, 1), np.float32)
+    for channel in range(3):
+        weights[4 * channel : 4 * channel + 4, channel] = np.nan if broken else 1
+    graph = helper.make_graph(
+        [
+            helper.make_node("Conv", ["input", "weights"], ["repeated"]),
+            helper.make_node("DepthToSpace", ["repeated"], ["output"], blocksize=2, mode="CRD"),
+        ],
+        "nearest",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["n", 3, "h", "w"])],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, ["n", 3, "h2", "w2"])],
+        [numpy_helper.from_array(weights, "weights")],
+    )
+    contract = ModelContract("srdensenet", {}, 2, "rgb", Precision.FP32, 0, 1.0, 12, "0" * 64)
+    network = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    helper.set_model_props(network, contract.to_metadata())
+    onnx.save(network, path)
+    return path
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    path = tmp_path / "photo.png"
+    write_image(path, RANDOM.integers(0, 256, (40, 30, 3), dtype=np.uint8))
+    return path
+
+
+def upscale(*words: object) -> int:
+    return run(["upscale", *(str(word) for word in words), "--threads", "1"])
+
+
+def test_image_with_json(model: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = upscale(model, photo, "-o", tmp_path / "out.png", "--tile", 16, "--overlap", 0, "--json")
+
+    shown = capsys.readouterr()
+    document = json.loads(shown.out)
+    assert code == 0
+    assert (document["output_size"], document["tiles"], document["equals_whole_image"]) == ([80, 60], 6, True)
+    assert "exact tiles" in shown.err
+    assert "next:" in shown.err
+    pixels = read_image(photo).pixels.repeat(2, axis=0).repeat(2, axis=1)
+    np.testing.assert_array_equal(read_image(tmp_path / "out.png").pixels, pixels)
+
+
+def test_folder_with_one_bad_picture_does_the_rest_and_ends_with_its_code(
+    model: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    photo.rename(folder / "good.png")
+    (folder / "bad.png").write_text("no picture")
+
+    code = upscale(model, folder, "-o", tmp_path / "out", "--format", "webp", "--json")
+
+    shown = capsys.readouterr()
+    document = json.loads(shown.out)
+    assert code == 3
+    assert list(document["made"]) == ["good.png"]
+    assert list(document["failed"]) == ["bad.png"]
+    assert "1 of 2 images failed, the first of them bad.png" in shown.err
+    assert (tmp_path / "out" / "good.webp").exists()
+
+
+def test_float_folder_becomes_tiff(model: Path, photo: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pyvips")
+    folder = tmp_path / "in"
+    folder.mkdir()
+    photo.rename(folder / "good.png")
+
+    assert upscale(model, folder, "-o", tmp_path / "out", "--float") == 0
+    assert (tmp_path / "out" / "good.tif").exists()
+
+
+def test_broken_engine_is_exit_6_without_output_and_repaired_by_a_fallback(
+    model: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = _nearest(tmp_path / "broken.onnx", broken=True)
+
+    failed = upscale(broken, photo, "-o", tmp_path / "out.png")
+    exists = (tmp_path / "out.png").exists()
+    repaired = upscale(broken, photo, "-o", tmp_path / "out.png", "--fallback", model)
+
+    assert (failed, exists, repaired) == (6, False, 0)
+    assert "1 tiles came out as NaN and were run again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["missing.onnx", "photo.png", "-o", "out.png"], 3, "missing.onnx does not exist"),
+        (["model.onnx", "missing.png", "-o", "out.png"], 3, "missing.png does not exist"),
+        (["model.onnx", "photo.png", "-o", "photo.png"], 2, "is the input itself"),
+        (["model.onnx", "photo.png", "-o", "out.xyz"], 2, "a name ending in"),
+        (["model.onnx", "photo.png", "-o", "out.png", "--memory", "lots"], 2, "memory 'lots'"),
+        (["model.onnx", "photo.png", "-o", "out.png", "--precision", "int3"], 2, "precision 'int3'"),
+        (["model.onnx", "photo.png", "-o", "out.png", "--engine", "nothing"], 2, "engine 'nothing'"),
+        (["model.onnx", "photo.png", "-o", "out.png", "--device", "cuda"], 2, "cuda"),
+        (["model.onnx", "photo.png", "-o", "out.png", "--tiles", "some"], 2, "some"),
+        (["model.onnx", "empty", "-o", "out"], 3, "holds no image"),
+        (["model.onnx", "empty", "-o", "out", "--format", "xyz"], 2, "--format xyz"),
+        (["photo.png", "photo.png", "-o", "out.png"], 3, "photo.png"),
+    ],
+    ids=[
+        "no model", "no source", "same path", "format", "memory", "precision", "engine", "device", "tiles", "empty",
+        "folder format", "model is a picture",
+    ],
+)  # fmt: skip
+def test_refusals_have_their_code_and_one_line(
+    words: list[str],
+    code: int,
+    message: str,
+    model: Path,
+    photo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    result = run(["upscale", *words])
+
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert result == code
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_help_ends_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["upscale", "--help"]) == 0
+
+    assert capsys.readouterr().out.rstrip().endswith("--quality 16")
+
+
+def test_ctrl_c_in_a_video_keeps_finished_segments_and_the_next_run_goes_on(model: Path, tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    source = tmp_path / "clip.mp4"
+    with av.open(str(source), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for number in range(1500):
+            pixels = np.full((64, 64, 3), number % 256, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p")))
+        container.mux(stream.encode(None))
+    command = [sys.executable, "-m", "srdeploy.cli.main", "upscale", model, source, "-o", tmp_path / "out.mp4"]
+    child = subprocess.Popen([*command, "--threads", "1"], stderr=subprocess.PIPE, text=True)
+    parts = tmp_path / "out.mp4.parts"
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and not list(parts.glob("0*.mkv")):
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    errors = child.communicate(timeout=60)[1]
+
+    assert child.returncode == 130
+    assert "the same command goes on" in errors
+    assert not (tmp_path / "out.mp4").exists()
+    assert sorted(path.suffix for path in parts.iterdir())[0] == ".jsonl"
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    again = subprocess.run([*command, "--threads", "1", "--json"], capture_output=True, text=True, check=True)
+    document = json.loads(again.stdout)
+    assert document["frames"] == 1500
+    assert document["frames_resumed"] >= 120
+    assert not parts.exists()
