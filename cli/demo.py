@@ -108,7 +108,7 @@ def _deploy(examples: Path, bundle: Path, checkpoint: str, progress: Progress) -
         output=bundle,
         size=BENCH_SIZE,
         force=True,
-        effort=Effort(seconds=BENCH_SECONDS),
+        effort=Effort(warmup_runs=2, warmup_seconds=0.2, min_runs=7, seconds=BENCH_SECONDS),
     )
     return deploy(request, progress)
 
