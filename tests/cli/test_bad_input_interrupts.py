@@ -1,0 +1,178 @@
+"""Ctrl-C at every stage: exit code 130, one line, the previous artifact intact and nothing half-written beside it."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from srdeploy.cli.console import RichProgress
+from srdeploy.core.progress import Advance
+
+VERBS = {
+    "export": ("export", "good.pt", "-o", "OUT/model.onnx"),
+    "quantize fp16": ("quantize", "good.onnx", "--precision", "fp16", "--images", "photos", "-o", "OUT/model.onnx"),
+    "quantize int8": (
+        "quantize", "good.onnx", "--precision", "int8", "--images", "photos", "--crops", "4", "--crop-size", "16",
+        "-o", "OUT/model.onnx",
+    ),
+    "build openvino": ("build", "good.onnx", "--engine", "openvino", "--no-cache", "-o", "OUT/model.engine"),
+    "build onnxruntime": ("build", "good.onnx", "--engine", "onnxruntime", "--no-cache", "-o", "OUT/model.engine"),
+    "verify": ("verify", "good.engine", "--against", "good.pt", "--images", "photo.png", "--report", "OUT/report"),
+    "upscale": ("upscale", "good.engine", "photo.png", "-o", "OUT/large.png"),
+    "upscale folder": ("upscale", "good.engine", "photos", "-o", "OUT/large"),
+    "deploy": ("deploy", "good.pt", "--images", "photos", "--engine", "onnxruntime", "-o", "OUT/model.srd"),
+}  # fmt: skip
+STAGES = 5
+"""Moments tried per verb: each is the begin of a task that reports progress. `deploy` has more, which cost minutes."""
+
+
+def filled(verb: str, workshop: Path, out: Path) -> list[str]:
+    made = []
+    for word in VERBS[verb]:
+        if word.startswith("OUT/"):
+            made.append(str(out / word.removeprefix("OUT/")))
+        else:
+            made.append(str(workshop / word) if (workshop / word).exists() else word)
+    return made
+
+
+def interrupting(monkeypatch: pytest.MonkeyPatch, stage: int) -> None:
+    """Send SIGINT to ourselves when task number `stage` begins."""
+    begun = 0
+    task = RichProgress.task
+
+    @contextmanager
+    def counted(self: RichProgress, description: str, total: float | None = None) -> Iterator[Advance]:
+        nonlocal begun
+        with task(self, description, total) as advance:
+            begun += 1
+            if begun == stage:
+                signal.raise_signal(signal.SIGINT)
+            yield advance
+
+    monkeypatch.setattr(RichProgress, "task", counted)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_ctrl_c_at_each_stage_leaves_what_was_there(
+    srdeploy, workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    codes = []
+    for stage in range(1, STAGES + 1):
+        out = tmp_path / str(stage)
+        before = previous(verb, workshop, out)
+        with monkeypatch.context() as patched:
+            interrupting(patched, stage)
+            outcome = srdeploy(*filled(verb, workshop, out), "--force")
+        codes.append(outcome.code)
+        if outcome.code == 0:
+            break
+        assert outcome.code == 130, outcome.stderr
+        assert outcome.errors == ["error: interrupted; nothing was left half-written"]
+        assert content(out) == before
+
+    assert codes[0] == 130  # at least one stage was interrupted
+
+
+def previous(verb: str, workshop: Path, out: Path) -> dict[str, bytes]:
+    """Make an earlier output of the same name."""
+    out.mkdir()
+    target = Path(filled(verb, workshop, out)[-1])
+    if verb in ("deploy", "verify"):
+        target.mkdir()
+        (target / ("manifest.json" if verb == "deploy" else "report.json")).write_text("precious")
+    elif verb != "upscale folder":
+        target.write_text("precious")
+    return content(out)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("verb", "line"),
+    [
+        ("export", "exporting"),
+        ("quantize int8", "reading images"),
+        ("build openvino", "compiling"),
+        ("upscale folder", "upscaling"),
+        ("deploy", "calibrate"),
+    ],
+)
+def test_a_real_ctrl_c_when_a_line_appears(workshop: Path, tmp_path: Path, verb: str, line: str) -> None:
+    out = tmp_path / "out"
+    before = previous(verb, workshop, out)
+    process = started([*filled(verb, workshop, out), "--force"])
+
+    seen = read_until(process, lambda text: line in text)
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=120)
+
+    if process.returncode == 0:  # it was done before the signal came
+        return
+    assert process.returncode == 130, seen + rest
+    assert "interrupted; nothing was left half-written" in rest
+    assert content(out) == before
+
+
+def started(arguments: list[str]) -> "subprocess.Popen[str]":
+    program = "import sys; print('begun', file=sys.stderr, flush=True); from srdeploy.cli.main import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def read_until(process: "subprocess.Popen[str]", found: Callable[[str], bool]) -> str:
+    assert process.stderr is not None
+    seen = ""
+    for text in process.stderr:
+        seen += text
+        if found(text):
+            break
+    return seen
+
+
+IMPORTING = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from srdeploy.cli import interrupts
+interrupts.install()
+threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    import slow_module
+    time.sleep(5)
+    print("not interrupted")
+except KeyboardInterrupt:
+    print("interrupted", Path(sys.argv[1]).exists())
+"""
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_ctrl_c_waits_for_the_end_of_an_import_but_only_once(tmp_path: Path, signals: int) -> None:
+    """OpenVINO's extension crashes, and TensorRT's says it is broken, when an exception strikes while they load."""
+    done = tmp_path / "done"
+    body = "import time\nfor _ in range(100): time.sleep(0.01)\n"
+    (tmp_path / "slow_module.py").write_text(f"{body}open({str(done)!r}, 'w')\n")
+    program = IMPORTING
+    if signals == 2:
+        program = program.replace("try:", "threading.Timer(0.6, os.kill, (os.getpid(), signal.SIGINT)).start()\ntry:")
+
+    ended = subprocess.run(
+        [sys.executable, "-c", program, done],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        check=True,
+    )
+
+    assert ended.stdout.strip() == f"interrupted {signals == 1}"
