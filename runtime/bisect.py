@@ -79,7 +79,7 @@ class Bisection:
         blame: "engine" (it computes the graph wrongly), "graph" (it differs from the network), or "none".
         engine: whose computation was examined.
         first: the first node that differs; None when none does.
-        suspects: the nodes with the largest losses of their own, worst first ("graph" only).
+        suspects: the nodes that add most noise of their own relative to their signal, worst first ("graph" only).
         output_snr_db: agreement of the whole output between engine and graph.
         probes: number of tensors that the engine was asked for.
     """
@@ -156,7 +156,7 @@ def bisect_path(
     if fp32 is not None:
         suspects = _graph_suspects(graph, expected, read_graph(fp32()), small)
         if suspects:
-            by_loss = sorted(suspects, key=lambda entry: entry.snr_db - entry.inputs_snr_db)
+            by_loss = sorted(suspects, key=_added_noise, reverse=True)
             start = suspects[0] if graph.contract.precision is Precision.FP32 else by_loss[0]
             return Bisection("graph", name, start, tuple(by_loss[:5]), output_snr, len(search.found))
     return Bisection("none", name, None, (), output_snr, len(search.found))
@@ -178,6 +178,18 @@ def snr_db(expected: NDArray[np.float32], actual: NDArray[np.float32]) -> float:
     if noise == 0.0:
         return math.inf
     return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf
+
+
+def channels_fitted(expected: NDArray[np.float32], actual: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return `actual` (N, C, ...) with each channel multiplied by the factor that brings it nearest to `expected`."""
+    if expected.shape != actual.shape or actual.ndim != 4 or not np.isfinite(actual).all():
+        return actual
+    axes = (0, 2, 3)
+    power = np.square(actual.astype(np.float64)).sum(axis=axes, keepdims=True)
+    product = (actual.astype(np.float64) * expected).sum(axis=axes, keepdims=True)
+    factors = np.divide(product, power, out=np.ones_like(power), where=power > 0)
+    fitted: NDArray[np.float32] = (actual * factors).astype(np.float32)
+    return fitted
 
 
 class _EngineSearch:
@@ -265,7 +277,11 @@ def _graph_suspects(
     """Return the nodes at which a graph leaves the FP32 graph, in graph order."""
     shared = [name for name in _comparable(plain) if name in actual]
     expected = literal_tensors(plain, {INPUT: image}, shared)
-    snr = {name: snr_db(expected[name], actual[name]) for name in shared}
+    # Quantized graphs may have factors moved from one layer into the next (channel equalization): such a tensor is the
+    # network's up to a factor per channel, and only what no factor explains is an error.
+    quantized = graph.contract.precision in (Precision.INT8, Precision.FP8)
+    fitted = {name: channels_fitted(expected[name], actual[name]) if quantized else actual[name] for name in shared}
+    snr = {name: snr_db(expected[name], fitted[name]) for name in shared}
     makers = {name: node for node in graph.model.graph.node for name in node.output}
     threshold = AGREEMENT_DB[Precision.FP32]
     suspects = []
@@ -276,6 +292,13 @@ def _graph_suspects(
         if snr[name] < inputs - 3.0:  # an error that only passes through loses nothing of its own
             suspects.append(_suspect(makers[name], name, snr[name], inputs))
     return suspects
+
+
+def _added_noise(suspect: Suspect) -> float:
+    """Noise power over signal power of the output, less that of the inputs; infinite for what is not finite."""
+    if suspect.snr_db == -math.inf:
+        return math.inf
+    return float(10.0 ** (-suspect.snr_db / 10.0) - 10.0 ** (-suspect.inputs_snr_db / 10.0))
 
 
 def _suspect(node: onnx.NodeProto, tensor: str, snr: float, inputs: float) -> Suspect:

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from srdeploy.core.contract import INPUT, OUTPUT, ModelContract
 from srdeploy.core.errors import UsageError
 from srdeploy.core.precision import Precision
-from srdeploy.runtime.bisect import bisect_path, middle, snr_db
+from srdeploy.runtime.bisect import bisect_path, channels_fitted, middle, snr_db
 from srdeploy.runtime.engines.registry import open_engine
 from srdeploy.runtime.parity import verify
 from srdeploy.runtime.samples import Sample
@@ -166,6 +166,14 @@ def test_signal_to_noise() -> None:
     assert snr_db(ones, ones * 1.1) == pytest.approx(20.0, abs=0.01)
     assert snr_db(ones, np.full((2, 3), np.nan, np.float32)) == -math.inf
     assert snr_db(ones, np.ones((3, 2), np.float32)) == -math.inf
+
+
+def test_factors_per_channel_are_no_error_and_everything_else_is() -> None:
+    expected = np.random.default_rng(2).normal(0, 1, (1, 3, 5, 6)).astype(np.float32)
+    factors = np.array([2.0, 0.5, 7.0], np.float32)[None, :, None, None]
+
+    assert snr_db(expected, channels_fitted(expected, expected * factors)) > 120
+    assert snr_db(expected, channels_fitted(expected, expected[:, ::-1] * factors)) < 5
 
 
 def test_the_middle_is_cut_out() -> None:
