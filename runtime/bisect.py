@@ -107,7 +107,9 @@ class Bisection:
                 f"{self.engine} computes {where} wrongly: {numbers}, and its inputs agree; "
                 "use another engine or another placement of Q/DQ there"
             )
-        return f"the graph leaves the network at {where}: {numbers} (inputs {self.first.inputs_snr_db:.1f} dB)"
+        inputs = "exact" if self.first.inputs_snr_db == math.inf else f"{self.first.inputs_snr_db:.1f} dB"
+        blame = f"{self.engine} computes the graph as it is written; the graph's error arises"
+        return f"{blame} at {where}: {numbers}, inputs {inputs}"
 
     def to_json(self) -> dict[str, Any]:
         """Return the finding as JSON values."""
