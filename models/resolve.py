@@ -51,6 +51,10 @@ class Choices:
             value = getattr(self, name)
             if value is not None and value not in values:
                 raise UsageError(f"{flag_of(name)} {shown(value)}", expected=" or ".join(map(shown, values)))
+        for name in ("res_scale", "layer_scale"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 100:  # also refuses NaN
+                raise UsageError(f"{flag_of(name)} {shown(value)}", expected="a factor above 0, at most 100")
 
     def stated(self) -> dict[str, Any]:
         """Return what the user did state, by name."""

@@ -177,13 +177,17 @@ def shifted(size: float, **options: Any) -> Callable[[Weights, Tensor, Sizes], T
     return run
 
 
-def unshuffled(w: Weights, x: Tensor, s: Sizes) -> Tensor:
-    factor = 4 // s.scale
-    height, width = x.shape[2:]
-    padded = F.pad(x, (0, -width % factor, 0, -height % factor), mode="reflect")
-    small = F.pixel_unshuffle(padded, factor)
-    output = official(w, small, s, act="silu", head="head.1", factors=[2, 2])
-    return output[:, :, : s.scale * height, : s.scale * width]
+def unshuffled(norm: bool) -> Callable[[Weights, Tensor, Sizes], Tensor]:
+    def run(w: Weights, x: Tensor, s: Sizes) -> Tensor:
+        factor = 4 // s.scale
+        height, width = x.shape[2:]
+        padded = F.pad(x, (0, -width % factor, 0, -height % factor), mode="reflect")
+        padded = w.shift("sub_mean", padded * 255, 255, -1) if norm else padded
+        output = official(w, F.pixel_unshuffle(padded, factor), s, act="silu", head="head.1", factors=[2, 2])
+        output = w.shift("add_mean", output, 255, 1) / 255 if norm else output
+        return output[:, :, : s.scale * height, : s.scale * width]
+
+    return run
 
 
 def basicsr(w: Weights, x: Tensor, s: Sizes, res_scale: float = 1.0, img_range: float = 255.0) -> Tensor:
@@ -408,7 +412,8 @@ CASES = [
         (2, 3),
         wrap=trainner_file(act_mode="leaky_relu", norm=True, rgb_range=255),
     ),
-    Case("trainner-rcan-unshuffle", unshuffled, (1, 2), wrap=trainner_file(act_mode="silu", unshuffle_mod=True)),
+    Case("trainner-rcan-unshuffle", unshuffled(False), (1, 2), wrap=trainner_file(act_mode="silu")),
+    Case("trainner-rcan-unshuffle", unshuffled(True), (1, 2), wrap=trainner_file(act_mode="silu", rgb_range=255)),
     Case("basicsr-rcan", basicsr, (1, 2, 3, 4, 8), wrap=lambda w, s: {"params": dict(w)}),
     Case(
         "basicsr-rcan",

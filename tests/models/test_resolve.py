@@ -118,7 +118,17 @@ def test_flags_that_state_what_is_so_anyway_are_accepted() -> None:
 
 
 @pytest.mark.parametrize(
-    "choices", [{"value_range": 2.0}, {"activation": "tanh"}, {"weights": "best"}, {"colours": "yuv"}], ids=str
+    "choices",
+    [
+        {"value_range": 2.0},
+        {"activation": "tanh"},
+        {"weights": "best"},
+        {"colours": "yuv"},
+        {"res_scale": float("nan")},
+        {"res_scale": 0.0},
+        {"layer_scale": -1.0},
+    ],
+    ids=str,
 )
 def test_choices_outside_the_vocabulary_are_refused(choices: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="expected"):
