@@ -26,8 +26,11 @@ MIN_IMAGES = 3
 MIN_PIXELS = 2 * 32 * 32
 JUDGE_EVERY = 4
 JUDGE_AT_MOST = 8
-WHOLE_PIXELS = 320 * 320
+WHOLE_PIXELS = 256 * 256
 """A whole image is cut to about this many LR pixels in its middle: enough for channel attention, bounded in time."""
+
+JUDGE_PIXELS = 160 * 160
+"""An image to judge on is cut likewise: many points of a search are judged on all of them."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ def make_calibration_set(
     crops = choose_crops([lows[index] for index in used], count=count, size=crop, seed=seed)
     crops = [Crop(used[c.image], c.top, c.left, c.height, c.width, c.reason) for c in crops]
     crops += [_middle(index, lows[index], WHOLE_PIXELS, "whole") for index in used[:whole]]
-    judges = [_middle(index, lows[index], WHOLE_PIXELS // 4, "judge") for index in judged]
+    judges = [_middle(index, lows[index], JUDGE_PIXELS, "judge") for index in judged]
     total = sum(entry.height * entry.width for entry in crops)
     if total < MIN_PIXELS:
         raise InputError(f"{images} gives {total} LR pixels to calibrate with", expected=f"at least {MIN_PIXELS}")

@@ -147,8 +147,8 @@ def place(
     for layer in chosen:
         if not (share and _is_concat(graph, layer.input)):
             readers.setdefault(layer.input, []).append(layer.node)
+    nodes = {layer.node for layer in chosen}
     for leaf in groups:
-        nodes = {layer.node for layer in chosen}
         readers[leaf] = [n.name for n in graph.consumers[leaf] if n.op_type == "Concat" or n.name in nodes]
     if recipe.chained:
         for layer in chosen:

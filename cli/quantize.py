@@ -112,8 +112,10 @@ def command(onnx: Path, precision: str, target: str, images: Path | None, output
     _show(result)
     if choices["as_json"]:
         emit_json(result.to_json())
-    engine = target if target != "tensorrt-rtx" or precision in ("fp16", "bf16") else "tensorrt-rtx"
-    next_command("srdeploy", "build", str(output), "--engine", engine, "-o", str(output.with_suffix(".engine")))
+    from srdeploy.runtime.engines.registry import family
+
+    engine = output.with_suffix(family(target).suffix or ".engine")
+    next_command("srdeploy", "build", str(output), "--engine", target, "-o", str(engine))
 
 
 def engine_for(target: "Target", threads: int | None) -> "Callable[[Path], Runner] | None":
