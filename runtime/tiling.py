@@ -12,7 +12,7 @@ Lengths here are input (low-resolution) pixels unless a name says output.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -178,7 +178,14 @@ def stitch(
 
 
 def seam_score(image: NDArray[np.floating], plan: TilePlan, scale: int) -> float | None:
-    """Tell how visible the seams of a finished picture are, without a reference.
+    """Tell how visible the seams of a finished picture are; see `seam_score_at`."""
+    return seam_score_at(image, plan.rows.seams, plan.columns.seams, scale)
+
+
+def seam_score_at(
+    image: NDArray[np.floating], rows: Sequence[float], columns: Sequence[float], scale: int
+) -> float | None:
+    """Tell how visible seams are, without a reference.
 
     The step across each seam is compared with steps one to three input pixels away, where the picture alone makes them,
     and at the same place within an input pixel, because upsampling has a pattern of its own. 1.0 means that seams look
@@ -186,7 +193,7 @@ def seam_score(image: NDArray[np.floating], plan: TilePlan, scale: int) -> float
 
     Args:
         image: (H', W', C) finished output, any range.
-        plan: the windows it was made from.
+        rows, columns: where tiles meet, in input pixels.
         scale: output pixels per input pixel.
 
     Returns:
@@ -194,7 +201,7 @@ def seam_score(image: NDArray[np.floating], plan: TilePlan, scale: int) -> float
     """
     at_seams: list[float] = []
     beside: list[float] = []
-    for axis, seams in ((0, plan.rows.seams), (1, plan.columns.seams)):
+    for axis, seams in ((0, rows), (1, columns)):
         length = image.shape[axis]
         for seam in seams:
             position = _output_seam(seam, scale)
