@@ -172,7 +172,7 @@ def rgb8(source: Path | Picture) -> NDArray[np.uint8]:
     colour = picture.colour
     if colour.dtype == np.uint16:
         colour = np.rint(colour / 257.0).astype(np.uint8)  # 65535 = 257 * 255
-    return np.ascontiguousarray(np.broadcast_to(colour, (*colour.shape[:2], 3)), dtype=np.uint8)
+    return np.array(np.broadcast_to(colour, (*colour.shape[:2], 3)), dtype=np.uint8, order="C")  # a copy: writable
 
 
 def network_input(
