@@ -105,7 +105,12 @@ _OPTIONS = (
     click.option("--res-scale", type=float, help="Factor on every block's branch (RCAN-it: 0.1; others: 1)."),
     click.option("--activation", type=click.Choice(_ACTIVATIONS), help="Activation, where the file does not say."),
     click.option("--weights", type=click.Choice(["raw", "ema"]), help="Plain weights or their moving average."),
-    click.option("--mean", type=_Mean(), help="Mean colour around the network on 0..1 (BasicSR)."),
+    click.option(
+        "--mean",
+        type=_Mean(),
+        metavar="NAME|R,G,B",
+        help="Mean colour around the network on 0..1: div2k, df2k, none or numbers (BasicSR).",
+    ),
     click.option("--colours", type=click.Choice(["rgb", "bgr"]), help="Channel order the network was trained on."),
     click.option("--group-skip/--no-group-skip", default=None, help="A group adds its input (RCAN-it)."),
     click.option("--layer-scale", type=float, help="Factor on every dense layer's maps (RDST)."),

@@ -5,8 +5,9 @@ Everything follows from the configuration by arithmetic; no network is built and
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torch import nn
 
@@ -69,22 +70,43 @@ def config_from_json(architecture: str, values: Mapping[str, Any]) -> NetworkCon
     """Read a configuration back.
 
     Raises:
-        InputError: unknown architecture or field, or values that do not fit together.
+        InputError: unknown architecture or field, a value of another type, or values that do not fit together.
     """
     kinds: dict[str, type[NetworkConfig]] = {"rcan": RcanConfig, "srdensenet": SrDenseNetConfig}
     if architecture not in kinds:
         raise InputError(f"architecture {architecture!r}", expected=" or ".join(kinds))
     kind = kinds[architecture]
-    unknown = set(values) - {entry.name for entry in fields(kind)}
+    types = get_type_hints(kind)
+    unknown = set(values) - set(types)
     if unknown:
         raise InputError(f"{architecture} configuration has unknown fields {', '.join(sorted(unknown))}")
-    plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     try:
-        if "deconvolutions" in plain:
-            plain["deconvolutions"] = tuple(Deconvolution(**step) for step in plain["deconvolutions"])
-        return kind(**plain)
+        return kind(**{name: _typed(value, types[name], name) for name, value in values.items()})
     except (TypeError, ValueError) as error:
         raise InputError(f"{architecture} configuration does not fit together ({error})") from error
+
+
+def _typed(value: Any, expected: Any, name: str) -> Any:
+    """Return a JSON value as the type that a configuration field has.
+
+    Raises:
+        ValueError: it is of another type.
+    """
+    options = get_args(expected)
+    if get_origin(expected) is Literal and isinstance(value, str) and value in options:
+        return value
+    if get_origin(expected) in (UnionType, Union):
+        inner = next(option for option in options if option is not NoneType)
+        return None if value is None else _typed(value, inner, name)
+    if get_origin(expected) is tuple and isinstance(value, (list, tuple)):
+        return tuple(_typed(entry, options[0], name) for entry in value)
+    if expected is Deconvolution and isinstance(value, Mapping):
+        return Deconvolution(**{part: _typed(size, int, name) for part, size in value.items()})
+    if expected is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if expected in (int, bool) and type(value) is expected:
+        return value
+    raise ValueError(f"{name} is {value!r}")
 
 
 def _spec_of_rcan(config: RcanConfig) -> ModelSpec:

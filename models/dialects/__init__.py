@@ -9,6 +9,7 @@ from srdeploy.models.dialects import (
     lornatang_rcan,
     lornatang_srdensenet,
     loseall_rcan,
+    native,
     official_rcan,
     rcan_it,
     rdst_srdensenet,
@@ -40,4 +41,5 @@ DIALECTS: tuple[Dialect, ...] = (
     lornatang_srdensenet.DIALECT,
     lornatang_srdensenet.EARLY,
     zfhuang_srdensenet.DIALECT,
+    native.DIALECT,
 )
