@@ -44,8 +44,10 @@ types:  ## links that give the root folders their import names, for type checker
 fuzz: $(VENV)/test.stamp  ## mutate checkpoints for some minutes: only success or a documented error may come back
 	$(BIN)/python tests/fuzz/fuzz_checkpoints.py
 
-bench: $(VENV)/test.stamp  ## measure latency on this machine beside eager PyTorch (benchmarks/README.md tells the rest)
-	$(BIN)/python benchmarks/latency.py
+bench: $(VENV)/test.stamp  ## measurements that need no data (minutes; want a quiet machine); benchmarks/ holds the others
+	$(BIN)/python benchmarks/paper_claims.py --engine openvino -o build/bench
+	$(BIN)/srdeploy export examples/srdensenet_x4_demo.pth --force -o build/bench.onnx
+	$(BIN)/python benchmarks/bench_agreement.py build/bench.onnx --shape 1x1x96x96 -o build/bench
 
 clean:  ## remove the environment and everything made by these targets
 	rm -rf $(VENV) build dist *.egg-info demo-output test-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

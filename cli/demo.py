@@ -25,8 +25,8 @@ BOX = (150, 60, 310, 180)
 """What it shows of that photograph: left, top, right, bottom."""
 BENCH_SIZE = (120, 160)
 """Height and width measured on: a third of the pixels that `deploy` takes by itself."""
-BENCH_SECONDS = 2.0
-"""Measuring time per engine: enough for a demonstration, half of what `deploy` takes."""
+BENCH_SECONDS = 1.0
+"""Measuring time per engine: enough for a demonstration, a quarter of what `deploy` takes."""
 
 EXAMPLE = example(
     """
