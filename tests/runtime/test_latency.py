@@ -16,6 +16,7 @@ from srdeploy.core.runner import RunnerInfo, TimedRunner
 from srdeploy.runtime.latency import (
     BenchResult,
     Effort,
+    Row,
     bench,
     bench_image,
     measure,
@@ -37,6 +38,7 @@ class SleepingRunner:
         self._info = RunnerInfo(name, "eager", "cpu", contract, "FP32", threads=1)
         self.seconds = seconds
         self.shapes: list[tuple[int, ...]] = []
+        self.slept_ms: list[float] = []
 
     @property
     def info(self) -> RunnerInfo:
@@ -44,7 +46,9 @@ class SleepingRunner:
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         self.shapes.append(feeds[INPUT].shape)
+        start = time.monotonic()
         time.sleep(self.seconds)
+        self.slept_ms.append(1e3 * (time.monotonic() - start))
         return {OUTPUT: feeds[INPUT]}
 
     def __enter__(self) -> Self:
@@ -57,10 +61,10 @@ class SleepingRunner:
 
 
 class PreparedRunner(SleepingRunner):
-    """Also computes without moving data."""
+    """Also computes without moving data, in a time that it states."""
 
     def prepare(self, feeds: Mapping[str, NDArray[Any]]) -> Callable[[], float]:
-        return timed(lambda: time.sleep(self.seconds / 2))
+        return lambda: 1e3 * self.seconds
 
 
 def test_a_known_sleep_is_measured_to_five_percent() -> None:
@@ -69,8 +73,12 @@ def test_a_known_sleep_is_measured_to_five_percent() -> None:
 
     result = bench([runner], shape=SHAPE, effort=effort)
 
-    assert result.rows[0].statistics.median_ms == pytest.approx(30.0, rel=0.05)
-    assert result.rows[0].statistics.n == 15
+    statistics = result.rows[0].statistics
+    assert statistics.n == 15
+    assert statistics.min_ms >= 30.0
+    # On a busy machine a sleep lasts longer than was asked for: what counts is how long it did last.
+    assert statistics.median_ms == pytest.approx(float(np.median(runner.slept_ms[-15:])), rel=0.05)
+    assert timed(lambda: None)() < 30.0
     assert runner.shapes == [SHAPE] * 18  # one for memory, two for warm-up, fifteen measured
 
 
@@ -86,7 +94,7 @@ def test_compute_and_end_to_end_are_two_rows_with_their_own_ratios() -> None:
     assert not isinstance(SleepingRunner("c", 0.0), TimedRunner)
     ratios = [result.ratio(row) for row in result.rows]
     assert ratios[:2] == [1.0, 1.0]
-    assert ratios[2] == pytest.approx(2.0, rel=0.3)
+    assert ratios[2] == pytest.approx(2.0)
 
 
 def test_candidates_take_turns() -> None:
@@ -168,12 +176,15 @@ def test_unstable_rows_raise_with_advice() -> None:
 
 
 def test_stable_rows_do_not_raise() -> None:
-    result: BenchResult = bench([SleepingRunner("steady", 0.01)], shape=SHAPE, effort=QUICK)
+    times = (10.0, 10.1, 9.9, 10.05, 10.0, 9.95) * 3
+    row = Row(SleepingRunner("steady", 0.0).info, "end-to-end", statistics_of(times), True, None, times)
+
+    result = BenchResult(SHAPE, QUICK, (row,))
 
     result.require_stable()
-
     assert result.unstable == ()
-    assert result.to_json()["shape"] == "1x3x8x8"
+    assert result.ratio(row) == 1.0
+    assert result.to_json()["rows"][0]["images_per_second"] == pytest.approx(100.0)
 
 
 @pytest.mark.parametrize("names", [[], ["a", "a"]], ids=["none", "twice"])
