@@ -18,6 +18,7 @@ doubles. Needs no network and no data.
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -103,6 +104,7 @@ def spaces(workshop: Workshop, side: int, effort: Effort) -> list[dict[str, Any]
 
         assert at_low().shape == at_high().shape == (1, 1, side * scale, side * scale)
         times = durations([at_low, at_high], effort)
+        print(f"x{scale}: " + " and ".join(f"{entry['median_ms']:.3g} ms" for entry in times), file=sys.stderr)
         body = spec_of(body_at_high_resolution()).macs_per_pixel
         macs_low, macs_high = spec_of(all_at(scale)).macs_per_pixel, body * scale**2
         rows.append(
