@@ -2,14 +2,14 @@
 
 Where the time of `torch.onnx.export` goes, for the 3,660 graph nodes of RCAN x4: a third into tracing the network once,
 half into tracing it a second time to decompose operators, a sixth into writing ONNX. The second trace changes nothing
-when every operator has a translation of its own, which is true of all that a network without batch normalisation and
-deconvolutions does; such a program says so (`_Lowered`) and goes straight to the translation.
+when every operator has a translation of its own, which is true of all that our networks do except batch normalisation;
+such a program says so (`_Lowered`) and goes straight to the translation.
 """
 
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import onnx_ir
@@ -25,7 +25,10 @@ _TRANSLATED = frozenset(
         "aten.add.Tensor",
         "aten.cat.default",
         "aten.conv2d.default",
+        "aten.conv_transpose2d.input",
         "aten.div.Tensor",
+        "aten.elu.default",
+        "aten.gelu.default",
         "aten.leaky_relu.default",
         "aten.mean.dim",
         "aten.mul.Tensor",
@@ -34,6 +37,7 @@ _TRANSLATED = frozenset(
         "aten.prelu.default",
         "aten.relu.default",
         "aten.sigmoid.default",
+        "aten.silu.default",
         "aten.sub.Tensor",
     }
 )
@@ -74,7 +78,10 @@ def graph_from_network(network: nn.Module, *, channels: int, opset: int) -> onnx
             opset_version=opset,
             input_names=[INPUT],
             output_names=[OUTPUT],
-            custom_translation_table={torch.ops.aten.pixel_unshuffle.default: _pixel_unshuffle},
+            custom_translation_table={
+                torch.ops.aten.pixel_unshuffle.default: _pixel_unshuffle,
+                torch.ops.aten.conv_transpose2d.input: _transposed_convolution,
+            },
             optimize=False,  # it would share equal weights between layers, which later stages change one by one
             verbose=False,
         )
@@ -119,6 +126,29 @@ def _pixel_unshuffle(image: Any, factor: int) -> Any:
     channels = image.shape[1]
     order = [(place * channels + channel) for channel in range(channels) for place in range(factor**2)]
     return op.Gather(op.SpaceToDepth(image, blocksize=factor), op.Constant(value_ints=order), axis=1)
+
+
+def _transposed_convolution(
+    maps: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    output_padding: Sequence[int] = (0, 0),
+    groups: int = 1,
+    dilation: Sequence[int] = (1, 1),
+) -> Any:
+    """Translate a transposed convolution, which the exporter knows only in its decomposed form."""
+    return op.ConvTranspose(
+        maps,
+        weight,
+        bias,
+        strides=list(stride),
+        pads=[*padding, *padding],
+        output_padding=list(output_padding),
+        group=groups,
+        dilations=list(dilation),
+    )
 
 
 @contextlib.contextmanager
