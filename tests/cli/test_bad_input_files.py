@@ -2,9 +2,13 @@
 
 import itertools
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+Verb = Callable[..., Any]  # the fixture of that name in conftest.py
 
 CHECKPOINTS = {
     "empty.pt": "is empty",
@@ -90,7 +94,7 @@ CASES = [
 
 @pytest.mark.parametrize(("arguments", "file", "message"), CASES)
 def test_a_bad_file_is_one_line_and_leaves_nothing(
-    srdeploy, workshop: Path, tmp_path: Path, arguments: tuple[str, ...], file: str, message: str
+    srdeploy: Verb, workshop: Path, tmp_path: Path, arguments: tuple[str, ...], file: str, message: str
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -129,7 +133,7 @@ def filled(argument: str, workshop: Path, out: Path, file: str) -> str:
     ids=lambda arguments: " ".join(arguments[:2]),
 )
 def test_the_same_commands_work_with_good_files(
-    srdeploy, workshop: Path, tmp_path: Path, arguments: tuple[str, ...]
+    srdeploy: Verb, workshop: Path, tmp_path: Path, arguments: tuple[str, ...]
 ) -> None:
     """Without this, the table above could pass because the commands never work."""
     outcome = srdeploy(*(filled(argument, workshop, tmp_path, "") for argument in arguments))
@@ -139,7 +143,7 @@ def test_the_same_commands_work_with_good_files(
 
 
 @pytest.mark.parametrize("verb", ["inspect", "upscale"])
-def test_a_file_that_is_not_there(srdeploy, workshop: Path, tmp_path: Path, verb: str) -> None:
+def test_a_file_that_is_not_there(srdeploy: Verb, workshop: Path, tmp_path: Path, verb: str) -> None:
     more = () if verb == "inspect" else (workshop / "photo.png", "-o", tmp_path / "x.png")
 
     outcome = srdeploy(verb, tmp_path / "missing.pt", *more)
@@ -148,7 +152,7 @@ def test_a_file_that_is_not_there(srdeploy, workshop: Path, tmp_path: Path, verb
     assert "does not exist" in outcome.errors[0]
 
 
-def test_one_bad_picture_in_a_folder_does_not_cost_the_others(srdeploy, workshop: Path, tmp_path: Path) -> None:
+def test_one_bad_picture_in_a_folder_does_not_cost_the_others(srdeploy: Verb, workshop: Path, tmp_path: Path) -> None:
     outcome = srdeploy("upscale", workshop / "good.onnx", workshop / "one_bad_photo", "-o", tmp_path / "large")
 
     assert outcome.code == 3
@@ -158,7 +162,9 @@ def test_one_bad_picture_in_a_folder_does_not_cost_the_others(srdeploy, workshop
 
 
 @pytest.mark.parametrize("verb", ["quantize", "deploy", "verify"])
-def test_one_bad_picture_is_not_passed_over_in_silence(srdeploy, workshop: Path, tmp_path: Path, verb: str) -> None:
+def test_one_bad_picture_is_not_passed_over_in_silence(
+    srdeploy: Verb, workshop: Path, tmp_path: Path, verb: str
+) -> None:
     arguments = PICTURE_VERBS[verb]
 
     outcome = srdeploy(*(filled(argument, workshop, tmp_path, "one_bad_photo") for argument in arguments))
@@ -168,7 +174,7 @@ def test_one_bad_picture_is_not_passed_over_in_silence(srdeploy, workshop: Path,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_zip_bomb_among_calibration_images_is_refused(srdeploy, workshop: Path, tmp_path: Path) -> None:
+def test_a_zip_bomb_among_calibration_images_is_refused(srdeploy: Verb, workshop: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "photos.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         archive.write(workshop / "photo.png", "a.png")
         with archive.open("b.png", "w") as stream:
