@@ -198,6 +198,8 @@ def session_for(model: onnx.ModelProto, threads: int | None = None) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or cpu_count()
     options.log_severity_level = 3
+    # Searching alternates between two engines; threads that spin after a run would take the other one's time.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # That pass folds float biases into INT32 with scales that underflow in FP16; see docs/quantization.md.
     return onnxruntime.InferenceSession(
         model.SerializeToString(),

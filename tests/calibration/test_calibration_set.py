@@ -108,6 +108,41 @@ def test_zip_list_and_pattern_hold_the_same_images(photos: Path, contracts: Cont
     assert all(entry == hashes[0] for entry in hashes)
 
 
+def test_a_video_gives_frames_over_its_whole_length(paint: Paint, contracts: Contracts, tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "clip.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for seed in range(9):
+            for packet in stream.encode(av.VideoFrame.from_ndarray(paint(seed), format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+
+    made = make_calibration_set(tmp_path / "clip.mp4", contract=contracts["residual"], count=4, crop=16)
+
+    names = {entry["name"] for entry in made.document["files"]}
+    assert names == {f"clip.mp4 frame {index}" for index in range(9)}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("*.tiff", id="pattern without a match"), pytest.param("empty.txt", id="empty list"),
+             pytest.param("empty.zip", id="zip without images"), pytest.param("torn.zip", id="no zip at all"),
+             pytest.param("torn.mp4", id="no video at all")],
+)  # fmt: skip
+def test_sources_without_images_are_refused(name: str, contracts: Contracts, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("# nothing")
+    (tmp_path / "torn.zip").write_bytes(b"PK nothing")
+    (tmp_path / "torn.mp4").write_bytes(b"nothing")
+    with zipfile.ZipFile(tmp_path / "empty.zip", "w") as archive:
+        archive.writestr("readme.md", "no images here")
+
+    with pytest.raises(InputError) as caught:
+        make_calibration_set(tmp_path / name, contract=contracts["residual"])
+
+    assert "\n" not in str(caught.value)
+
+
 def test_set_json_says_what_was_taken(calibrations: dict[str, CalibrationSet], tmp_path: Path) -> None:
     calibrations["residual"].save(tmp_path / "set.json")
 
