@@ -57,7 +57,7 @@ def command(onnx: Path, engine: str, output: Path, force: bool, as_json: bool, *
     After the build the engine's kernels are read back; a convolution in another type fails the build (exit 5).
     """
     from srdeploy.runtime.engines.options import BuildOptions
-    from srdeploy.runtime.engines.registry import build_engine
+    from srdeploy.runtime.engines.registry import build_engine, family
 
     refuse_input_as_output(output, onnx)
     options = BuildOptions(
@@ -82,7 +82,10 @@ def command(onnx: Path, engine: str, output: Path, force: bool, as_json: bool, *
         emit_json(result.to_json())
         return
     table(f"{output} ({engine})", ("what", "value"), _rows(result.to_json()))
-    next_command("srdeploy", "verify", str(output), "--against", "CHECKPOINT", "--images", "IMAGES")
+    if family(engine).load().why_not_run() is None:
+        next_command("srdeploy", "verify", str(output), "--against", "CHECKPOINT", "--images", "IMAGES")
+    else:
+        next_command("srdeploy", "inspect", str(output))
 
 
 def parse_size(flag: str, text: str | None) -> int | None:
