@@ -4,8 +4,8 @@ Two limits grow with the number of LR pixels, N * H * W, of the largest shape:
 
 - no tensor may have 2^31 elements or more: kernels count in 32 bits;
 - activation memory: the largest sum of tensors that are alive at the same time. Kernels that fuse may need less, the
-  allocator's rounding somewhat more; held against builds of TensorRT-RTX 1.7.1 the estimate is 2 to 16 % low, so a margin is
-  added before it is held against the GPU's memory.
+  allocator's rounding somewhat more; TensorRT-RTX 1.7.1 took 2 to 16 % more than the estimate, so a margin is added
+  before it is held against the GPU's memory.
 """
 
 import math
