@@ -286,7 +286,9 @@ def _change_header(data: bytes, other: bytes, randomness: random.Random) -> byte
         return _flip_bits(data, other, randomness)
     name = randomness.choice(names)
     kind = randomness.randrange(7)
-    strange = randomness.choice([*INTEGERS, None, "x", [], {}, 1.5, True, [1, 2], [[[]]], "F32", "F8_E4M3", "\x1b[2J"])
+    strange: Any = randomness.choice(
+        [*INTEGERS, None, "x", [], {}, 1.5, True, [1, 2], [[[]]], "F32", "F8_E4M3", "\x1b[2J"]
+    )
     if kind == 0:
         del header[name]
     elif kind == 1:

@@ -174,7 +174,7 @@ def _training_file() -> bytes:
 def _trainner_file() -> bytes:
     state = random_state(official_rcan())
     arguments = {"scale": 2, "n_resgroups": _GROUPS, "n_resblocks": _BLOCKS, "n_feats": _FEATURES, "norm": False}
-    return save_safetensors(state, metadata={"metadata": json.dumps(arguments)})
+    return bytes(save_safetensors(state, metadata={"metadata": json.dumps(arguments)}))
 
 
 def _basicsr_file() -> bytes:
