@@ -18,6 +18,7 @@ from srdeploy.core.errors import InputError
 from srdeploy.models.dialects import DIALECTS
 from srdeploy.models.dialects.base import Dialect, Hints, Reading, Survey, shape_text
 from srdeploy.models.dialects.refused import REFUSED
+from srdeploy.models.filebytes import shown
 from srdeploy.models.rcan import Rcan
 from srdeploy.models.spec import NetworkConfig, network_of
 
@@ -231,8 +232,8 @@ def _incomplete(title: str, leftover: Sequence[str], missing: Sequence[str]) -> 
 
 
 def _keys(keys: Sequence[str]) -> str:
-    shown = ", ".join(keys[:3]) + (", …" if len(keys) > 3 else "")
-    return f"{len(keys)} key{'s' if len(keys) > 1 else ''} ({shown}) {'are' if len(keys) > 1 else 'is'}"
+    some = ", ".join(map(shown, keys[:3])) + (", …" if len(keys) > 3 else "")
+    return f"{len(keys)} key{'s' if len(keys) > 1 else ''} ({some}) {'are' if len(keys) > 1 else 'is'}"
 
 
 def _unknown(tensors: Mapping[str, Tensor]) -> InputError:
@@ -241,7 +242,7 @@ def _unknown(tensors: Mapping[str, Tensor]) -> InputError:
     best, shared = max(((dialect, len(here & _patterns(dialect))) for dialect in DIALECTS), key=lambda pair: pair[1])
     if shared * 4 < len(here):
         return InputError(
-            f"the checkpoint's {len(tensors)} tensors ({', '.join(list(tensors)[:4])}, …) are of no known network",
+            f"the checkpoint's {len(tensors)} tensors ({', '.join(map(shown, list(tensors)[:4]))}, …) are of no known network",
             expected="an RCAN or SRDenseNet",
             next_step="docs/checkpoints.md lists what is read, docs/adding.md how to add a family",
         )
