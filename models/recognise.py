@@ -241,8 +241,9 @@ def _unknown(tensors: Mapping[str, Tensor]) -> InputError:
     here = {_pattern(key) for key in tensors}
     best, shared = max(((dialect, len(here & _patterns(dialect))) for dialect in DIALECTS), key=lambda pair: pair[1])
     if shared * 4 < len(here):
+        some = ", ".join(map(shown, list(tensors)[:4]))
         return InputError(
-            f"the checkpoint's {len(tensors)} tensors ({', '.join(map(shown, list(tensors)[:4]))}, …) are of no known network",
+            f"the checkpoint's {len(tensors)} tensors ({some}, …) are of no known network",
             expected="an RCAN or SRDenseNet",
             next_step="docs/checkpoints.md lists what is read, docs/adding.md how to add a family",
         )
