@@ -78,7 +78,7 @@ class Bundle:
         return files
 
     def file(self, name: str) -> Path:
-        """Return the path of a file after checking its bytes, and those of its sidecar and external data if it has them.
+        """Return the path of a file, after checking its bytes and those of its sidecar and external data.
 
         Raises:
             InputError: the bundle does not list it, or its bytes are others.
