@@ -1,17 +1,13 @@
-"""Pictures that do not fit in memory, streamed from file to file with libvips.
+"""Pictures that do not fit in memory, streamed from file to file.
 
-Why libvips: it decodes PNG, JPEG and TIFF top to bottom in a few rows, knows 16 bits, profiles and EXIF, writes
-BigTIFF, and comes as one wheel (`pyvips[binary]`). Python cannot hand rows to its writers, so finished rows are spooled
-uncompressed beside the output and compressed at the end; the free disk space is checked before anything is computed.
+Why libvips: it decodes PNG, JPEG and TIFF top to bottom in a few rows, knows 16 bits, and comes as one wheel
+(`pyvips[binary]`). Finished rows go straight into the output (`srdeploy.runtime.row_writers`): Python cannot hand rows
+to libvips' own writers, and a file mapped into memory in between would count as resident.
 
 What stays in memory is one row of tiles (input and output) and the engine's own tensors.
 """
 
-import shutil
-import tempfile
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +16,10 @@ from numpy.typing import NDArray
 
 from srdeploy.core.errors import CapabilityError, InputError
 from srdeploy.core.extras import import_extra
-from srdeploy.core.images import Picture, opened, picture_metadata
+from srdeploy.core.images import opened, picture_metadata
 from srdeploy.core.progress import SILENT, Progress
-from srdeploy.runtime.budget import format_bytes
-from srdeploy.runtime.image_io import check_output, vips_errors, vips_interpretation, vips_type, write_vips
+from srdeploy.runtime.image_io import check_output, resized
+from srdeploy.runtime.row_writers import open_rows
 from srdeploy.runtime.upscaler import ImageReport, Upscaler, converted
 
 MAX_STREAMED_PIXELS = 1 << 34
@@ -144,7 +140,7 @@ def upscale_streamed(
 
     Raises:
         InputError, UsageError, GateError: as for pictures in memory.
-        CapabilityError: the disk has no room for the spooled rows and the output.
+        CapabilityError: the output's format cannot be streamed.
     """
     check_header(source)
     metadata = picture_metadata(source)
@@ -156,52 +152,12 @@ def upscale_streamed(
     name = check_output(output, size=(height, width), channels=channels, dtype=dtype)
     if name not in ("PNG", "TIFF"):
         raise CapabilityError(f"{name} cannot be written in a stream", expected="a .png or .tif output")
-    _check_space(output.parent, height * width * channels * dtype.itemsize)
-    with _spool(output.parent) as spool:
-        with spool.open("wb") as stream:
-            for band in rows:
-                for begin in range(0, len(band), _WRITTEN_ROWS):
-                    part = converted(band[begin : begin + _WRITTEN_ROWS], dtype)
-                    stream.write(np.ascontiguousarray(part).data)
-        with progress.task(f"compressing {name}"):
-            _compress(spool, output, name, (height, width, channels), dtype, metadata)
+    like = resized(metadata, width=width, height=height)
+    with open_rows(output, name, (height, width, channels), dtype, like) as writer:
+        for band in rows:
+            for begin in range(0, len(band), _WRITTEN_ROWS):
+                writer.write(converted(band[begin : begin + _WRITTEN_ROWS], dtype))
     return report
-
-
-def _compress(
-    spool: Path, output: Path, name: str, shape: tuple[int, int, int], dtype: np.dtype[Any], like: Picture
-) -> None:
-    vips: Any = import_extra("pyvips", "huge")
-    height, width, channels = shape
-    image = vips.Image.rawload(
-        str(spool),
-        width,
-        height,
-        channels,
-        format=vips_type(dtype),
-        interpretation=vips_interpretation(channels, dtype),
-        access="sequential",
-    )
-    with vips_errors(vips, output):
-        write_vips(output, image, name, like, dtype)
-
-
-def _check_space(folder: Path, raw_bytes: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    needed = 2 * raw_bytes  # the spool, and an output that does not compress at all
-    if free < needed:
-        raise CapabilityError(
-            f"{folder} has {format_bytes(free)} free",
-            expected=f"{format_bytes(needed)} for the uncompressed rows and the output",
-            next_step="free some space or choose another output folder",
-        )
-
-
-@contextmanager
-def _spool(folder: Path) -> Iterator[Path]:
-    with tempfile.NamedTemporaryFile(prefix=".srdeploy-rows.", suffix=".raw", dir=folder) as stream:
-        yield Path(stream.name)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,15 +1,12 @@
 """Writing pictures with what came in with them: bit depth, alpha, colour profile, EXIF, XMP, resolution.
 
-Pillow writes what it can write without loss; 16-bit colour and floating point go through libvips (the `huge` extra).
-The EXIF block is passed on byte for byte, except that the pixel dimensions in it, if any, are set to the new ones. The
+Pillow writes what it can write without loss; `srdeploy.runtime.row_writers` writes 16-bit colour and floating point. The
+EXIF block is passed on byte for byte, except that the pixel dimensions in it, if any, are set to the new ones. The
 resolution (pixels per inch) stays as it was, so a picture twice as wide in pixels prints twice as wide.
 """
 
-import contextlib
-import errno
-import os
 import struct
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from srdeploy.core.errors import OutputError, UsageError
-from srdeploy.core.extras import import_extra
 from srdeploy.core.images import Picture
+from srdeploy.runtime.row_writers import open_rows
 from srdeploy.runtime.tiff_tags import add_exif
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
@@ -79,7 +76,17 @@ def write_image(path: Path, pixels: NDArray[Any], *, like: Picture | None = None
     if pixels.dtype == np.uint8 or (pixels.dtype == np.uint16 and channels == 1):
         _save_with_pillow(path, pixels, name, like, quality)
     else:
-        write_vips(path, vips_image(pixels), name, like, pixels.dtype)
+        with open_rows(
+            path, name, (height, width, channels), pixels.dtype, resized(like, width=width, height=height)
+        ) as rows:
+            rows.write(pixels)
+
+
+def resized(like: Picture | None, *, width: int, height: int) -> Picture | None:
+    """Return a picture's metadata with the pixel dimensions of another size."""
+    if like is None or like.exif is None:
+        return like
+    return replace(like, exif=resized_exif(like.exif, width=width, height=height))
 
 
 def resized_exif(exif: bytes, *, width: int, height: int) -> bytes:
@@ -113,65 +120,6 @@ def resized_exif(exif: bytes, *, width: int, height: int) -> bytes:
     except struct.error:  # a damaged directory is passed on as it is
         return exif
     return exif[:header] + bytes(block)
-
-
-@contextlib.contextmanager
-def vips_errors(vips: Any, path: Path) -> Iterator[None]:
-    """Turn libvips' words for a full disk into the error that `atomic_file` understands."""
-    try:
-        yield
-    except vips.Error as error:
-        text = str(error)
-        full = os.strerror(errno.ENOSPC) in text or "unable to write" in text or "write error" in text.lower()
-        if full:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-        raise
-
-
-def vips_image(pixels: NDArray[Any]) -> Any:
-    """Return pixels (H, W, C) as a libvips image with the right meaning of its channels."""
-    vips: Any = import_extra("pyvips", "huge")
-    height, width, channels = pixels.shape
-    image = vips.Image.new_from_memory(
-        np.ascontiguousarray(pixels).data, width, height, channels, vips_type(pixels.dtype)
-    )
-    return image.copy(interpretation=vips_interpretation(channels, pixels.dtype))
-
-
-def vips_type(dtype: np.dtype[Any]) -> str:
-    """Return libvips' name of an element type."""
-    return {"uint8": "uchar", "uint16": "ushort", "float32": "float"}[dtype.name]
-
-
-def vips_interpretation(channels: int, dtype: np.dtype[Any]) -> str:
-    """Return libvips' name for gray or RGB of an element type."""
-    gray = channels <= 2
-    if dtype == np.uint16:
-        return "grey16" if gray else "rgb16"
-    return "b-w" if gray else "srgb"
-
-
-def with_metadata(image: Any, like: Picture | None) -> Any:
-    """Return a libvips image that carries the metadata of a picture."""
-    vips: Any = import_extra("pyvips", "huge")
-    image = image.copy()
-    for name in list(image.get_fields()):
-        if name in ("exif-data", "icc-profile-data", "xmp-data") or name.startswith("exif-ifd"):
-            image.remove(name)
-    if like is None:
-        return image
-    exif = like.exif and resized_exif(like.exif, width=image.width, height=image.height)
-    if exif and not exif.startswith(_EXIF_HEADER):
-        exif = _EXIF_HEADER + exif
-    for name, data in (("icc-profile-data", like.icc), ("exif-data", exif), ("xmp-data", like.xmp)):
-        if data:
-            image.set_type(vips.GValue.blob_type, name, data)
-    if like.dpi:
-        image = image.copy(xres=like.dpi[0] / 25.4, yres=like.dpi[1] / 25.4)
-        image.set_type(vips.GValue.gstr_type, "resolution-unit", "in")
-    if orientation := _orientation(like):
-        image.set_type(vips.GValue.gint_type, "orientation", orientation)
-    return image
 
 
 def _save_with_pillow(path: Path, pixels: NDArray[Any], name: str, like: Picture | None, quality: int | None) -> None:
@@ -222,34 +170,3 @@ def _pillow_metadata(like: Picture, name: str, *, width: int, height: int) -> di
         else:
             options["xmp"] = like.xmp
     return options
-
-
-def write_vips(path: Path, image: Any, name: str, like: Picture | None, dtype: np.dtype[Any]) -> None:
-    """Write a libvips image as PNG or TIFF, a few rows at a time."""
-    vips: Any = import_extra("pyvips", "huge")
-    image = with_metadata(image, like)
-    with vips_errors(vips, path):
-        if name == "PNG":
-            image.pngsave(str(path), bitdepth=8 * dtype.itemsize, compression=6)
-        else:
-            image.tiffsave(str(path), **tiff_options(dtype))
-            if like is not None and like.exif:
-                add_exif(path, resized_exif(like.exif, width=image.width, height=image.height))
-
-
-def tiff_options(dtype: np.dtype[Any]) -> dict[str, Any]:
-    """Return how TIFF files are written: lossless, with the predictor that suits the type."""
-    return {
-        "compression": "deflate",
-        "predictor": "none" if dtype.kind == "f" else "horizontal",  # few readers know the one for floats
-        "bigtiff": True,
-    }
-
-
-def _orientation(picture: Picture) -> int | None:
-    if not picture.exif:
-        return None
-    exif = Image.Exif()
-    exif.load(picture.exif)
-    value = exif.get(0x0112)
-    return value if isinstance(value, int) and 1 <= value <= 8 else None

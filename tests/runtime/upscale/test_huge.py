@@ -127,17 +127,6 @@ def test_outputs_that_cannot_be_streamed_are_refused(
         upscale_streamed(up, tmp_path / "in.png", tmp_path / name)
 
 
-def test_disk_without_room_is_told_before_anything_is_computed(
-    nearest_onnx: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_image(tmp_path / "in.png", RANDOM.integers(0, 256, (20, 20, 3), dtype=np.uint8))
-    monkeypatch.setattr("srdeploy.runtime.huge.shutil.disk_usage", lambda folder: type("Usage", (), {"free": 9000})())
-    with Upscaler.open(nearest_onnx(), threads=1) as up, pytest.raises(CapabilityError, match="free.*expected"):
-        upscale_streamed(up, tmp_path / "in.png", tmp_path / "out.png")
-
-    assert [path.name for path in tmp_path.iterdir()] == ["in.png"]
-
-
 def test_memory_stays_bounded_where_the_picture_would_not_fit(
     nearest_onnx: Callable[..., Path], tmp_path: Path
 ) -> None:

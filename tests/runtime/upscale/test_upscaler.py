@@ -277,7 +277,7 @@ class TestDecisions:
 
         window = decision.plan.rows.window * decision.plan.columns.window
         assert decision.plan.tiles > 1
-        assert window * 256 * 4 * 3 <= 64 << 20  # 256 values per pixel in the largest tensor, three of them alive
+        assert window * 256 * 4 * 5 <= 64 << 20  # 256 values per pixel in the largest tensor, five of them alive
         assert decision.exact
 
     def test_index_limit_makes_tiles_even_with_endless_memory(self, contract: object) -> None:
