@@ -48,7 +48,7 @@ def open_container(file: FileBytes) -> Container:
         return _open_zip(file)
     if head[8:9] == b"{":
         return _open_safetensors(file)
-    if head[:1] in (b"\x80", b"L"):
+    if head[:1] == b"\x80" or head.startswith(b"L%dL\n" % MAGIC_NUMBER):  # protocol 2 and later, or the first two
         return _open_stream(file)
     raise _not_a_checkpoint(head)
 
