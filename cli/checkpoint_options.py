@@ -72,7 +72,7 @@ class CheckpointOptions:
             elif entry.name == "probe":
                 words += [word for path in self.probe for word in (flag, str(path))]
             elif value is not None:
-                words += [flag, ",".join(f"{part:g}" for part in value) if entry.name == "mean" else _word(value)]
+                words += [flag, ",".join(map(_word, value)) if entry.name == "mean" else _word(value)]
         return words
 
 
@@ -186,4 +186,5 @@ def show_ranking(ranking: Sequence[tuple[Mapping[str, Any], float]]) -> None:
 
 
 def _word(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    """Write a value so that reading it gives the very same one."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

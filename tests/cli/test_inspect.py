@@ -226,6 +226,7 @@ def verb(path: str, stated: CheckpointOptions) -> None:
         ["--res-scale", "0.1", "--activation", "silu"],
         ["--weights", "ema", "--colours", "bgr"],
         ["--mean", "0.4488,0.4371,0.404"],
+        ["--mean", "0.44880000000001,0,1", "--res-scale", "0.1234567890123"],
         ["--group-skip"],
         ["--no-group-skip", "--layer-scale", "0.5"],
     ],
