@@ -171,7 +171,8 @@ except KeyboardInterrupt:
 def test_ctrl_c_waits_for_the_end_of_an_import_but_only_once(tmp_path: Path, signals: int) -> None:
     """OpenVINO's extension crashes, and TensorRT's says it is broken, when an exception strikes while they load."""
     done = tmp_path / "done"
-    body = "import time\nfor _ in range(100): time.sleep(0.01)\n"
+    # An import of one second is waited for; one of twenty would be, were it not for the second signal.
+    body = f"import time\nfor _ in range({100 if signals == 1 else 2000}): time.sleep(0.01)\n"
     (tmp_path / "slow_module.py").write_text(f"{body}open({str(done)!r}, 'w')\n")
     program = IMPORTING
     if signals == 2:
