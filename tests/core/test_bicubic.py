@@ -30,7 +30,8 @@ def exact_row(values: list[int], scale: Fraction) -> list[Fraction]:
         taps = range(math.floor(centre) - reach, math.floor(centre) + reach + 2)
         weights = [cubic(shrink * (centre - tap)) for tap in taps]
         samples = [values[min(max(tap, 0), len(values) - 1)] for tap in taps]
-        result.append(sum(w * s for w, s in zip(weights, samples, strict=True)) / sum(weights))
+        total = sum((w * s for w, s in zip(weights, samples, strict=True)), Fraction(0))
+        result.append(total / sum(weights, Fraction(0)))
     return result
 
 

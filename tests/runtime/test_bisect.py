@@ -69,7 +69,7 @@ def dense_graph(path: Path, codes: str | None = None, *, perturbed: str | None =
         nodes.append(helper.make_node("DequantizeLinear", ["joined.codes", *pair], ["joined.back"], name="joined_dq"))
         source = "joined.back"
     convolution("last", source, 32, 3, OUTPUT)
-    shape = ["N", 3, "H", "W"]
+    shape: list[str | int | None] = ["N", 3, "H", "W"]
     graph = helper.make_graph(
         nodes,
         "dense",

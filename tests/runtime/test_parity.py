@@ -79,7 +79,8 @@ class _WithSkip(torch.nn.Module):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         enlarged = torch.nn.functional.interpolate(image, scale_factor=SCALE, mode="bicubic")
-        return enlarged + 0.2 * self.rcan(image)
+        result: torch.Tensor = enlarged + 0.2 * self.rcan(image)
+        return result
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +147,8 @@ def _clamped(output: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def _wrapped(output: NDArray[np.float32]) -> NDArray[np.float32]:
     """8 bits without a clamp: whatever leaves 0..255 comes in again from the other side."""
-    return (np.rint(output * 255).astype(np.int32) & 255).astype(np.float32) / 255
+    wrapped: NDArray[np.float32] = (np.rint(output * 255).astype(np.int32) & 255).astype(np.float32) / np.float32(255)
+    return wrapped
 
 
 @pytest.mark.parametrize(
