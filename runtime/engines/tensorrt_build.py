@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from srdeploy.core.progress import Advance, Progress
 from srdeploy.core.shapes import ShapeProfile, format_shape
 from srdeploy.runtime.engines import tensorrt_worker as worker
 from srdeploy.runtime.engines.cache import default_root
+from srdeploy.runtime.engines.concatenation import concatenations_chained
 from srdeploy.runtime.engines.feasibility import check_feasible, footprint, largest_legal_shape
 from srdeploy.runtime.engines.graph import Graph
 from srdeploy.runtime.engines.options import BuildOptions, BuiltEngine
@@ -44,7 +46,8 @@ def build_plan(flavour: Flavour, graph: Graph, options: BuildOptions, progress: 
     check_feasible(cost, options.profiles, memory)
     legal = largest_legal_shape(cost, options.profiles[-1].max, memory)
     progress.note(f"largest legal shape of this kind: {format_shape(legal)}")
-    data, layers, seconds = _in_worker(flavour, trt.__version__, graph, options, progress)
+    model, chained = concatenations_chained(graph.model)
+    data, layers, seconds = _in_worker(flavour, trt.__version__, replace(graph, model=model), options, progress)
     precision = prove_precision(layers, graph)
     _check_memory(layers, cost.weights_bytes, memory, options.profiles)
     built = {
@@ -52,6 +55,7 @@ def build_plan(flavour: Flavour, graph: Graph, options: BuildOptions, progress: 
         "footprint": cost.to_json(),
         "largest_legal_shape": list(legal),
         "tf32": options.tf32,
+        "concatenations_chained": chained,
         "build_seconds": round(seconds, 2),
     }
     return BuiltEngine(
