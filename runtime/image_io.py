@@ -1,7 +1,7 @@
 """Writing pictures with what came in with them: bit depth, alpha, colour profile, EXIF, XMP, resolution.
 
-Pillow writes what it can write without loss; `srdeploy.runtime.row_writers` writes 16-bit colour and floating point. The
-EXIF block is passed on byte for byte, except that the pixel dimensions in it, if any, are set to the new ones. The
+Pillow writes what it can write without loss; `srdeploy.runtime.row_writers` writes 16-bit colour and floats. The EXIF
+block is passed on byte for byte, except that the pixel dimensions in it, if any, are set to the new ones. The
 resolution (pixels per inch) stays as it was, so a picture twice as wide in pixels prints twice as wide.
 """
 

@@ -143,8 +143,11 @@ class Upscaler:
             path, engine, bundled = _from_bundle(path, engine, precision)
             fallback = fallback or bundled
         runner = open_engine(path, engine=engine, device=device, threads=threads)
-        # Only the graph that the engine itself runs may be cut: the FP32 fallback would be another precision.
-        onnx = path if path.suffix == ".onnx" and runner.info.profile is None else None
+        # Lock-step cuts the graph that the engine computes. A built FP32 engine computes what the FP32 graph says; one of
+        # another precision does not, and stays uncut.
+        onnx = path if path.suffix == ".onnx" else None
+        if fallback is not None and runner.info.contract.precision is Precision.FP32:
+            onnx = fallback
         same = fallback is not None and path == fallback and runner.info.engine == "onnxruntime"
 
         def open_fallback() -> Runner:

@@ -1,5 +1,6 @@
 """Pictures of every kind and size through networks on RGB and on Y."""
 
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,12 @@ from numpy.typing import NDArray
 from srdeploy.core.bicubic import imresize
 from srdeploy.core.colour import y_from_rgb, ycbcr_from_rgb
 from srdeploy.core.errors import GateError, InputError, UsageError
+from srdeploy.core.manifest import Source
+from srdeploy.core.precision import Precision
 from srdeploy.core.runner import Runner, run_image
 from srdeploy.core.shapes import ShapeProfile
 from srdeploy.runtime.budget import TileSettings, decide, parse_bytes
+from srdeploy.runtime.bundle import BundleEngine, write_bundle_manifest
 from srdeploy.runtime.engines.registry import open_engine
 from srdeploy.runtime.upscaler import Upscaler
 
@@ -252,6 +256,33 @@ def test_calls_from_several_threads_take_turns(make_runner: RunnerFactory, pictu
 
     for result, wanted in zip(results, expected, strict=True):
         np.testing.assert_array_equal(result, wanted)
+
+
+def test_bundle_opens_its_best_engine_with_the_fp32_graph_as_fallback(
+    nearest_onnx: Callable[..., Path], picture: Draw, tmp_path: Path
+) -> None:
+    image = picture(20, 20)
+    image[3, 3, 0] = 200
+    folder = tmp_path / "network.srd"
+    (folder / "engines").mkdir(parents=True)
+    shutil.copy(nearest_onnx(), folder / "model.fp32.onnx")
+    shutil.copy(nearest_onnx(poison=float(np.float32(200) / np.float32(255))), folder / "engines" / "fast.onnx")
+    with open_engine(nearest_onnx(), threads=1) as runner:
+        contract = runner.info.contract
+    engines = [
+        BundleEngine("engines/fast.onnx", "openvino", Precision.INT8, verified=True),
+        BundleEngine("model.fp32.onnx", "onnxruntime", Precision.FP32, verified=True),
+    ]
+    write_bundle_manifest(
+        folder, contract=contract, checkpoint=Source("checkpoint", "x.pth", "0" * 64), engines=engines
+    )
+
+    with Upscaler.open(folder, threads=1) as best, Upscaler.open(folder, precision=Precision.FP32, threads=1) as plain:
+        result, report = best.upscale(image)
+
+        assert (best.info.engine, plain.info.engine) == ("openvino", "onnxruntime")
+        assert report.tally.repaired == {"NaN": 1}
+        np.testing.assert_array_equal(result, plain(image))
 
 
 def test_missing_model_is_named(tmp_path: Path) -> None:
