@@ -2,11 +2,11 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import textwrap
-import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -73,10 +73,12 @@ def test_the_import_check_would_notice_a_heavy_package() -> None:
 
 def test_help_takes_less_than_half_a_second() -> None:
     seconds = []
-    for _ in range(5):  # the best of five: the question is what the command costs, not what else the machine does
-        start = time.perf_counter()
+    for _ in range(5):
+        # Processor time, and the best of five: the question is what the command costs, not what else the machine does.
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([Path(sys.executable).with_name("srdeploy"), "--help"], check=True, stdout=subprocess.DEVNULL)
-        seconds.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
     assert min(seconds) < 0.5
 
