@@ -143,8 +143,8 @@ class Upscaler:
             path, engine, bundled = _from_bundle(path, engine, precision)
             fallback = fallback or bundled
         runner = open_engine(path, engine=engine, device=device, threads=threads)
-        # Lock-step cuts the graph that the engine computes. A built FP32 engine computes what the FP32 graph says; one of
-        # another precision does not, and stays uncut.
+        # Lock-step cuts the graph that the engine computes. A built FP32 engine computes what the FP32 graph says; one
+        # of another precision does not, and stays uncut.
         onnx = path if path.suffix == ".onnx" else None
         if fallback is not None and runner.info.contract.precision is Precision.FP32:
             onnx = fallback
