@@ -215,9 +215,13 @@ def _studies(
     options: dict[str, Any],
     progress: RichProgress,
 ) -> dict[str, Any]:
+    from dataclasses import replace
+
     from srdeploy.runtime.engines.registry import open_engine
     from srdeploy.runtime.studies import scaling, stream_throughput, throughput
 
+    # A curve has many points, and its shape is clear with half the effort for each.
+    effort = replace(effort, min_runs=max(5, effort.min_runs // 2), seconds=effort.seconds / 2)
     studies: dict[str, Any] = {}
     if options["batches"]:
         studies["throughput"] = throughput(runners, shape, options["batches"], effort, progress=progress)
