@@ -186,7 +186,7 @@ def test_a_bug_shows_its_traceback_and_exits_1() -> None:
     ids=["ctrl-c", "terminate"],
 )
 def test_a_signal_unwinds_and_exits_with_its_code(number: signal.Signals, code: int, words: str) -> None:
-    body = "print('ready', flush=True)\n        try: time.sleep(60)\n        finally: print('cleaned', flush=True)"
+    body = "try: print('ready', flush=True); time.sleep(60)\n        finally: print('cleaned', flush=True)"
     script = textwrap.dedent(SCRIPT.format(body=body))
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
