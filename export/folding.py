@@ -16,6 +16,8 @@ and what must not:
   first and last convolution, every bias on the way is divided by 255, and the convolution that a channel gate begins
   with is multiplied by 255, so that its sigmoid sees what it saw before. SiLU, GELU and ELU are not homogeneous; such
   networks stay as they are inside.
+- The factor on a block's branch goes into the convolution before the gate, and its inverse into the convolution that
+  the gate begins with. The factor on a dense layer's maps goes through its activation where that is homogeneous.
 - A batch normalisation behind a convolution goes into that convolution. In front of a padded convolution only its
   factors could; its shifts meet the same border as the mean, so it stays whole, unless all its shifts are zero.
 
@@ -40,6 +42,9 @@ INNER = "network."
 
 _WORST_CONDITION = 1e3
 """Condition number of a mean-shift matrix above which its inverse would cost digits; real ones are near 1."""
+
+_LEAST_SCALE = 1e-3
+"""Least residual factor that is folded: the gate's first convolution is multiplied by its inverse."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,9 @@ def folded_network(network: nn.Module, config: NetworkConfig) -> Folded:
     notes: list[str] = []
     if isinstance(inner, SrDenseNet):
         notes += _fold_batch_normalisations(inner)
+        notes += _fold_layer_scales(inner)
+    else:
+        notes += _fold_residual_scales(inner)
     if config.value_range == 1.0 and config.mean_shift == "none":
         return Folded(inner, tuple(notes))
     matrix_in, bias_in, matrix_out, bias_out = _colour_maps(inner, config)
@@ -211,6 +219,43 @@ def _absorb_behind(convolution: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNo
     shape[outputs] = -1
     _assign(convolution.weight, convolution.weight.double() * factors.view(shape))
     convolution.bias = nn.Parameter((bias * factors + shifts).float(), requires_grad=False)
+
+
+def _fold_layer_scales(network: SrDenseNet) -> Iterator[str]:
+    config = network.config
+    scale = config.layer_scale
+    activated_before = config.normalisation == "before_layers"
+    if scale == 1.0 or not (activated_before or (scale > 0 and is_positively_homogeneous(config.activation))):
+        return
+    block: Any
+    for block in network.blocks:
+        for layer in block.layers:
+            _scale_output(layer, scale)
+        block.config = replace(block.config, layer_scale=1.0)
+    yield f"factor {scale:g} on every dense layer folded into its convolution"
+
+
+def _fold_residual_scales(network: Rcan) -> Iterator[str]:
+    folded = 0
+    group: Any
+    for group in network.groups:
+        for block in group.blocks:
+            scale = float(block.residual_scale) if block.fixed_scale is None else block.fixed_scale
+            if scale == 1.0 and block.fixed_scale is not None:
+                continue
+            if abs(scale) >= _LEAST_SCALE:
+                _scale_output(block.conv2, scale)
+                _assign(block.gate.squeeze.weight, block.gate.squeeze.weight.double() / scale)
+                block.fixed_scale = 1.0
+                folded += 1
+    if folded:
+        yield f"residual factors of {folded} blocks folded into their convolutions"
+
+
+def _scale_output(convolution: nn.Conv2d, factor: float) -> None:
+    _assign(convolution.weight, convolution.weight.double() * factor)
+    if convolution.bias is not None:
+        _assign(convolution.bias, convolution.bias.double() * factor)
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
 from onnxscript import optimizer
 
 from srdeploy.core.contract import INPUT, OUTPUT
@@ -24,6 +25,9 @@ from srdeploy.export.folding import INNER
 
 MODULE = "srdeploy.module"
 """Key of the node metadata that names the PyTorch module."""
+
+_NOWHERE = "_empty_nn_module_stack"
+"""What the exporter calls the module of a node that it made up itself, for example to compute a size."""
 
 AXES = ("batch", "height", "width")
 
@@ -50,6 +54,7 @@ def canonical_graph(model: onnx_ir.Model, *, name: str, pads_to_multiple: bool) 
     optimizer.fold_constants(model, onnx_shape_inference=pads_to_multiple)
     _order_channels_in_weights(model.graph)
     optimizer.remove_unused_nodes(model)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     _share_small_constants(model.graph)
     _name_sizes(model.graph)
     _name_by_module(model.graph)
@@ -145,7 +150,9 @@ def _module_of(metadata: Mapping[str, str]) -> str:
     """Return the path of the module that a node came from; the network itself is ""."""
     scopes = ast.literal_eval(metadata.get("pkg.torch.onnx.name_scopes", "['', '']"))
     path = str(scopes[-2]) if len(scopes) > 1 else ""
-    return "" if path + "." == INNER else path.removeprefix(INNER)
+    if path.startswith(_NOWHERE) or path + "." == INNER:
+        return ""
+    return path.removeprefix(INNER)
 
 
 def _values(graph: onnx_ir.Graph) -> Iterator[onnx_ir.Value]:

@@ -67,6 +67,11 @@ DENSE_VARIANTS: dict[str, NetworkConfig] = {
     "k3-stride-3": replace(DENSE, deconvolutions=(Deconvolution(3, 3),)),
     "odd-output": replace(DENSE, deconvolutions=(Deconvolution(3, 2, 1),) * 2),
     "shuffles-rgb-matrix": replace(DENSE, deconvolutions=(), pixel_shuffles=(2, 2), channels=3, mean_shift="matrix"),
+    "layer-scale": replace(DENSE, layer_scale=0.3),
+    "layer-scale-gelu": replace(DENSE, layer_scale=0.3, activation="gelu"),
+    "layer-scale-norm-before": replace(
+        DENSE, layer_scale=-0.5, normalisation="before_layers", layer_input="everything", activation="elu"
+    ),
     "no-bottleneck": replace(DENSE, bottleneck=None),
     "255-matrix": replace(DENSE, channels=3, value_range=255.0, mean_shift="matrix"),
     "norm-on-block": replace(DENSE, normalisation="block_input", reactivate_concatenations=True),
@@ -97,6 +102,9 @@ def randomised(network: nn.Module) -> nn.Module:
         return torch.empty_like(tensor).uniform_(low, high, generator=generator)
 
     with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.endswith("residual_scale"):
+                parameter.copy_(noise(parameter, 0.2, 0.8))
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):
                 assert module.running_mean is not None
