@@ -92,11 +92,9 @@ class ChannelClasses:
         elif node.op_type == "DepthToSpace" and data:
             self._shuffle(node, data[0], result)
         else:
+            # Not known to keep channels apart: what goes in keeps its scale, what comes out is not followed.
             for name in data:
                 self._pin(name)
-            for name in node.output:
-                if data:
-                    self.of[name] = np.zeros(self.of[data[0]].size, dtype=np.int64)
 
     def _gated(self, data: Sequence[str], graph: Graph) -> bool:
         pooled = [graph.resolution.get(name, 1.0) == 0 for name in data]

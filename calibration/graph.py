@@ -187,6 +187,8 @@ def _resolutions(model: onnx.ModelProto, initializers: Iterable[str]) -> dict[st
             factor /= _strides(node)
         elif node.op_type == "DepthToSpace":
             factor *= int(attribute(node, "blocksize", 1))  # type: ignore[call-overload]
+        elif node.op_type == "SpaceToDepth":
+            factor /= int(attribute(node, "blocksize", 1))  # type: ignore[call-overload]
         for name in node.output:
             known[name] = factor
     return known

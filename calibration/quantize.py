@@ -24,12 +24,13 @@ from srdeploy.calibration.workbench import Workbench
 from srdeploy.core.artifact import atomic_files, sha256_of_bytes
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.environment import package_versions
-from srdeploy.core.errors import GateError, UsageError
+from srdeploy.core.errors import BuildError, GateError, UsageError
 from srdeploy.core.manifest import Manifest, Source, manifest_path
 from srdeploy.core.precision import Precision, Target
 from srdeploy.core.progress import SILENT, Progress
 
 CPU_TARGETS = (Target.OPENVINO, Target.ONNXRUNTIME)
+REWRITTEN = "OpenVINO has no INT8 kernel for these deconvolutions: they became exact convolutions with a pixel shuffle"
 _PACKAGES = ("onnx", "onnxruntime", "openvino", "numpy")
 
 
@@ -140,7 +141,7 @@ def quantize(
         else:
             assert calibration is not None
             ranges = read_ranges(options.ranges, model_sha256=sha256) if options.ranges else None
-            made = _quantized_graph(
+            made = _quantized_or_rewritten(
                 model, contract, sha256, precision, target, calibration, options, ranges, open_engine, progress
             )
         _describe(made.model, contract, precision, target, made.result, calibration, sha256)
@@ -214,6 +215,31 @@ def _half_graph(
         verdict = Judge(model, calibration.judges, contract).graph(emulated)
     result = QuantizeResult(Path(), precision, target, verdict, islands=islands, notes=tuple(notes))
     return _Made(typed, result)
+
+
+def _quantized_or_rewritten(
+    model: onnx.ModelProto,
+    contract: ModelContract,
+    sha256: str,
+    precision: Precision,
+    target: Target,
+    calibration: CalibrationSet,
+    options: QuantizeOptions,
+    ranges: Ranges | None,
+    open_engine: OpenEngine | None,
+    progress: Progress,
+) -> _Made:
+    """Quantize; where the engine leaves deconvolutions float, quantize again with exact 2x2 convolutions instead."""
+    arguments = (model, contract, sha256, precision, target, calibration)
+    try:
+        return _quantized_graph(*arguments, options, ranges, open_engine, progress)
+    except BuildError:
+        has = any(node.op_type == "ConvTranspose" for node in model.graph.node)
+        if target != Target.OPENVINO or options.deconvolution != "auto" or not has:
+            raise
+    progress.note(REWRITTEN)
+    made = _quantized_graph(*arguments, replace(options, deconvolution="rewrite"), None, open_engine, progress)
+    return replace(made, result=replace(made.result, notes=(*made.result.notes, REWRITTEN)))
 
 
 def _quantized_graph(

@@ -60,9 +60,9 @@ def read_back(info: RunnerInfo, graph: Graph, placement: Placement) -> Readback 
     shares: Mapping[str, float] = info.built.get("macs_share") or {}
     ran, total = int(convolutions.get("int8", 0)), int(sum(convolutions.values()))
     asked, wanted = len(placement.layers), share_of_macs(graph, placement.layers)
-    result = Readback(
-        versions or info.engine, asked, ran, total, float(shares.get("int8", wanted if ran >= asked else 0))
-    )
+    # Where an engine cannot count multiply-adds (shapes that depend on data), its layers were counted all the same.
+    macs = float(shares.get("int8", 0.0)) if sum(shares.values()) > 0 else wanted * min(1.0, ran / max(asked, 1))
+    result = Readback(versions or info.engine, asked, ran, total, macs)
     if ran < asked or result.macs < wanted - TOLERANCE:
         raise BuildError(
             f"{info.engine} computes {result.line()}",

@@ -76,7 +76,8 @@ def test_an_operation_that_does_not_scale_pins_its_channels(networks: Networks) 
 
     classes = ChannelClasses(Graph(model))
 
-    assert not classes.roots(relu.output[0]).any()
+    assert not classes.roots(relu.input[0]).any()
+    assert relu.output[0] not in classes.of
 
 
 @pytest.mark.parametrize(
