@@ -59,6 +59,7 @@ class Decision:
         exact: whether the result equals the whole image's.
         lock_step: whether the network runs stage by stage over all tiles.
         reason: one line for the user.
+        maps_in_memory: whether feature maps wait in memory between stages (lock-step only).
     """
 
     plan: TilePlan
@@ -67,6 +68,7 @@ class Decision:
     exact: bool
     lock_step: bool
     reason: str
+    maps_in_memory: bool = True
 
 
 def parse_bytes(text: str) -> int:

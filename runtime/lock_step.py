@@ -31,6 +31,7 @@ STAGE_ENGINES = ("onnxruntime", "openvino")
 """Engines that run stages; built GPU engines cannot be cut."""
 _SIDE = 192
 """Side of the tiles: the overlap is so thin that larger ones save little, and these stay in the processor's cache."""
+_SHARE_OF_DISK = 0.9
 _SHARE_OF_MAPS = 0.6
 """Part of the budget that waiting maps may take; the rest is for the tiles themselves."""
 
@@ -78,7 +79,7 @@ class LockStep:
             groups: network inputs per picture, 2 with alpha.
         """
         needed = height * width * self.map_bytes_per_pixel() * groups
-        fits = needed <= self._memory * _SHARE_OF_MAPS
+        fits = needed <= (settings.memory_bytes or self._memory) * _SHARE_OF_MAPS
         if not fits and settings.mode != "exact":
             return None
         side = max(settings.side or _SIDE, 2 * self.radius + 1)
@@ -88,12 +89,12 @@ class LockStep:
             f"{plan.tiles} exact tiles of {plan.columns.window}x{plan.rows.window} in lock-step, "
             f"{len(self.stages)} stages, overlap {self.radius}, feature maps {where} ({format_bytes(needed)})"
         )
-        return Decision(plan, 1, False, True, True, reason)
+        return Decision(plan, 1, False, True, True, reason, maps_in_memory=fits)
 
     def bands(
         self,
         read_rows: Callable[[int, int], Planes],
-        plan: TilePlan,
+        decision: Decision,
         *,
         scale: int,
         done: Callable[[int], None] = lambda tiles: None,
@@ -102,18 +103,21 @@ class LockStep:
 
         Args:
             read_rows: gives rows begin..end of the picture's planes, (1, C, end - begin, W).
-            plan: from `decide`.
+            decision: from `decide`.
             scale: output pixels per input pixel.
             done: told how many tiles of how many stages were run.
 
         Yields:
             (1, C, rows, W') float32.
         """
+        plan = decision.plan
         size = plan.rows.size, plan.columns.size
         with (
             tempfile.TemporaryDirectory(prefix="srdeploy-maps.") as folder,
-            contextlib.closing(_Maps(Path(folder), size, self._in_memory(size, Path(folder)))) as maps,
+            contextlib.closing(_Maps(Path(folder), size, decision.maps_in_memory)) as maps,
         ):
+            if not decision.maps_in_memory:
+                self._check_space(size, Path(folder))
             yield from self._run_stages(maps, read_rows, plan, scale, done)
 
     def _run_stages(
@@ -139,18 +143,15 @@ class LockStep:
         widest = max((_channels(stage) for stage in self.stages), default=1)
         return 4 * widest * live_maps(self.stages)
 
-    def _in_memory(self, size: tuple[int, int], folder: Path) -> bool:
+    def _check_space(self, size: tuple[int, int], folder: Path) -> None:
         needed = size[0] * size[1] * self.map_bytes_per_pixel()
-        if needed <= self._memory * _SHARE_OF_MAPS:
-            return True
         free = shutil.disk_usage(folder).free
-        if needed > free * 0.9:
+        if needed > free * _SHARE_OF_DISK:
             raise CapabilityError(
                 f"exact tiles of {size[1]}x{size[0]} need {format_bytes(needed)} for feature maps; {folder.parent} has "
                 f"{format_bytes(free)} free",
                 next_step="set TMPDIR to a larger disk, or use --tiles overlapped",
             )
-        return False
 
 
 class _Waiting(Protocol):

@@ -106,6 +106,8 @@ class Upscaler:
         self._onnx = onnx
         self._threads = threads
         self._stages: LockStep | None = None
+        # Asked once: frames of a video must not change from whole to tiles because memory was free or not for a moment.
+        self._free_memory = default_memory()
         self._lock = threading.RLock()
 
     @classmethod
@@ -236,16 +238,16 @@ class Upscaler:
     def decide(self, height: int, width: int, channels: int = 3, *, memory_bytes: int | None = None) -> Decision:
         """Tell how a picture of this size would be run; `memory_bytes` is the budget where the settings name none."""
         groups = 2 if channels in (2, 4) else 1
-        settings = replace(self._settings, memory_bytes=self._settings.memory_bytes or memory_bytes)
-        if self._wants_lock_step(height, width):
+        budget = self._settings.memory_bytes or memory_bytes or self._free_memory
+        settings = replace(self._settings, memory_bytes=budget)
+        if self._wants_lock_step(height, width, settings):
             decision = self._lock_step().decide(height, width, settings, groups=groups)
             if decision is not None:
                 return decision
         return decide(height, width, self.contract, self.info.profile, settings, groups=groups)
 
-    def _wants_lock_step(self, height: int, width: int) -> bool:
+    def _wants_lock_step(self, height: int, width: int, settings: TileSettings) -> bool:
         """Tell whether channel attention meets a picture in tiles, and nothing speaks for overlapped ones."""
-        settings = self._settings
         if self.contract.receptive_radius is not None or settings.mode in ("whole", "overlapped"):
             return False
         if not needs_tiles(height, width, self.contract, self.info.profile, settings):
@@ -330,7 +332,9 @@ class Upscaler:
 
         with progress.task("upscaling in lock-step", total=tiles) as advance:
             groups = [
-                lock.bands(group_rows(group), plan, scale=conversion.scale, done=lambda tiles: advance(tiles))
+                lock.bands(
+                    group_rows(group), report.decision, scale=conversion.scale, done=lambda tiles: advance(tiles)
+                )
                 for group in range(conversion.groups)
             ]
             begin = 0
@@ -360,7 +364,7 @@ class Upscaler:
                     expected="an ONNX file: channel attention sees the whole image, and built engines cannot be cut",
                     next_step="use --tiles overlapped, or the model.fp32.onnx",
                 )
-            memory = self._settings.memory_bytes or default_memory()
+            memory = self._settings.memory_bytes or self._free_memory
             self._stages = LockStep(self._onnx, engine=self.info.engine, threads=self._threads, memory_bytes=memory)
         return self._stages
 

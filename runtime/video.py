@@ -313,7 +313,8 @@ class _VideoJob:
     def _drop_segment(self) -> None:
         """Throw an unfinished segment away."""
         if self.writer is not None:
-            self.writer.abort()
+            with contextlib.suppress(OSError):  # a full disk was met before, and closing meets it again
+                self.writer.abort()
             self.writer = None
             with contextlib.suppress(_Dropped), self.segment:
                 raise _Dropped

@@ -1,6 +1,7 @@
 """Decoding: what comes in as which pixels, and what is refused with one line."""
 
 import io
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -245,6 +246,18 @@ def test_folders_are_searched_in_order_and_hidden_files_passed_over(tmp_path: Pa
 def test_nothing_to_find_is_an_error(name: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=words):
         find_images(tmp_path / name)
+
+
+def test_unreadable_folder_is_an_error_not_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path / "a.png", RGB)
+
+    def refuse(folder: object) -> None:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(os, "scandir", refuse)
+
+    with pytest.raises(InputError, match=r"cannot read the folder .*: Permission denied"):
+        find_images(tmp_path)
 
 
 def test_rgb8_repeats_gray_rounds_sixteen_bits_and_drops_alpha(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from srdeploy.core.errors import UsageError
+from srdeploy.core.errors import CapabilityError, UsageError
 from srdeploy.core.runner import Runner, run_image
 from srdeploy.runtime.budget import TileSettings
 from srdeploy.runtime.lock_step import LockStep
@@ -42,9 +42,10 @@ def test_lock_step_equals_the_eager_whole_image(
     decision = lock.decide(43, 59, TileSettings(mode="exact", side=24))
     assert decision is not None
 
-    bands = list(lock.bands(lambda begin, end: image[:, :, begin:end], decision.plan, scale=2))
+    bands = list(lock.bands(lambda begin, end: image[:, :, begin:end], decision, scale=2))
 
     assert decision.plan.tiles == 12
+    assert decision.maps_in_memory == (memory > 1000)
     with make_runner("rcan") as runner:
         np.testing.assert_allclose(np.concatenate(bands, axis=2), run_image(runner, image), atol=1e-5)
 
@@ -69,6 +70,15 @@ def test_maps_that_do_not_fit_fall_back_to_overlapped_tiles_unless_asked(rcan_on
         assert not up.decide(300, 300).lock_step
     with Upscaler.open(rcan_onnx, TileSettings(mode="exact", memory_bytes=small), threads=1) as up:
         assert "in files" in up.decide(300, 300).reason
+
+
+def test_maps_that_no_disk_holds_are_refused(rcan_onnx: Path) -> None:
+    lock = LockStep(rcan_onnx, engine="onnxruntime", threads=1, memory_bytes=1000)
+    decision = lock.decide(10**6, 10**6, TileSettings(mode="exact"))
+    assert decision is not None
+
+    with pytest.raises(CapabilityError, match="feature maps.*TMPDIR"):
+        next(lock.bands(lambda begin, end: np.zeros((1, 3, end - begin, 10**6), np.float32), decision, scale=2))
 
 
 def test_built_engine_and_runner_without_graph_are_refused(make_runner: Callable[..., Runner], rcan_onnx: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from srdeploy.core.errors import InputError, SrdeployError, UsageError
+from srdeploy.core.errors import InputError, OutputError, SrdeployError, UsageError
 from srdeploy.runtime.pipeline import Pipeline
 from srdeploy.runtime.upscaler import Upscaler
 from srdeploy.runtime.video import VideoOptions, upscale_video
@@ -365,6 +365,30 @@ def test_refusals(target: str, options: VideoOptions, words: str, up: Upscaler, 
 
     assert source.read_bytes() == before
     assert (tmp_path / "there.mp4").read_bytes() == b"kept"
+
+
+@pytest.mark.tmpfs
+def test_full_disk_is_one_line_and_the_run_can_go_on(up: Upscaler, tmp_path: Path) -> None:
+    source = clip(tmp_path / "a.mkv", frames=40, size=(96, 128))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    options = VideoOptions(codec="ffv1", segment_frames=4)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    try:
+        with pytest.raises(OutputError, match="no space left"):
+            upscale_video(up, source, disk / "b.mkv", options)
+        left = sorted(path.name for path in disk.rglob("*") if path.is_file())
+        subprocess.run(["mount", "-o", "remount,size=16m", disk], check=True)
+        report = upscale_video(up, source, disk / "b.mkv", options)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+    assert not [name for name in left if name.startswith(".")]
+    assert "b.mkv" not in left
+    assert report.frames == 40
+    assert report.resumed % 4 == 0
 
 
 def test_videos_are_known_by_content(tmp_path: Path, picture: Callable[..., Any]) -> None:
