@@ -9,21 +9,26 @@ computes, the helper threads take 0.1 s. Where a container forbids fixed address
 
 import ctypes
 import os
+import signal
 import sys
 
 _ADDR_NO_RANDOMIZE = 0x0040000
 _ASK = 0xFFFFFFFF
+_PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
     """Become the worker; for TensorRT-RTX at fixed addresses and on one processor where the system allows it."""
+    library = ctypes.CDLL(None)
+    if sys.platform == "linux":
+        library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # the worker ends with its parent, however that went
     if sys.platform == "linux" and sys.argv[1] == "tensorrt-rtx":
-        library = ctypes.CDLL(None)
         here = library.sched_getcpu()  # the processor that the system has just found free for this process
         if here in os.sched_getaffinity(0):
             os.sched_setaffinity(0, {here})
         library.personality(ctypes.c_ulong(library.personality(ctypes.c_ulong(_ASK)) | _ADDR_NO_RANDOMIZE))
-    environment = {**os.environ, "PYTHONHASHSEED": "0"}
+    # One heap for all threads: a heap of its own would lie wherever a thread happened to be when it first needed it.
+    environment = {**os.environ, "PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}
     worker = "srdeploy.runtime.engines.tensorrt_worker"
     os.execve(sys.executable, [sys.executable, "-m", worker, *sys.argv[1:]], environment)
 

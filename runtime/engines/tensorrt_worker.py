@@ -37,7 +37,8 @@ GRAPH, REQUEST, PLAN, LOG, LAYERS = "graph.onnx", "request.json", "plan", "build
 def main(arguments: Sequence[str]) -> int:
     """Build what the folder asks for; the exit status is 0, or the code of the error that was printed."""
     name, folder = arguments[0], Path(arguments[1])
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if sys.platform != "linux":  # there the launcher has arranged it, without a thread
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         flavour = flavour_named(name)
         request = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
