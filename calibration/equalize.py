@@ -81,8 +81,7 @@ class ChannelClasses:
             for one, two in zip(self.of[data[0]], self.of[data[1]], strict=True):
                 self._unite(int(one), int(two))
             self.of[result] = self.of[data[0]]
-        elif node.op_type == "Mul" and self._gated(data, graph):
-            image = max(data, key=lambda name: graph.resolution.get(name, 1.0))
+        elif node.op_type == "Mul" and (image := self._gated(node, graph)) is not None:
             for name in data:
                 if name != image:
                     self._pin(name)
@@ -96,9 +95,11 @@ class ChannelClasses:
             for name in data:
                 self._pin(name)
 
-    def _gated(self, data: Sequence[str], graph: Graph) -> bool:
-        pooled = [graph.resolution.get(name, 1.0) == 0 for name in data]
-        return len(data) == 2 and sum(pooled) == 1
+    def _gated(self, node: onnx.NodeProto, graph: Graph) -> str | None:
+        """Return the followed image that a product scales by pooled 1x1 maps; None for any other product."""
+        pooled = [name for name in node.input if graph.resolution.get(name, 1.0) == 0]
+        images = [name for name in node.input if name not in pooled]
+        return images[0] if len(pooled) == 1 and len(images) == 1 and images[0] in self.of else None
 
     def _scalar(self, node: onnx.NodeProto, graph: Graph) -> bool:
         sizes = [int(np.prod(graph.initializers[name].dims)) for name in node.input if name in graph.initializers]

@@ -56,7 +56,7 @@ def test_image_and_gates_are_never_scaled(networks: Networks) -> None:
 
     assert not classes.roots("input").any()
     assert not classes.roots("output").any()
-    assert not classes.roots(gate.output[0]).any()
+    assert not classes.roots(gate.input[0]).any()
 
 
 def test_channels_met_in_a_sum_share_their_class_and_others_do_not(networks: Networks) -> None:
