@@ -61,7 +61,8 @@ def read_back(info: RunnerInfo, graph: Graph, placement: Placement) -> Readback 
     ran, total = int(convolutions.get("int8", 0)), int(sum(convolutions.values()))
     asked, wanted = len(placement.layers), share_of_macs(graph, placement.layers)
     # Where an engine cannot count multiply-adds (shapes that depend on data), its layers were counted all the same.
-    macs = float(shares.get("int8", 0.0)) if sum(shares.values()) > 0 else wanted * min(1.0, ran / max(asked, 1))
+    counted = shares.get("int8", 0.0) > 0
+    macs = float(shares["int8"]) if counted else wanted * min(1.0, ran / max(asked, 1))
     result = Readback(versions or info.engine, asked, ran, total, macs)
     if ran < asked or result.macs < wanted - TOLERANCE:
         raise BuildError(
