@@ -4,8 +4,8 @@ TensorRT-RTX 1.7.1 orders some of what it writes by the addresses of its objects
 Linux places a program at random addresses, Python seeds its hashes at random, which moves them too, and threads get
 heaps of their own: in 40 builds of one small graph three different files came out. With fixed addresses, a fixed seed,
 one heap and one processor small graphs and SRDenseNet_All came out the same every time; two builds of full RCAN on a
-busy machine still differed in 16 bytes of 35.6 MB, the number in a symbol name. It costs nothing: of 26 s that a build of RCAN computes, the helper
-threads take 0.1 s. Where a container forbids fixed addresses the bytes may differ more often.
+busy machine still differed in 16 bytes of 35.6 MB, the number in a symbol name. It costs nothing: of 26 s that a build
+of RCAN computes, the helper threads take 0.1 s. Where a container forbids fixed addresses the bytes may differ more.
 """
 
 import ctypes
