@@ -8,7 +8,7 @@ import click
 
 from srdeploy.cli.console import RichProgress, emit_json, next_command, table, warning_line
 from srdeploy.cli.options import EXISTING, example, force_option, json_option, output_option
-from srdeploy.core.artifact import refuse_input_as_output
+from srdeploy.core.artifact import refuse_existing, refuse_input_as_output
 
 if TYPE_CHECKING:
     from srdeploy.calibration.quantize import QuantizeResult
@@ -70,14 +70,16 @@ def command(onnx: Path, precision: str, target: str, images: Path | None, output
     from srdeploy.core.precision import Precision, Target
 
     refuse_input_as_output(output, onnx)
+    refuse_existing(output, choices["force"])
     progress = RichProgress()
+    contract = read_model(onnx)[1]
     calibration = None
     if images is not None:
         from srdeploy.calibration.dataset import make_calibration_set
 
         calibration = make_calibration_set(
             images,
-            contract=read_model(onnx)[1],
+            contract=contract,
             hr=choices["hr"],
             count=choices["crops"],
             crop=choices["crop_size"],
@@ -115,7 +117,11 @@ def command(onnx: Path, precision: str, target: str, images: Path | None, output
     from srdeploy.runtime.engines.registry import family
 
     engine = output.with_suffix(family(target).suffix or ".engine")
-    next_command("srdeploy", "build", str(output), "--engine", target, "-o", str(engine))
+    shapes: list[str] = []
+    if Target(target) in (Target.TENSORRT, Target.TENSORRT_RTX):  # their engines are built for a range of shapes
+        sizes = {"--min-shape": "16x16", "--opt-shape": "180x320", "--max-shape": "360x640"}
+        shapes = [word for flag, size in sizes.items() for word in (flag, f"1x{contract.channels}x{size}")]
+    next_command("srdeploy", "build", str(output), "--engine", target, *shapes, "-o", str(engine))
 
 
 def engine_for(target: "Target", threads: int | None) -> "Callable[[Path], Runner] | None":

@@ -53,7 +53,7 @@ def atomic_files(*paths: Path, force: bool = False) -> Iterator[tuple[Path, ...]
         OutputError: the disk is full, or a folder cannot be written.
     """
     for path in paths:
-        _refuse_existing(path, force)
+        refuse_existing(path, force)
         if path.is_dir():
             raise UsageError(f"{path} is a folder", expected="a file", next_step="choose another output name")
     temporaries: list[Path] = []
@@ -160,7 +160,13 @@ def sha256_of_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _refuse_existing(path: Path, force: bool) -> None:
+def refuse_existing(path: Path, force: bool) -> None:
+    """Refuse an output that exists already, unless it may be replaced; called early where much work comes first.
+
+    Raises:
+        UsageError: `path` exists and `force` is false.
+        OutputError: the path cannot be looked at.
+    """
     try:
         exists = path.exists() or path.is_symlink()
     except OSError as error:
@@ -203,7 +209,7 @@ def _interrupts_held() -> Iterator[None]:
 
 
 def _refuse_folder(path: Path, force: bool, known_by: str | None) -> None:
-    _refuse_existing(path, force)
+    refuse_existing(path, force)
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file", expected="a folder", next_step="choose another output name")
     if known_by is not None and path.is_dir() and any(path.iterdir()) and not (path / known_by).exists():

@@ -120,6 +120,9 @@ class SrDenseNetConfig:
             raise ValueError("upsampling is either by deconvolutions or by pixel shuffles")
         if self.cumulative_blocks and (self.layer_input, self.reconstruction_input) != ("everything", "all"):
             raise ValueError("cumulative blocks need layer_input everything and reconstruction_input all")
+        carried = (self.layer_input, self.block_input, self.reconstruction_input) == ("everything", "previous", "all")
+        if carried and not self.cumulative_blocks:
+            raise ValueError("blocks that carry their input on reach reconstruction_input all as cumulative blocks only")
 
     @property
     def scale(self) -> int:
