@@ -68,7 +68,6 @@ def read(survey: Survey, hints: Hints) -> Reading:
             candidates=(True, False),
             usual=Answer(True, "default", "all published settings have it"),
             probed=False,
-            contested=False,
         )
     )
     return Reading(config, (*questions, *colour_order_question(config.channels)))

@@ -117,7 +117,6 @@ def _questions(slopes: bool) -> tuple[Question, ...]:
         usual=Answer(1.0, "default", "dense_scale is 1 in the code's defaults and examples"),
         any_value=True,
         probed=False,
-        contested=False,
     )
     if slopes:
         return (scale,)
