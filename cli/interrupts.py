@@ -14,10 +14,14 @@ _WAIT_SECONDS = 0.05
 
 
 def install() -> None:
-    """Handle SIGINT (`KeyboardInterrupt`) and SIGTERM (`SystemExit` 143) from here on."""
+    """Handle SIGINT (`KeyboardInterrupt`) and SIGTERM (`SystemExit` 143) from here on.
+
+    One that is ignored stays so: shells start background jobs that way, and `nohup` means it.
+    """
     handler = _Handler()
-    signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGTERM, handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def ignore() -> None:

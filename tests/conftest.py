@@ -1,9 +1,14 @@
 """Shared fixtures. Tests make their own small networks and images; reference data is optional."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
+
+# Shells start background jobs with Ctrl-C ignored, and children inherit that; the tests about Ctrl-C need it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DATA = Path(__file__).parent / "data"
 

@@ -88,7 +88,7 @@ def test_every_verb_explains_itself_with_an_example_and_imports_nothing_heavy(na
     done = python(f"from srdeploy.cli.main import main; main([{name!r}, '--help'])", "-X", "importtime")
 
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "Example:\n  srdeploy " in done.stdout
+    assert "Example:\n    srdeploy " in done.stdout
     assert not imported(done.stderr) & HEAVY
 
 
