@@ -122,7 +122,9 @@ class SrDenseNetConfig:
             raise ValueError("cumulative blocks need layer_input everything and reconstruction_input all")
         carried = (self.layer_input, self.block_input, self.reconstruction_input) == ("everything", "previous", "all")
         if carried and not self.cumulative_blocks:
-            raise ValueError("blocks that carry their input on reach reconstruction_input all as cumulative blocks only")
+            raise ValueError(
+                "blocks that carry their input on reach reconstruction_input all only as cumulative_blocks"
+            )
 
     @property
     def scale(self) -> int:

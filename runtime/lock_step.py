@@ -22,6 +22,7 @@ from srdeploy.core.environment import cpu_count
 from srdeploy.core.errors import CapabilityError, InputError, UsageError
 from srdeploy.core.extras import import_extra
 from srdeploy.runtime.budget import Decision, TileSettings, format_bytes
+from srdeploy.runtime.engines.openvino_engine import shared_core
 from srdeploy.runtime.stages import Stage, cut_at_poolings, live_maps
 from srdeploy.runtime.tiling import Planes, TilePlan, plan_tiles
 
@@ -334,8 +335,7 @@ def _onnxruntime_stage(model: onnx.ModelProto, threads: int) -> StageRun:
 
 
 def _openvino_stage(model: onnx.ModelProto, threads: int) -> StageRun:
-    openvino = import_extra("openvino", "cpu")
-    core = openvino.Core()
+    core = shared_core()
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
     compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU", settings)
     request = compiled.create_infer_request()

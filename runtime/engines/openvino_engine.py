@@ -8,6 +8,7 @@ OpenVINO picks BF16 arithmetic by itself on processors with BF16 units. Whenever
 `parity=True`: FP32 layers then compute in FP32 everywhere.
 """
 
+import functools
 import io
 import threading
 import time
@@ -48,10 +49,23 @@ def why_not_run() -> str | None:
     return why_not_build()
 
 
+@functools.cache
+def shared_core() -> Any:
+    """Return the process's one `openvino.Core`, which is never freed.
+
+    The CPU plugin gives the thread an alternate signal stack when it is made, and frees that memory with itself. With
+    two of them, freed in the order they were made, the thread is left with a stack that is gone, and the next signal
+    (Ctrl-C, an alarm) ends the process with a segmentation fault. Seen with OpenVINO 2026.4.
+
+    Raises:
+        MissingExtraError: OpenVINO is not installed.
+    """
+    return import_extra("openvino", "cpu").Core()
+
+
 def key_parts(options: BuildOptions) -> dict[str, Any]:
     """Return what decides the engine's bytes besides graph and options."""
-    openvino = import_extra("openvino", "cpu")
-    return {"versions": versions(), "target": _target(openvino.Core())}
+    return {"versions": versions(), "target": _target(shared_core())}
 
 
 def build(graph: Graph, options: BuildOptions, progress: Progress) -> BuiltEngine:
@@ -60,8 +74,7 @@ def build(graph: Graph, options: BuildOptions, progress: Progress) -> BuiltEngin
     Raises:
         BuildError: OpenVINO refuses the graph.
     """
-    openvino = import_extra("openvino", "cpu")
-    core = openvino.Core()
+    core = shared_core()
     with progress.task("compiling with OpenVINO"):
         try:
             model = core.read_model(graph.serialized())
@@ -91,8 +104,7 @@ def open_onnx(graph: Graph, *, threads: int | None, parity: bool, outputs: Seque
         parity: compute FP32 layers in FP32 even where the processor has BF16 units.
         outputs: tensors to return instead of the graph's outputs; inner ones are allowed.
     """
-    openvino = import_extra("openvino", "cpu")
-    core = openvino.Core()
+    core = shared_core()
     try:
         model = core.read_model(graph.serialized(extra_outputs=tuple(outputs or ())))
         compiled = core.compile_model(model, DEVICE, _configuration(threads, parity=parity))
@@ -111,10 +123,9 @@ def open_built(engine: Engine, *, threads: int | None, parity: bool, outputs: Se
         CapabilityError: it was written by another OpenVINO release or for another processor.
         UsageError: inner tensors were asked for.
     """
-    openvino = import_extra("openvino", "cpu")
     if outputs is not None:
         raise UsageError("a built engine has no inner tensors to return", next_step="open the ONNX file for that")
-    core = openvino.Core()
+    core = shared_core()
     _check_made_for_here(engine, core)
     try:
         compiled = core.import_model(io.BytesIO(engine.data), DEVICE, _configuration(threads, parity=parity))

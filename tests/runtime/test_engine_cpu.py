@@ -1,5 +1,7 @@
 """ONNX Runtime and OpenVINO on the CPU: what they open, build, answer and refuse."""
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -44,6 +46,32 @@ def test_onnx_file_runs_at_any_shape(engine: str, upsampler: str, small_onnx: Gr
 
             # 1e-5: FP32 sums of at most 144 products of order 1 in another order
             np.testing.assert_allclose(output, expected(path, picture), atol=1e-5)
+
+
+def test_ctrl_c_after_runners_have_come_and_gone_is_an_exception_not_a_crash(small_onnx: GraphFactory) -> None:
+    # In a process of its own, since it used to die here: see `shared_core`.
+    script = f"""
+import gc, signal
+from pathlib import Path
+from srdeploy.runtime.engines.registry import open_engine
+first = open_engine(Path({str(small_onnx())!r}), engine="openvino", threads=1).__enter__()
+second = open_engine(Path({str(small_onnx())!r}), engine="openvino", threads=1).__enter__()
+first.__exit__(None, None, None)
+del first
+gc.collect()
+second.__exit__(None, None, None)
+del second
+gc.collect()
+signal.signal(signal.SIGINT, signal.default_int_handler)
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("engine", CPU)
