@@ -89,7 +89,8 @@ def verify_engines(
             try:
                 runner = open_engine(path, engine=candidate.engine, parity=True, threads=threads)
             except CapabilityError as error:
-                obstacles[candidate.name] = str(error)
+                # The folder has a temporary name until the road ends; people read the one it will have.
+                obstacles[candidate.name] = str(error).replace(str(work.folder), str(work.request.output))
                 unseen[candidate.onnx] = candidate.graph_name
             else:
                 runners[candidate.name] = named(stack.enter_context(runner), candidate.name)
