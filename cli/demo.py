@@ -125,7 +125,10 @@ def _upscale(outcome: "Outcome", examples: Path, output: Path, progress: Progres
             up, examples / "photos" / "evaluation", output, OutputOptions(force=True), progress=progress
         )
     report.raise_failures()
-    progress.note(f"{'upscale':<10}{time.perf_counter() - started:7.1f} s  {len(report.made)} photos to {output}")
+    said = f"{len(report.made)} photos to {output}"
+    if report.skipped:
+        said += f"; {len(report.skipped)} were there already, made by the same engine"
+    progress.note(f"{'upscale':<10}{time.perf_counter() - started:7.1f} s  {said}")
     return [{"photo": name, **made.to_json()} for name, made in report.made.items()]
 
 
