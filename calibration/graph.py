@@ -85,20 +85,6 @@ class Graph:
         readers = self.consumers.get(name, [])
         return readers[0] if len(readers) == 1 and name != OUTPUT else None
 
-    def ancestors(self, name: str) -> set[str]:
-        """Return the names of all tensors that a tensor depends on, itself included."""
-        found: set[str] = set()
-        pending = [name]
-        while pending:
-            tensor = pending.pop()
-            if tensor in found:
-                continue
-            found.add(tensor)
-            node = self.producer.get(tensor)
-            if node is not None:
-                pending.extend(node.input)
-        return found
-
 
 def read_model(path: Path) -> tuple[onnx.ModelProto, ModelContract, str]:
     """Read an exported FP32 graph, its contract and its SHA-256, with every node named.

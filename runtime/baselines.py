@@ -23,7 +23,7 @@ from srdeploy.core.precision import Precision
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.runner import RunnerInfo
 from srdeploy.models.load import LoadedCheckpoint
-from srdeploy.runtime.engines.eager import _ieee_fp32
+from srdeploy.runtime.engines.eager import ieee_fp32
 from srdeploy.runtime.latency import timed
 
 
@@ -140,7 +140,7 @@ class BaselineRunner:
     def _arithmetic(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             if self._device.type == "cuda" and not self._form.half:
-                stack.enter_context(_ieee_fp32())  # cuDNN's convolutions would take TF32 by themselves
+                stack.enter_context(ieee_fp32())  # cuDNN's convolutions would take TF32 by themselves
             if self._form.half:
                 stack.enter_context(torch.autocast(self._device.type, dtype=self._half))
             if self._form.compiled:

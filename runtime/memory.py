@@ -30,11 +30,6 @@ def run_memory(function: Callable[[], object]) -> int | None:
     return peak - before if peak > before else None
 
 
-def peak_memory() -> int | None:
-    """Return the peak resident memory of this process in bytes since the last reset, None where unknown."""
-    return _status_bytes("VmHWM")
-
-
 def _reset_peak() -> bool:
     with contextlib.suppress(OSError):
         _CLEAR.write_text("5", encoding="ascii")  # 5: reset the peak resident size, nothing else

@@ -107,11 +107,6 @@ class Conversion:
         plain = np.divide(visible, alpha, out=np.zeros_like(visible), where=alpha > _OPAQUE_STEP)
         return np.concatenate([plain, alpha], axis=2)
 
-    @property
-    def needs_chroma(self) -> bool:
-        """Whether colour must be enlarged beside the network."""
-        return self.colours == "y" and self.channels >= 3
-
     def _colour_planes(self, colour: Floats) -> Floats:
         """(H, W, 1 or 3) to (C, H, W)."""
         if self.colours == "rgb":

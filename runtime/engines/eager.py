@@ -127,7 +127,7 @@ class EagerRunner:
     @contextlib.contextmanager
     def _arithmetic(self) -> Iterator[None]:
         """Exact FP32, no autograd, own threads; one caller at a time, as these are settings of the process."""
-        with self._lock, torch.inference_mode(), _ieee_fp32():
+        with self._lock, torch.inference_mode(), ieee_fp32():
             if self._device.type == "cpu" and torch.get_num_threads() != self._threads:
                 torch.set_num_threads(self._threads)
             yield
@@ -143,7 +143,7 @@ class EagerRunner:
             torch.cuda.empty_cache()
 
 
-class _ieee_fp32:  # noqa: N801  # reads as a statement: with _ieee_fp32()
+class ieee_fp32:  # noqa: N801  # reads as a statement: with ieee_fp32()
     """Switch TF32 (and oneDNN's reduced FP32 modes) off for a block, and restore what was set before."""
 
     def __enter__(self) -> None:

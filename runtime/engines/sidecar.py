@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from srdeploy.core.artifact import atomic_files, sha256_of_bytes
+from srdeploy.core.artifact import sha256_of_bytes
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import InputError
 from srdeploy.core.manifest import Manifest, Source, manifest_path, read_manifest
@@ -141,15 +141,3 @@ def engine_manifest(
         details=details,
         versions=dict(built.versions),
     )
-
-
-def write_engine(output: Path, data: bytes, manifest: Manifest, *, force: bool) -> None:
-    """Write engine and sidecar together; on any failure the previous pair stays.
-
-    Raises:
-        UsageError: the output exists and `force` is false.
-        OutputError: disk full or folder not writable.
-    """
-    with atomic_files(output, manifest_path(output), force=force) as (engine_file, sidecar_file):
-        engine_file.write_bytes(data)
-        sidecar_file.write_text(manifest.to_json(), encoding="utf-8")
