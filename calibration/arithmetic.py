@@ -11,6 +11,10 @@ Kind = Literal["int8", "uint8", "float8e4m3fn"]
 FP8_MAX = 448.0
 """Largest finite E4M3 number."""
 
+WEIGHT_TOPS = {8: 127, 7: 64}
+"""Largest code of a weight by its bits. Two products of a uint8 activation and a 7-bit weight fit in 16 bits together
+(2 * 255 * 64 = 32640), which is what processors without VNNI add them in."""
+
 _LIMITS: dict[str, tuple[int, int]] = {"int8": (-128, 127), "uint8": (0, 255)}
 
 
@@ -82,13 +86,13 @@ def round_to_e4m3(values: NDArray[np.floating]) -> NDArray[np.float64]:
     return result
 
 
-def weight_scales(weights: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
-    """Return one symmetric int8 scale per output channel, (out,), such that its largest weight is code 127.
+def weight_scales(weights: NDArray[np.float32], axis: int, bits: int = 8) -> NDArray[np.float32]:
+    """Return one symmetric scale per output channel, (out,), such that its largest weight is code 127 (7 bits: 64).
 
     Clipping weights for the least squared error was tried and changed nothing at 8 bits (docs/quantization.md).
     """
     rows = np.moveaxis(weights, axis, 0).reshape(weights.shape[axis], -1)
-    scales: NDArray[np.float32] = (np.maximum(np.abs(rows).max(axis=1), 1e-12) / 127).astype(np.float32)
+    scales: NDArray[np.float32] = (np.maximum(np.abs(rows).max(axis=1), 1e-12) / WEIGHT_TOPS[bits]).astype(np.float32)
     return scales
 
 

@@ -24,7 +24,7 @@ from srdeploy.calibration.placement import can_split, share_of_macs
 from srdeploy.calibration.ranges import Method
 from srdeploy.calibration.workbench import Decisions, Workbench
 from srdeploy.core.contract import ModelContract
-from srdeploy.core.errors import GateError, UsageError
+from srdeploy.core.errors import BuildError, GateError, UsageError
 from srdeploy.core.progress import SILENT, Progress
 
 STRENGTHS = (0.5, 0.7)
@@ -33,6 +33,10 @@ TUNING_SAMPLES = 8
 TUNING_PIXELS = 64 * 64
 SPLIT_LEAVES = 0.1
 """Splitting a layer takes its activations' error away; that of its weights stays, about a tenth in power."""
+
+
+AS_WRITTEN_DB = 3.0
+"""Engines differ from a graph's own arithmetic by codes rounded the other way, which halves the error power at most."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,8 @@ def choose(
     decisions, trials = _tuned(bench, tuning, options, deadline, journal, progress)
     judge = Judge(bench.graph.model, judges, contract)
     first = _point(bench, judge, decisions, open_engine)
+    if open_engine is not None:
+        _check_as_written(bench, judge, decisions, open_engine)
     if options.satisfied(first.verdict):
         return Choice(decisions, tuple(trials), (first,))
     return _bounded(bench, tuning, judge, decisions, trials, first, options, open_engine, deadline, journal, progress)
@@ -322,6 +328,26 @@ def _point(bench: Workbench, judge: Judge, decisions: Decisions, open_engine: Op
     return Point(
         tuple(decisions.keep), decisions.splits, share_of_macs(bench.graph, placement.layers), verdict, latency
     )
+
+
+def _check_as_written(bench: Workbench, judge: Judge, decisions: Decisions, open_engine: OpenEngine) -> None:
+    """Refuse an engine that computes a graph otherwise than it is written; a search would only hide that.
+
+    Raises:
+        BuildError: on the first judged image the engine is far from the graph's own arithmetic.
+    """
+    model, _ = bench.build(decisions)
+    one = judge.only(1)
+    written = one.graph(model)
+    with opened(model, open_engine) as runner:
+        computed = one.runner(runner)
+        if computed.fidelity_db < written.fidelity_db - AS_WRITTEN_DB:
+            raise BuildError(
+                f"{runner.info.engine} computes this INT8 graph otherwise than it is written: a fidelity of "
+                f"{computed.fidelity_db:.2f} dB where its arithmetic gives {written.fidelity_db:.2f} dB",
+                expected=f"a difference of at most {AS_WRITTEN_DB:g} dB",
+                next_step="try --weight-bits 7, --deconvolution rewrite or another --target",
+            )
 
 
 def _check_kept(bench: Workbench, options: QuantizeOptions) -> None:

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -69,6 +70,12 @@ class Judge:
         self._contract = contract
         session = session_for(reference)
         self.expected = [session.run([OUTPUT], {INPUT: sample.pixels})[0] for sample in self.samples]
+
+    def only(self, count: int) -> "Judge":
+        """Return a judge of the first images only."""
+        fewer = copy(self)
+        fewer.samples, fewer.expected = self.samples[:count], self.expected[:count]
+        return fewer
 
     def graph(self, model: onnx.ModelProto, open_engine: OpenEngine | None = None) -> Verdict:
         """Judge a graph on an engine; on ONNX Runtime's plain CPU kernels when none is given."""

@@ -9,9 +9,11 @@ from typing import Literal
 from srdeploy.calibration.judge import Verdict
 from srdeploy.calibration.placement import Recipe
 from srdeploy.calibration.ranges import Method
+from srdeploy.core.environment import int8_sums_saturate
 from srdeploy.core.errors import UsageError
 
 Deconvolution = Literal["auto", "int8", "float", "rewrite"]
+WeightBits = Literal["auto", "7", "8"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class QuantizeOptions:
         keep: names of layers to leave float.
         deconvolution: "int8" (scales per output channel), "float" or "rewrite" (an exact 2x2 convolution and pixel
             shuffle); "auto" takes the target's.
+        weight_bits: "7" keeps weights within +-64, which overflow no processor's 8-bit sums; "8" uses the whole type,
+            which x86 processors without VNNI compute wrongly; "auto" takes what this processor needs, 8 for GPUs.
         max_psnr_drop: the bound in dB on the loss of Y PSNR; None for no bound.
         min_fidelity: the bound in dB on the PSNR between output and FP32 output; None for no bound. Use it where the
             images at hand are softer than those that count: the sharper the image, the more an error costs.
@@ -36,6 +40,7 @@ class QuantizeOptions:
     strength: float | None = None
     keep: tuple[str, ...] = ()
     deconvolution: Deconvolution = "auto"
+    weight_bits: WeightBits = "auto"
     max_psnr_drop: float | None = None
     min_fidelity: float | None = None
     time_budget_s: float = 600.0
@@ -51,8 +56,13 @@ class QuantizeOptions:
             raise UsageError(f"--time-budget {self.time_budget_s}", expected="a positive number of seconds")
 
     def recipe_for(self, recipe: Recipe) -> Recipe:
-        """Return the target's recipe with what the user decided about deconvolutions."""
-        return recipe if self.deconvolution == "auto" else replace(recipe, deconvolution=self.deconvolution)
+        """Return the target's recipe with what the user and this processor decide about it."""
+        if self.deconvolution != "auto":
+            recipe = replace(recipe, deconvolution=self.deconvolution)
+        if self.weight_bits != "auto":
+            return replace(recipe, weight_bits=int(self.weight_bits))
+        # Signed activations are GPUs' business, and GPUs add in 32 bits.
+        return replace(recipe, weight_bits=7 if recipe.kind == "uint8" and int8_sums_saturate() else 8)
 
     def kept(self) -> Mapping[str, str]:
         """Return the layers the user wants float, with the reason."""

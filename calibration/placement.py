@@ -35,6 +35,7 @@ class Recipe:
         concat_pairs: a shared concatenation gets a pair of the same scale behind it as well, which changes no number:
             the engine looks for the pair right in front of the convolution, and moves it up through the concatenation.
         splits: 8-bit multiply-adds are so much faster than float ones that two of them beat leaving a layer float.
+        weight_bits: 8, or 7 for weights within +-64, which processors without VNNI need.
         why: reasons, for people.
     """
 
@@ -48,6 +49,7 @@ class Recipe:
     concat_pairs: bool
     splits: bool
     why: Mapping[str, str]
+    weight_bits: int = 8
 
 
 _TENSORRT = Recipe(

@@ -23,7 +23,7 @@ from srdeploy.calibration.typed import Island, emulated_graph, float_tensors, is
 from srdeploy.calibration.workbench import Workbench
 from srdeploy.core.artifact import atomic_files, sha256_of_bytes
 from srdeploy.core.contract import ModelContract
-from srdeploy.core.environment import package_versions
+from srdeploy.core.environment import int8_sums_saturate, package_versions
 from srdeploy.core.errors import BuildError, GateError, UsageError
 from srdeploy.core.manifest import Manifest, Source, manifest_path
 from srdeploy.core.precision import Precision, Target
@@ -31,6 +31,10 @@ from srdeploy.core.progress import SILENT, Progress
 
 CPU_TARGETS = (Target.OPENVINO, Target.ONNXRUNTIME)
 REWRITTEN = "OpenVINO has no INT8 kernel for these deconvolutions: they became exact convolutions with a pixel shuffle"
+FOREIGN = (
+    "8-bit weights were asked for and this processor lacks VNNI: the graph is for others, was judged by emulation, and "
+    "what engines do with it was not read back"
+)
 _PACKAGES = ("onnx", "onnxruntime", "openvino", "numpy")
 
 
@@ -45,6 +49,7 @@ class QuantizeResult:
         verdict: fidelity and drop; None without images.
         int8_layers: names of the layers that are 8-bit in the graph; empty for FP16 and BF16.
         int8_macs: their share of the multiply-adds, 0..1.
+        weight_bits: 8, or 7 for weights within +-64; None for graphs that are not INT8.
         floats: layer -> reason, for the layers of an 8-bit graph that stay float.
         islands: nodes of a 16-bit graph that stay FP32, with reasons.
         readback: what the engine says it runs; None when no engine of the target runs here.
@@ -61,6 +66,7 @@ class QuantizeResult:
     verdict: Verdict | None
     int8_layers: tuple[str, ...] = ()
     int8_macs: float = 0.0
+    weight_bits: int | None = None
     floats: Mapping[str, str] = field(default_factory=dict)
     islands: tuple[Island, ...] = ()
     readback: Readback | None = None
@@ -78,6 +84,7 @@ class QuantizeResult:
             "quality": self.verdict.to_json() if self.verdict else None,
             "int8_layers": len(self.int8_layers),
             "int8_macs_share": round(self.int8_macs, 4),
+            "weight_bits": self.weight_bits,
             "float_layers": dict(self.floats),
             "fp32_islands": [{"node": island.node, "reason": island.reason} for island in self.islands],
             "readback": self.readback.to_json() if self.readback else None,
@@ -262,7 +269,9 @@ def _quantized_graph(
     if journal.resumed:
         progress.note("going on with what an earlier, interrupted run measured")
     bench = Workbench(model, recipe, precision, calibration, progress, ranges, journal)
-    runnable = open_engine if target in CPU_TARGETS else None
+    # An engine that is known to compute this graph wrongly here cannot judge it.
+    foreign = target in CPU_TARGETS and recipe.weight_bits > 7 and int8_sums_saturate()
+    runnable = open_engine if target in CPU_TARGETS and not foreign else None
     choice = choose(bench, contract, options, runnable, calibration.samples, calibration.judges, journal, progress)
     quantized, placement = bench.build(choice.decisions)
     islands: tuple[Island, ...] = ()
@@ -295,12 +304,13 @@ def _quantized_graph(
         verdict=verdict,
         int8_layers=placement.layers,
         int8_macs=share_of_macs(bench.graph, placement.layers),
+        weight_bits=recipe.weight_bits if precision == Precision.INT8 else None,
         floats=placement.floats,
         islands=islands,
         readback=readback,
         choice=choice,
         latency_ms=latency,
-        notes=_notes(target, latency),
+        notes=(*_notes(target, latency), *((FOREIGN,) if foreign else ())),
     )
     return _Made(quantized, result, bench.ranges(choice.decisions, model_sha256=sha256), journal)
 
@@ -335,6 +345,7 @@ def _describe(
             "fp32_sha256": sha256,
             "quality": result.verdict.to_json() if result.verdict else None,
             "int8_macs_share": round(result.int8_macs, 4),
+            "weight_bits": result.weight_bits,
             "calibration_sha256": calibration.sha256 if calibration else None,
             "calibration_images": sorted(calibration.image_hashes) if calibration else [],
         }

@@ -232,7 +232,7 @@ class Workbench:
             if self.precision == Precision.FP8:
                 self._codes[key] = fp8_weight(weights, axis)
             else:
-                scales = weight_scales(weights, axis)
+                scales = weight_scales(weights, axis, self.recipe.weight_bits)
                 if self.recipe.half:
                     scales = np.maximum(scales.astype(np.float16), np.float16(2.0**-20)).astype(np.float32)
                 self._codes[key] = QuantWeight(quantize_weights(weights, scales, axis), scales, axis)

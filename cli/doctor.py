@@ -22,6 +22,9 @@ _FLAG_MEANINGS = {
 }
 
 
+_WEIGHT_BITS = {8: "8 bits", 7: "7 bits: without VNNI, sums of 8-bit ones overflow"}
+
+
 @click.command(epilog=example("srdeploy doctor\nsrdeploy doctor --json"))
 @json_option
 def command(as_json: bool) -> None:
@@ -38,6 +41,7 @@ def command(as_json: bool) -> None:
     table("machine", ("what", "value"), [
         ("processor", f"{machine['processor']}, {machine['cpus']} CPUs"),
         ("instructions", ", ".join(_flag(flag) for flag in machine["cpu_flags"]) or "none of interest"),
+        ("INT8 weights", _WEIGHT_BITS[document["int8_weight_bits"]]),
         ("memory", memory),
         ("GPU", document["gpu"] or document["why_no_gpu"]),
         ("system", machine["system"]),
@@ -53,7 +57,7 @@ def command(as_json: bool) -> None:
 
 def examination() -> dict[str, Any]:
     """Return everything the doctor knows as JSON values."""
-    from srdeploy.core.environment import machine, package_versions
+    from srdeploy.core.environment import int8_sums_saturate, machine, package_versions
     from srdeploy.runtime.engines.cache import EngineCache
     from srdeploy.runtime.engines.registry import availability
     from srdeploy.runtime.engines.tensorrt_flavour import gpu, why_no_gpu
@@ -63,6 +67,7 @@ def examination() -> dict[str, Any]:
     return {
         "engines": [status.to_json() for status in availability()],
         "machine": machine(),
+        "int8_weight_bits": 7 if int8_sums_saturate() else 8,
         "gpu": f"{found[0]}, compute capability {found[1][0]}.{found[1][1]}, {found[2] / 2**30:.0f} GiB"
         if found
         else None,

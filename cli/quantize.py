@@ -56,6 +56,13 @@ srdeploy quantize model.onnx --precision int8 --target openvino --images photos 
 @click.option(
     "--deconvolution", type=click.Choice(["auto", "int8", "float", "rewrite"]), default="auto", show_default=True
 )
+@click.option(
+    "--weight-bits",
+    type=click.Choice(["auto", "7", "8"]),
+    default="auto",
+    show_default=True,
+    help="7 runs on every CPU; 8 needs VNNI on x86 CPUs, and is a little more exact; auto: what this processor needs.",
+)
 @click.option("--keep", multiple=True, metavar="LAYER", help="Leave a layer float; may be repeated.")
 @click.option("--ranges", type=EXISTING, help="A ranges.json of this model, instead of collecting ranges again.")
 @click.option("--threads", type=int, help="CPU threads of the engine that judges.")
@@ -101,6 +108,7 @@ def command(onnx: Path, precision: str, target: str, images: Path | None, output
             strength=choices["equalize"],
             keep=choices["keep"],
             deconvolution=choices["deconvolution"],
+            weight_bits=choices["weight_bits"],
             max_psnr_drop=choices["max_psnr_drop"],
             min_fidelity=choices["min_fidelity"],
             time_budget_s=choices["time_budget"],

@@ -59,6 +59,11 @@ class ModelContract:
         """Number of input and output channels."""
         return 3 if self.colours == "rgb" else 1
 
+    @property
+    def weight_bits(self) -> int:
+        """Bits that the weights of an INT8 graph use: 7 where it was made to run without VNNI, else 8."""
+        return int(self.provenance.get("quantization", {}).get("weight_bits", 8))
+
     def output_shape(self, shape: tuple[int, ...]) -> Shape:
         """Return the output shape for an input shape (N, C, H, W)."""
         n, c, h, w = shape

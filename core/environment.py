@@ -54,6 +54,19 @@ def machine() -> dict[str, Any]:
     }
 
 
+def int8_sums_saturate() -> bool:
+    """Tell whether this processor's 8-bit convolutions overflow when weights use all 8 bits.
+
+    x86 processors without VNNI multiply uint8 by int8 with VPMADDUBSW, which adds two neighbouring products in 16 bits
+    and saturates: 2 * 255 * 127 is twice what fits. ONNX Runtime and OpenVINO use it there, and say nothing. Weights
+    within +-64 cannot overflow it. (Intel SDM, PMADDUBSW; ONNX Runtime's "reduce_range" and NNCF's "overflow_fix" are
+    for the same.)
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    return not {"avx512_vnni", "avx_vnni"}.intersection(machine()["cpu_flags"])
+
+
 def memory_bytes() -> int | None:
     """Return the machine's memory in bytes, None where the system does not say."""
     try:

@@ -1,5 +1,6 @@
 """What to try when an engine misses its gate, by what went wrong."""
 
+from srdeploy.core.environment import int8_sums_saturate
 from srdeploy.core.precision import Precision
 from srdeploy.runtime.parity import VerifyResult
 
@@ -17,7 +18,8 @@ _BY_PRECISION = {
 def advice(result: VerifyResult) -> str:
     """Return the next step for an engine that failed, as a sentence part."""
     problems = [case.difference.problem or "" for case in (*result.images, *result.grid)]
-    precision = result.candidate.contract.precision
+    contract = result.candidate.contract
+    precision = contract.precision
     if any("NaN" in problem or "infinite" in problem for problem in problems):
         if precision is Precision.FP16:
             return "values leave FP16's range of 65504: keep those layers in FP32, or take bf16"
@@ -26,6 +28,9 @@ def advice(result: VerifyResult) -> str:
         return "the graph computes other sizes than the network: export it again"
     if all(case.passed for case in result.images) and any(not case.passed for case in result.grid):
         return "it is right on whole images and wrong on some shapes: a size was baked into the graph; export it again"
+    overflows = precision is Precision.INT8 and contract.weight_bits > 7 and int8_sums_saturate()
+    if overflows and result.candidate.device == "cpu":
+        return "this processor lacks VNNI, and sums of 8-bit weights overflow on it: quantize with --weight-bits 7"
     if precision is not Precision.FP32 and result.worst_case.difference.fidelity_db < 25.0:
         return (
             "this is too far off for rounding: the engine may compute this graph wrongly; compare with another engine "

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from srdeploy.core.artifact import atomic_files
-from srdeploy.core.errors import InputError, OutputError, SrdeployError, UsageError
+from srdeploy.core.contract import ModelContract
+from srdeploy.core.environment import int8_sums_saturate
+from srdeploy.core.errors import CapabilityError, InputError, OutputError, SrdeployError, UsageError
 from srdeploy.core.manifest import Manifest, manifest_path, read_manifest
+from srdeploy.core.precision import Precision
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.runner import Runner
 from srdeploy.runtime.engines.cache import KEY_SCHEMA, EngineCache, Lookup
@@ -50,6 +53,9 @@ ENGINES: tuple[Family, ...] = (
     Family("onnxruntime-cuda", "onnxruntime_cuda", "ONNX Runtime on NVIDIA GPUs", opens_onnx=True),
     Family("onnxruntime-tensorrt", "onnxruntime_tensorrt", "ONNX Runtime through TensorRT 10", opens_onnx=True),
 )
+
+
+CPU_FAMILIES = ("onnxruntime", "openvino")
 
 
 def family(name: str) -> Family:
@@ -145,12 +151,13 @@ def open_engine(
         engine: the family; for an ONNX file None means onnxruntime, for an engine None means what its sidecar says.
         device: "auto", "cpu", "cuda" or "cuda:N"; what an engine cannot run on is refused, never replaced.
         threads: CPU threads, None for all processors.
-        parity: exact FP32 arithmetic for FP32 layers, for comparing numbers.
+        parity: for comparing numbers: exact FP32 arithmetic for FP32 layers, and INT8 graphs are opened even where this
+            processor computes them wrongly, so that the difference can be measured.
         outputs: tensors to return instead of the graph's outputs, inner ones included (ONNX files on the CPU).
 
     Raises:
         InputError: not an ONNX file or engine of ours, or the engine's bytes are not what its sidecar says.
-        CapabilityError: this machine cannot run it: package, GPU or version.
+        CapabilityError: this machine cannot run it: package, GPU, version, or INT8 arithmetic.
         UsageError: options that do not fit the file.
     """
     if path.is_dir():
@@ -165,7 +172,9 @@ def open_engine(
             next_step=f"build one with: srdeploy build {path} --engine {chosen.name} -o {path.stem}{chosen.suffix}",
         )
     _refuse_device(chosen, device)
-    return _opened(chosen.load().open_onnx, read_graph(path), chosen, device, threads, parity, outputs)
+    graph = read_graph(path)
+    _refuse_overflow(path, graph.contract, chosen, parity)
+    return _opened(chosen.load().open_onnx, graph, chosen, device, threads, parity, outputs)
 
 
 @dataclass(frozen=True)
@@ -267,7 +276,7 @@ _FLAGS = {
 
 
 def _refuse_device(chosen: Family, device: str) -> None:
-    on_cpu = chosen.name in ("onnxruntime", "openvino")
+    on_cpu = chosen.name in CPU_FAMILIES
     wanted = device.split(":")[0]
     if wanted not in ("auto", "cpu", "cuda"):
         raise UsageError(f"device {device!r}", expected="auto, cpu, cuda or cuda:N")
@@ -276,6 +285,17 @@ def _refuse_device(chosen: Family, device: str) -> None:
         raise UsageError(f"{chosen.name} runs on the CPU here, and device {device!r} was asked for{gpu}")
     if wanted == "cpu" and not on_cpu:
         raise UsageError(f"{chosen.name} runs on NVIDIA GPUs, and device 'cpu' was asked for")
+
+
+def _refuse_overflow(path: Path, contract: ModelContract, chosen: Family, parity: bool) -> None:
+    """Refuse an INT8 graph that CPU engines compute wrongly here, tens of decibels off, without a word."""
+    overflows = contract.precision is Precision.INT8 and contract.weight_bits > 7 and int8_sums_saturate()
+    if overflows and chosen.name in CPU_FAMILIES and not parity:
+        raise CapabilityError(
+            f"{path} has 8-bit weights, and this processor lacks VNNI: {chosen.name} adds their products in 16 bits, "
+            "which overflow",
+            next_step="quantize with --weight-bits 7, or take another precision; `srdeploy verify` measures the damage",
+        )
 
 
 def _is_engine(path: Path) -> bool:
@@ -299,6 +319,7 @@ def _open_built(
         raise UsageError(f"{path} is an engine of {opened.family}, and --engine {engine} was asked for")
     chosen = family(opened.family)
     _refuse_device(chosen, device)
+    _refuse_overflow(path, opened.contract, chosen, parity)
     return _opened(chosen.load().open_built, opened, chosen, device, threads, parity, outputs)
 
 
@@ -311,9 +332,5 @@ def _opened(
     parity: bool,
     outputs: Sequence[str] | None,
 ) -> Runner:
-    more = (
-        {}
-        if chosen.name in ("onnxruntime", "openvino")
-        else {"device": "cuda:0" if device in ("auto", "cuda") else device}
-    )
+    more = {} if chosen.name in CPU_FAMILIES else {"device": "cuda:0" if device in ("auto", "cuda") else device}
     return opener(source, threads=threads, parity=parity, outputs=outputs, **more)

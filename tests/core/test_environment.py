@@ -48,3 +48,22 @@ def test_silent_progress_takes_every_call(capfd: pytest.CaptureFixture[str]) -> 
     SILENT.note("done")
 
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("flags", "processor", "saturates"),
+    [
+        pytest.param("fpu avx2", "x86_64", True, id="AVX2 alone"),
+        pytest.param("fpu avx2 avx512f", "x86_64", True, id="AVX-512 without VNNI"),
+        pytest.param("fpu avx2 avx_vnni", "x86_64", False, id="AVX-VNNI"),
+        pytest.param("fpu avx2 avx512f avx512_vnni", "AMD64", False, id="AVX-512 VNNI"),
+        pytest.param("fp asimd", "aarch64", False, id="Arm"),
+    ],
+)
+def test_which_processors_add_8_bit_products_in_16_bits(
+    flags: str, processor: str, saturates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "_read", lambda path: f"flags : {flags}\n")
+    monkeypatch.setattr(environment.platform, "machine", lambda: processor)
+
+    assert environment.int8_sums_saturate() is saturates

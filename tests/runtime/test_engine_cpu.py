@@ -114,13 +114,13 @@ def test_built_engine_gives_what_the_onnx_file_gives(
 def test_convolution_types_are_read_back(
     engine: str, quantized: object, read_back: dict[str, object], words: str, small_onnx: GraphFactory
 ) -> None:
-    with open_engine(small_onnx(quantized=quantized), engine=engine, threads=1) as runner:
+    with open_engine(small_onnx(quantized=quantized), engine=engine, threads=1, parity=True) as runner:
         assert runner.info.built["convolutions"] == read_back.get(engine, read_back)
         assert runner.info.numeric_mode.startswith(words)
 
 
 def test_openvino_states_the_share_of_multiply_adds(small_onnx: GraphFactory) -> None:
-    with open_engine(small_onnx(quantized="both"), engine="openvino", threads=1) as runner:
+    with open_engine(small_onnx(quantized="both"), engine="openvino", threads=1, parity=True) as runner:
         share = runner.info.built["macs_share"]
 
     assert share["int8"] == pytest.approx(16 * 16 / (3 * 16 + 16 * 16 + 16 * 12), abs=1e-4)
@@ -412,3 +412,36 @@ def test_external_weights_are_read_and_hashed(small_onnx: GraphFactory, tmp_path
     (tmp_path / "external.bin").unlink()
     with pytest.raises(InputError, match="external weights external.bin"):
         open_engine(path)
+
+
+@pytest.mark.parametrize("engine", CPU)
+def test_8_bit_weights_are_refused_where_they_overflow_and_opened_to_measure_it(
+    engine: str, small_onnx: GraphFactory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = small_onnx(quantized="both")
+    built = build_engine(path, tmp_path / "engine.bin", engine=engine).path
+    monkeypatch.setattr("srdeploy.runtime.engines.registry.int8_sums_saturate", lambda: True)
+
+    for file in (path, built):
+        with pytest.raises(CapabilityError, match="lacks VNNI") as caught:
+            open_engine(file, engine=engine)
+        assert "--weight-bits 7" in str(caught.value)
+        with open_engine(file, engine=engine, parity=True) as runner:
+            assert run_image(runner, image(1, 3, 8, 8)).shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize("engine", CPU)
+def test_7_bit_weights_open_on_every_processor(
+    engine: str, small_onnx: GraphFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = small_onnx(quantized="both")
+    model = onnx.load(path)
+    contract = ModelContract.from_metadata({e.key: e.value for e in model.metadata_props}, name="source")
+    narrow = replace(contract, provenance={"quantization": {"weight_bits": 7}})
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, narrow.to_metadata())
+    onnx.save(model, path)
+    monkeypatch.setattr("srdeploy.runtime.engines.registry.int8_sums_saturate", lambda: True)
+
+    with open_engine(path, engine=engine) as runner:
+        assert runner.info.contract.weight_bits == 7
