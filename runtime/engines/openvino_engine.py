@@ -34,7 +34,7 @@ from srdeploy.runtime.engines.tensors import TensorSpec, check_feeds
 FAMILY = "openvino"
 DEVICE = "CPU"
 REFUSED_OPTIONS = CPU_REFUSED_OPTIONS
-_LABELS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "u8": "int8", "i8": "int8"}
+_LABELS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "u8": "int8", "i8": "int8", "I8": "int8"}
 _CONVOLUTIONS = ("Convolution", "Deconvolution")
 
 
@@ -231,7 +231,10 @@ def _built(compiled: Any, layers: Sequence[HeavyLayer]) -> dict[str, Any]:
         precision = information["runtimePrecision"].astype(str)
         operations[f"{kind}:{precision}"] += 1
         if kind in _CONVOLUTIONS:
-            label = _LABELS.get(precision, precision)
+            # The kernel's name ends in the type it computes in. `runtimePrecision` is the type asked for, and says i8 of
+            # deconvolutions that OpenVINO 2026.4 computes in FP32 on processors without VNNI.
+            computed = information["primitiveType"].astype(str).rpartition("_")[2]
+            label = _LABELS.get(computed) or _LABELS.get(precision, precision)
             convolutions[label] += 1
             originals = information["originalLayersNames"].astype(str).split(",")
             macs_by_type[label] += sum(macs.get(name, 0.0) for name in originals)  # type: ignore[assignment]
