@@ -59,6 +59,9 @@ class QuantizeOptions:
         """Return the target's recipe with what the user and this processor decide about it."""
         if self.deconvolution != "auto":
             recipe = replace(recipe, deconvolution=self.deconvolution)
+        elif recipe.deconvolution == "int8" and int8_sums_saturate():
+            # OpenVINO 2026.4 has INT8 deconvolutions for processors with VNNI only.
+            recipe = replace(recipe, deconvolution="rewrite")
         if self.weight_bits != "auto":
             return replace(recipe, weight_bits=int(self.weight_bits))
         # Signed activations are GPUs' business, and GPUs add in 32 bits.

@@ -27,13 +27,16 @@ class Recipe:
     Attributes:
         kind: type of activations.
         half: the float part and all scales are FP16.
-        deconvolution: "int8" (weights per output channel on axis 1), "float" or "rewrite" (exact 2x2 convolution).
+        deconvolution: "int8" (weights per output channel on axis 1), "float" or "rewrite" (exact convolutions and a
+            pixel shuffle, see rewrite.py).
         first, last: whether the layers that read and write the image are quantized.
         min_channels: layers with fewer input or output channels stay float.
         chained: the engine computes a layer with integers only where its output is quantized as well, so outputs of
             layers get pairs too.
         concat_pairs: a shared concatenation gets a pair of the same scale behind it as well, which changes no number:
             the engine looks for the pair right in front of the convolution, and moves it up through the concatenation.
+        shuffled: a pixel shuffle moves bytes: what it writes is quantized before it, where that fuses with the
+            convolution.
         splits: 8-bit multiply-adds are so much faster than float ones that two of them beat leaving a layer float.
         weight_bits: 8, or 7 for weights within +-64, which processors without VNNI need.
         why: reasons, for people.
@@ -47,6 +50,7 @@ class Recipe:
     min_channels: int
     chained: bool
     concat_pairs: bool
+    shuffled: bool
     splits: bool
     why: Mapping[str, str]
     weight_bits: int = 8
@@ -61,6 +65,7 @@ _TENSORRT = Recipe(
     min_channels=16,
     chained=False,
     concat_pairs=True,
+    shuffled=False,
     splits=False,  # INT8 is twice as fast as FP16: two passes would gain nothing
     why={
         "deconvolution": "TensorRT generations disagree about INT8 deconvolutions with scales per channel",
@@ -82,6 +87,7 @@ RECIPES: dict[Target, Recipe] = {
         min_channels=1,
         chained=False,
         concat_pairs=False,
+        shuffled=True,
         splits=True,
         why={},
     ),
@@ -94,6 +100,7 @@ RECIPES: dict[Target, Recipe] = {
         min_channels=1,
         chained=True,
         concat_pairs=True,
+        shuffled=True,
         splits=False,  # the second half would have to be quantized at its output, which is what splitting avoids
         why={
             "chained": "its output is read by the residual stream in full precision, and integer kernels round theirs",
@@ -125,6 +132,7 @@ def place(
     precision: Precision = Precision.INT8,
     keep: Mapping[str, str] | None = None,
     share: bool = True,
+    splits: Collection[str] = (),
 ) -> Placement:
     """Decide the placement of Q/DQ pairs.
 
@@ -134,6 +142,7 @@ def place(
         precision: INT8 or FP8, which asks for more channels.
         keep: layers to leave float, with the reason.
         share: quantize what meets in a concatenation once, with one scale, instead of every concatenation anew.
+        splits: layers that will be split, and so need the float value of what they read.
     """
     floats = {layer.name: reason for layer in graph.layers if (reason := _why_float(layer, recipe, precision))}
     if recipe.chained:
@@ -144,14 +153,25 @@ def place(
         }
     floats |= dict(keep or {})
     chosen = [layer for layer in graph.layers if layer.name not in floats]
-    groups = _concat_leaves(graph, chosen) if share else {}
+    nodes = {layer.node for layer in chosen}
+    sources = {layer.input: _source(graph, layer, recipe, nodes, splits) for layer in chosen}
+    joined = [*sources.values(), *(_joins(graph, chosen) if recipe.chained else [])]
+    groups = _concat_leaves(graph, joined) if share else {}
     readers: dict[str, list[str]] = {}
     for layer in chosen:
-        if not (share and _is_concat(graph, layer.input)):
-            readers.setdefault(layer.input, []).append(layer.node)
-    nodes = {layer.node for layer in chosen}
+        source = sources[layer.input]
+        if not (share and _is_concat(graph, source)):
+            readers.setdefault(source, []).append(
+                layer.node if source == layer.input else graph.consumers[source][0].name
+            )
     for leaf in groups:
         readers[leaf] = [n.name for n in graph.consumers[leaf] if n.op_type == "Concat" or n.name in nodes]
+    if recipe.concat_pairs:
+        for tensor, source in sources.items():
+            if tensor != source:  # bytes were moved: the pair in front of the convolution changes no number
+                readers[tensor] = [node.name for node in graph.consumers[tensor]]
+                leaf = _leaves(graph, source)[0] if share else source
+                groups[tensor] = groups.get(leaf, leaf)
     if recipe.chained:
         for layer in chosen:
             for tensor in _outputs(graph, layer):
@@ -217,21 +237,42 @@ def _outputs(graph: Graph, layer: Layer) -> list[str]:
     return [tensor]
 
 
+def _joins(graph: Graph, chosen: Collection[Layer]) -> list[str]:
+    """Return the concatenations that quantized outputs of layers meet in, whoever reads them."""
+    readers = (graph.only_consumer(tensor) for layer in chosen for tensor in _outputs(graph, layer))
+    return [node.output[0] for node in readers if node is not None and node.op_type == "Concat"]
+
+
 def _is_concat(graph: Graph, tensor: str) -> bool:
     node = graph.producer.get(tensor)
     return node is not None and node.op_type == "Concat"
 
 
-def _concat_leaves(graph: Graph, chosen: Collection[Layer]) -> dict[str, str]:
-    """Return the features behind the concatenations that chosen layers read: tensor -> name of its group.
+def _source(graph: Graph, layer: Layer, recipe: Recipe, nodes: Collection[str], splits: Collection[str]) -> str:
+    """Return the tensor that is quantized for a layer: what it reads, or what a pixel shuffle in front of it reads.
+
+    A shuffle is passed when only layers that take 8 bits read it, and nothing else reads what it reads.
+    """
+    tensor = layer.input
+    node = graph.producer.get(tensor)
+    readers = graph.consumers[tensor]
+    split = any(other.name in splits for other in graph.layers if other.input == tensor)
+    if not recipe.shuffled or split or node is None or node.op_type != "DepthToSpace":
+        return tensor
+    alone = all(reader.name in nodes for reader in readers) and graph.only_consumer(node.input[0]) is node
+    return node.input[0] if alone else tensor
+
+
+def _concat_leaves(graph: Graph, sources: Collection[str]) -> dict[str, str]:
+    """Return the features behind the concatenations among `sources`: tensor -> name of its group.
 
     Features of two concatenations that share one are one group: its scale has to fit both.
     """
     group: dict[str, str] = {}
-    for layer in chosen:
-        if not _is_concat(graph, layer.input):
+    for source in sources:
+        if not _is_concat(graph, source):
             continue
-        leaves = _leaves(graph, layer.input)
+        leaves = _leaves(graph, source)
         met = {group[leaf] for leaf in leaves if leaf in group}
         name = min(met) if met else leaves[0]
         for leaf, old in list(group.items()):

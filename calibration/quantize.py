@@ -30,7 +30,7 @@ from srdeploy.core.precision import Precision, Target
 from srdeploy.core.progress import SILENT, Progress
 
 CPU_TARGETS = (Target.OPENVINO, Target.ONNXRUNTIME)
-REWRITTEN = "OpenVINO has no INT8 kernel for these deconvolutions: they became exact convolutions with a pixel shuffle"
+REWRITTEN = "OpenVINO has no INT8 kernel for these deconvolutions: they became exact convolutions"
 FOREIGN = (
     "8-bit weights were asked for and this processor lacks VNNI: the graph is for others, was judged by emulation, and "
     "what engines do with it was not read back"
@@ -205,7 +205,7 @@ def _half_graph(
 ) -> _Made:
     notes = []
     if precision == Precision.BF16 and target not in CPU_TARGETS:
-        model, rewritten = deconvolutions_rewritten(model)
+        model, rewritten = deconvolutions_rewritten(model, phases=False)
         if rewritten:
             notes.append(f"{rewritten} deconvolutions became 2x2 convolutions: TensorRT has no BF16 deconvolution")
     graph = Graph(model)
@@ -262,10 +262,10 @@ def _quantized_graph(
     progress: Progress,
 ) -> _Made:
     recipe = options.recipe_for(RECIPES[target])
-    if recipe.deconvolution == "rewrite":
-        model, _ = deconvolutions_rewritten(model)
-        recipe = replace(recipe, deconvolution="int8")
     journal = Journal(sha256, calibration.sha256, repr(recipe), precision.value)
+    if recipe.deconvolution == "rewrite":
+        model, _ = deconvolutions_rewritten(model, phases=target in CPU_TARGETS)
+        recipe = replace(recipe, deconvolution="int8")
     if journal.resumed:
         progress.note("going on with what an earlier, interrupted run measured")
     bench = Workbench(model, recipe, precision, calibration, progress, ranges, journal)

@@ -92,9 +92,9 @@ class Workbench:
         """The activations that may become 8-bit: inputs of layers, and the features behind concatenations."""
         wide = place(self.graph, self.recipe, precision=self.precision, share=False)
         deep = place(self.graph, self.recipe, precision=self.precision, share=True)
-        return tuple(
-            dict.fromkeys(site.tensor for site in (*deep.sites, *wide.sites) if not self._is_concat(site.tensor))
-        )
+        split = place(self.graph, self.recipe, precision=self.precision, splits=deep.layers)
+        sites = (*deep.sites, *wide.sites, *split.sites)
+        return tuple(dict.fromkeys(site.tensor for site in sites if not self._is_concat(site.tensor)))
 
     @property
     def seen(self) -> dict[str, Observation]:
@@ -136,6 +136,7 @@ class Workbench:
             precision=self.precision,
             keep=decisions.keep,
             share=decisions.share,
+            splits=decisions.splits,
         )
         weights = {
             layer.weight: self._weight(decisions, layer.weight, layer.axis)

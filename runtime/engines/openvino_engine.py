@@ -231,8 +231,8 @@ def _built(compiled: Any, layers: Sequence[HeavyLayer]) -> dict[str, Any]:
         precision = information["runtimePrecision"].astype(str)
         operations[f"{kind}:{precision}"] += 1
         if kind in _CONVOLUTIONS:
-            # The kernel's name ends in the type it computes in. `runtimePrecision` is the type asked for, and says i8 of
-            # deconvolutions that OpenVINO 2026.4 computes in FP32 on processors without VNNI.
+            # The kernel's name ends in the type it computes in. `runtimePrecision` is the type asked for, and says i8
+            # of deconvolutions that OpenVINO 2026.4 computes in FP32 on processors without VNNI.
             computed = information["primitiveType"].astype(str).rpartition("_")[2]
             label = _LABELS.get(computed) or _LABELS.get(precision, precision)
             convolutions[label] += 1

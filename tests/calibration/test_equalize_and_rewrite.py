@@ -18,6 +18,9 @@ from srdeploy.core.precision import Target
 Networks = dict[str, Callable[..., onnx.ModelProto]]
 
 
+BOTH_FORMS = pytest.mark.parametrize("phases", [pytest.param(True, id="phases"), pytest.param(False, id="together")])
+
+
 def outputs(model: onnx.ModelProto, batches: list[np.ndarray]) -> list[np.ndarray]:
     return [entry["output"] for entry in run_outputs(model, ["output"], batches)]
 
@@ -85,10 +88,14 @@ def test_an_operation_that_does_not_scale_pins_its_channels(networks: Networks) 
     [
         pytest.param(3, 2, 1, 1, id="3x3 stride 2, the paper's"),
         pytest.param(4, 2, 1, 0, id="4x4 stride 2"),
+        pytest.param(2, 2, 0, 0, id="2x2 stride 2"),
         pytest.param(5, 3, 1, 0, id="5x5 stride 3"),
     ],
 )
-def test_a_deconvolution_is_a_convolution_and_a_shuffle(kernel: int, stride: int, pad: int, extra: int) -> None:
+@BOTH_FORMS
+def test_a_deconvolution_is_convolutions_and_a_shuffle(
+    kernel: int, stride: int, pad: int, extra: int, phases: bool
+) -> None:
     random = np.random.default_rng(0)
     weights = random.normal(size=(4, 3, kernel, kernel)).astype(np.float32)
     bias = random.normal(size=3).astype(np.float32)
@@ -102,21 +109,25 @@ def test_a_deconvolution_is_a_convolution_and_a_shuffle(kernel: int, stride: int
     graph = helper.make_graph([node, relu], "g", [float_info[0]], [float_info[1]], constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
-    rewritten, count = deconvolutions_rewritten(model)
+    rewritten, count = deconvolutions_rewritten(model, phases=phases)
 
     assert count == 1
-    assert [entry.op_type for entry in rewritten.graph.node] == ["Conv", "Relu", "DepthToSpace"]
+    kinds = ["Conv", "Relu"] * (stride**2 if phases else 1) + ["Concat"] * phases + ["DepthToSpace"]
+    assert [entry.op_type for entry in rewritten.graph.node] == kinds
+    taps = sum(np.prod(t.dims[2:]) for t in rewritten.graph.initializer if len(t.dims) == 4)
+    assert taps == kernel**2 or not phases
     for shape in ((1, 4, 1, 1), (2, 4, 5, 7)):
         image = random.normal(size=shape).astype(np.float32)
         assert np.abs(outputs(model, [image])[0] - outputs(rewritten, [image])[0]).max() < 1e-5
 
 
-def test_a_deconvolution_of_another_size_is_left_alone(networks: Networks) -> None:
+@BOTH_FORMS
+def test_a_deconvolution_of_another_size_is_left_alone(networks: Networks, phases: bool) -> None:
     model = networks["dense"]()
     deconv = next(node for node in model.graph.node if node.op_type == "ConvTranspose")
     next(entry for entry in deconv.attribute if entry.name == "output_padding").ints[:] = [0, 0]
 
-    rewritten, count = deconvolutions_rewritten(model)
+    rewritten, count = deconvolutions_rewritten(model, phases=phases)
 
     assert count == 0
     assert any(node.op_type == "ConvTranspose" for node in rewritten.graph.node)

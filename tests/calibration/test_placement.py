@@ -1,6 +1,7 @@
 """Where Q/DQ pairs stand in the written graphs, target by target."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -82,7 +83,7 @@ def test_what_meets_in_a_concatenation_has_one_scale_and_is_not_quantized_again(
 
 
 def test_onnxruntime_chains_integers_from_layer_to_layer(networks: Networks, calibrations: Calibrations) -> None:
-    model, count = deconvolutions_rewritten(networks["dense"]())
+    model, count = deconvolutions_rewritten(networks["dense"](), phases=False)
     bench = Workbench(model, RECIPES[Target.ONNXRUNTIME], Precision.INT8, calibrations["dense"])
 
     quantized, placement = bench.build(Decisions())
@@ -140,3 +141,52 @@ def test_layers_behind_a_shared_concatenation_cannot_be_split(networks: Networks
     assert "tail" in splittable
     assert "blocks.0.1" not in splittable
     assert "head" not in splittable
+
+
+@pytest.mark.parametrize("name", ["residual", "dense"])
+def test_what_a_pixel_shuffle_writes_is_quantized_before_it(name: str, networks: Networks) -> None:
+    model, _ = deconvolutions_rewritten(networks[name](), phases=True)
+    graph = Graph(model)
+    shuffle = next(node for node in model.graph.node if node.op_type == "DepthToSpace")
+
+    moved = place(graph, RECIPES[Target.OPENVINO])
+    split = place(graph, RECIPES[Target.OPENVINO], splits=["tail"])  # which reads the float value of the shuffle
+    fixed = place(graph, RECIPES[Target.TENSORRT])
+
+    readers = {reader for site in moved.sites for reader in site.readers}
+    assert shuffle.output[0] not in {site.tensor for site in moved.sites}
+    assert shuffle.name in readers or any(graph.nodes[reader].op_type == "Concat" for reader in readers)
+    assert shuffle.output[0] in {site.tensor for site in split.sites}
+    assert shuffle.name not in {reader for site in fixed.sites for reader in site.readers}
+
+
+def test_the_phases_of_a_deconvolution_share_one_scale(networks: Networks, calibrations: Calibrations) -> None:
+    model, _ = deconvolutions_rewritten(networks["dense"](), phases=True)
+    for target in (Target.OPENVINO, Target.ONNXRUNTIME):
+        bench = Workbench(model, RECIPES[target], Precision.INT8, calibrations["dense"])
+
+        _, placement = bench.build(Decisions())
+
+        params = bench.params(placement, Decisions())
+        phases = {params[site.tensor] for site in placement.sites if "phase" in site.tensor}
+        assert len(phases) == 1
+
+
+@pytest.mark.parametrize("name", ["residual", "dense"])
+def test_moving_quantization_through_a_shuffle_changes_no_number(
+    name: str, networks: Networks, calibrations: Calibrations, contracts: dict[str, ModelContract]
+) -> None:
+    model, _ = deconvolutions_rewritten(networks[name](), phases=True)
+    recipe = RECIPES[Target.OPENVINO]
+    # The sampled pixels of a histogram differ on the two sides of a shuffle; extremes do not.
+    decisions = Decisions(strength=0.0, method="minmax", correct_bias=False)
+    judge = Judge(model, calibrations[name].judges, contracts[name])
+
+    moved, fixed = (
+        judge.graph(
+            Workbench(model, replace(recipe, shuffled=shuffled), Precision.INT8, calibrations[name]).build(decisions)[0]
+        )
+        for shuffled in (True, False)
+    )
+
+    assert moved == fixed
