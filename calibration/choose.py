@@ -4,13 +4,15 @@ Three questions in this order, each with the cheapest measurement that answers:
 
 1. How are ranges and weights chosen? Few candidates, judged by fidelity on crops of the calibration images.
 2. Does the result keep the bound? Judged on images kept aside, on the target's engine where it runs here.
-3. If not, which layers leave INT8? Quantizing groups of layers alone tells their error; independent errors add up,
-   so the layers that bring most error per multiply-add leave first until the bound is kept, which is then measured.
+3. If not, which layers become more exact? Quantizing groups of layers alone tells their error, and the engine's clock
+   what it costs to split them or to leave them float. Independent errors add up, so the changes that remove most error
+   per millisecond are made first until the bound is kept, which is then measured.
 """
 
 import json
+import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -61,12 +63,65 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class Change:
+    """One way to make some layers more exact.
+
+    Attributes:
+        layers: their names.
+        split: two 8-bit convolutions each; otherwise float.
+        error: of the layers in plain 8 bits, as in `Sensitivity`.
+        cost: part of the plain graph's latency that comes on top.
+        measured: whether the cost was measured on the engine, or estimated from multiply-adds.
+    """
+
+    layers: tuple[str, ...]
+    split: bool
+    error: float
+    cost: float
+    measured: bool = False
+
+    def worth(self, left: Mapping[tuple[str, ...], float]) -> float:
+        """Return the error that the change removes per cost, when `left` is what the groups still bring."""
+        return (left[self.layers] - self.error * (SPLIT_LEAVES if self.split else 0.0)) / max(self.cost, 1e-9)
+
+    def applied(self, decisions: Decisions, reason: str) -> Decisions:
+        """Return decisions with the change made; the reason is kept with layers that become float."""
+        others = tuple(name for name in decisions.splits if name not in self.layers)
+        if self.split:
+            return replace(decisions, splits=(*others, *self.layers))
+        return replace(decisions, splits=others, keep={**dict.fromkeys(self.layers, reason), **decisions.keep})
+
+
+@dataclass(frozen=True)
 class Sensitivity:
-    """What quantizing some layers alone does: `error` is the mean squared error of the image, peak 1."""
+    """What quantizing some layers alone does.
+
+    Attributes:
+        layers: their names.
+        error: mean squared error of the image, peak 1, when only they are quantized.
+        macs_share: their share of the multiply-adds, 0..1.
+        changes: the ways to make them more exact; empty where no search was needed.
+    """
 
     layers: tuple[str, ...]
     error: float
     macs_share: float
+    changes: tuple[Change, ...] = ()
+
+    def to_json(self, decisions: Decisions) -> dict[str, Any]:
+        """Return the entry of `sensitivity.json`."""
+        kept, split = set(decisions.keep), set(decisions.splits)
+        measured = {change.split: round(change.cost, 5) for change in self.changes if change.measured}
+        decision = "fp32" if kept.issuperset(self.layers) else "split" if split.issuperset(self.layers) else "int8"
+        return {
+            "layers": list(self.layers),
+            "image_mse": self.error,
+            "fidelity_db": round(-10 * math.log10(max(self.error, 1e-15)), 2),
+            "macs_share": round(self.macs_share, 5),
+            "latency_share_split": measured.get(True),
+            "latency_share_float": measured.get(False),
+            "decision": decision,
+        }
 
 
 @dataclass(frozen=True)
@@ -110,19 +165,10 @@ class Choice:
 
     def sensitivity_json(self) -> dict[str, Any]:
         """Return the document of `sensitivity.json`."""
-        kept = set(self.decisions.keep)
         return {
-            "schema": 1,
+            "schema": 2,
             "pareto": [point.to_json() for point in self.points],
-            "groups": [
-                {
-                    "layers": list(entry.layers),
-                    "image_mse": entry.error,
-                    "macs_share": round(entry.macs_share, 5),
-                    "kept_float": [name for name in entry.layers if name in kept],
-                }
-                for entry in self.sensitivities
-            ],
+            "groups": [entry.to_json(self.decisions) for entry in self.sensitivities],
         }
 
 
@@ -216,34 +262,36 @@ def _bounded(
     journal: Journal,
     progress: Progress,
 ) -> Choice:
-    """Answer the third question: change the layers that bring most error until the bound is kept.
+    """Answer the third question: change the layers that bring most error per cost until the bound is kept.
 
-    Where the target allows it a layer is first split into two 8-bit convolutions, which see 16-bit activations; only
-    when all of that is not enough do layers become float.
+    A group of layers can be split into two 8-bit convolutions each, where the target allows it, which see 16-bit
+    activations, or become float. What that costs is measured on the engine, since it differs by processor: with VNNI
+    two 8-bit convolutions are much quicker than a float one, without it they are not.
     """
     sensitivities = measure_sensitivities(bench, tuning, decisions, deadline, journal, progress)
-    ranking = sorted(sensitivities, key=lambda entry: -entry.error / max(entry.macs_share, 1e-9))
-    layers = {layer.name: layer for layer in bench.graph.layers}
+    timed = open_engine if options.cost != "macs" else None
+    sensitivities = _with_costs(bench, judge, decisions, sensitivities, timed, deadline, journal, progress)
     points = [first]
-    current, remaining = decisions, {entry.layers: entry.error for entry in sensitivities}
-    total = max(sum(remaining.values()), 1e-30)
-    steps = [(entry, True) for entry in ranking if bench.recipe.splits] + [(entry, False) for entry in ranking]
-    with progress.task("searching the bound", total=len(steps)) as advance:
-        for position, (entry, split) in enumerate(steps):
+    current = decisions
+    left = {entry.layers: entry.error for entry in sensitivities}
+    total = max(sum(left.values()), 1e-30)
+    changes = [change for entry in sensitivities for change in entry.changes]
+    with progress.task("searching the bound", total=len(changes)) as advance:
+        while changes:
+            best = max(changes, key=lambda change: change.worth(left))
+            changes.remove(best)
             advance()
-            if split and not all(can_split(bench.graph, layers[name]) for name in entry.layers):
-                continue
-            if split:
-                current = replace(current, splits=(*current.splits, *entry.layers))
-                remaining[entry.layers] *= SPLIT_LEAVES
-            else:
-                reason = f"its 8-bit error is {100 * entry.error / total:.1f} % of the image's"
-                keep = {**dict.fromkeys(entry.layers, reason), **current.keep}
-                splits = tuple(name for name in current.splits if name not in keep)
-                current = replace(current, keep=keep, splits=splits)
-                remaining[entry.layers] = 0.0
-            last = position + 1 == len(steps)
-            if not last and not options.hopeful(first.verdict, sum(remaining.values()) / total):
+            current = best.applied(current, f"its 8-bit error is {100 * best.error / total:.1f} % of the image's")
+            left[best.layers] = best.error * (SPLIT_LEAVES if best.split else 0.0)
+            others = [change for change in changes if change.layers != best.layers]
+            if best.split:  # the way from there to float is what is left to pay
+                others += [
+                    replace(change, cost=max(change.cost - best.cost, 0.001))
+                    for change in changes
+                    if change.layers == best.layers
+                ]
+            changes = others
+            if changes and not options.hopeful(first.verdict, sum(left.values()) / total):
                 continue
             points.append(_point(bench, judge, current, open_engine))
             advance(0, note=f"{points[-1].verdict.drop_db:.4f} dB")
@@ -251,13 +299,70 @@ def _bounded(
                 return Choice(current, tuple(trials), tuple(points), tuple(sensitivities))
             if time.monotonic() > deadline:
                 break
-    best = max(points, key=lambda point: point.verdict.fidelity_db)
+    best_point = max(points, key=lambda point: point.verdict.fidelity_db)
     raise GateError(
-        f"the best graph found loses {best.verdict.drop_db:.4f} dB at a fidelity of {best.verdict.fidelity_db:.2f} dB "
-        f"with {100 * best.int8_macs:.1f} % of the multiply-adds in INT8 ({len(points)} measured: {_table(points)})",
+        f"the best graph found loses {best_point.verdict.drop_db:.4f} dB at a fidelity of "
+        f"{best_point.verdict.fidelity_db:.2f} dB with {100 * best_point.int8_macs:.1f} % of the multiply-adds in INT8 "
+        f"({len(points)} measured: {_table(points)})",
         expected=options.bound(),
         next_step="allow a larger drop, give it more time with --time-budget, or use --precision fp16",
     )
+
+
+def _with_costs(
+    bench: Workbench,
+    judge: Judge,
+    decisions: Decisions,
+    sensitivities: Sequence[Sensitivity],
+    open_engine: OpenEngine | None,
+    deadline: float,
+    journal: Journal,
+    progress: Progress,
+) -> list[Sensitivity]:
+    """Tell of each group in which ways it can be made more exact, and what that costs.
+
+    Costs are measured on the engine for the groups that bring more than a percent of the error. For the others, and
+    where no engine runs, they are multiply-adds, brought to the same scale: one more pass in 8 bits, or three more for
+    a float layer, as with VNNI.
+    """
+    layers = {layer.name: layer for layer in bench.graph.layers}
+    total = sum(entry.error for entry in sensitivities)
+    result = []
+    plain = _Stopwatch(bench, judge, decisions, open_engine) if open_engine is not None else None
+    with progress.task("measuring what exact layers cost", total=len(sensitivities)) as advance:
+        for entry in sensitivities:
+            kinds = [False]
+            if bench.recipe.splits and all(can_split(bench.graph, layers[name]) for name in entry.layers):
+                kinds = [True, False]
+            changes = []
+            for split in kinds:
+                change = Change(entry.layers, split, entry.error, entry.macs_share * (1.0 if split else 3.0))
+                worth_measuring = entry.error >= 0.01 * total and time.monotonic() < deadline
+                if plain is not None and worth_measuring:
+                    key = _key(f"cost:{split}:{entry.layers}", decisions)
+                    change = replace(change, cost=journal.number(key, partial(plain.share, change)), measured=True)
+                changes.append(change)
+            result.append(replace(entry, changes=tuple(changes)))
+            advance()
+    return result
+
+
+class _Stopwatch:
+    """Compares the latency of changed graphs with that of the plain one, on the engine."""
+
+    def __init__(self, bench: Workbench, judge: Judge, decisions: Decisions, open_engine: OpenEngine) -> None:
+        self._bench, self._judge, self._decisions, self._open = bench, judge, decisions, open_engine
+        self._plain = bench.build(decisions)[0]
+
+    def share(self, change: "Change") -> float:
+        """Return by which part of the plain graph's latency a change makes it slower, at least a thousandth."""
+        model, _ = self._bench.build(change.applied(self._decisions, ""))
+        slower = []
+        for _ in range(2):  # where its buffers happen to lie makes an engine some percent slower or quicker
+            with opened(self._plain, self._open) as plain, opened(model, self._open) as changed:
+                before, after = self._judge.latencies_ms(plain, changed, repeats=7, quickest=True)
+                slower.append(after / before - 1)
+        return max(sum(slower) / len(slower), 0.001)
 
 
 def measure_sensitivities(

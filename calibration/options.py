@@ -14,6 +14,7 @@ from srdeploy.core.errors import UsageError
 
 Deconvolution = Literal["auto", "int8", "float", "rewrite"]
 WeightBits = Literal["auto", "7", "8"]
+Cost = Literal["latency", "macs"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class QuantizeOptions:
         max_psnr_drop: the bound in dB on the loss of Y PSNR; None for no bound.
         min_fidelity: the bound in dB on the PSNR between output and FP32 output; None for no bound. Use it where the
             images at hand are softer than those that count: the sharper the image, the more an error costs.
+        cost: what the search pays for exact layers: "latency" on the engine where it runs, or "macs", which gives the
+            same graph every time; latencies vary from run to run, and with them the choice may.
         time_budget_s: the search stops trying after so many seconds and takes the best found.
         ranges: a `ranges.json` of this model to use instead of collecting ranges.
         seed: for the choice of measurements.
@@ -43,6 +46,7 @@ class QuantizeOptions:
     weight_bits: WeightBits = "auto"
     max_psnr_drop: float | None = None
     min_fidelity: float | None = None
+    cost: Cost = "latency"
     time_budget_s: float = 600.0
     ranges: Path | None = None
     seed: int = 0

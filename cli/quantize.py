@@ -48,6 +48,13 @@ srdeploy quantize model.onnx --precision int8 --target openvino --images photos 
 @click.option("--skip-bad", is_flag=True, help="Use the rest when some images cannot be used.")
 @click.option("--max-psnr-drop", type=float, help="Largest loss of Y PSNR in dB; layers leave INT8 until it is kept.")
 @click.option("--min-fidelity", type=float, help="Least PSNR in dB between the result and the FP32 graph.")
+@click.option(
+    "--cost",
+    type=click.Choice(["latency", "macs"]),
+    default="latency",
+    show_default=True,
+    help="What the search pays for exact layers: time on the engine, or multiply-adds (the same graph every time).",
+)
 @click.option("--time-budget", type=float, default=600.0, show_default=True, help="Seconds the search may take.")
 @click.option(
     "--method", type=click.Choice(["minmax", "percentile", "mse", "entropy"]), help="Ranges; default: measured."
@@ -111,6 +118,7 @@ def command(onnx: Path, precision: str, target: str, images: Path | None, output
             weight_bits=choices["weight_bits"],
             max_psnr_drop=choices["max_psnr_drop"],
             min_fidelity=choices["min_fidelity"],
+            cost=choices["cost"],
             time_budget_s=choices["time_budget"],
             ranges=choices["ranges"],
             seed=choices["seed"],
