@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ from srdeploy.core.environment import machine, package_versions
 from srdeploy.core.images import find_images, network_input, rgb8
 from srdeploy.core.precision import Precision, Target
 from srdeploy.core.runner import Runner, run_image
+from srdeploy.models.load import load_checkpoint
+from srdeploy.runtime.engines.eager import open_eager
 from srdeploy.runtime.engines.registry import open_engine
 
 
@@ -64,7 +67,13 @@ def main() -> None:
     parser.add_argument("--latency-only", choices=["rcan_x4"], action="append", default=[])
     parser.add_argument("--photos", type=Path, required=True)
     parser.add_argument("--hr", type=Path, required=True)
-    parser.add_argument("--min-fidelity", type=float, default=57.0)
+    parser.add_argument(
+        "--min-fidelity",
+        type=float,
+        action="append",
+        default=[],
+        help="once per checkpoint, in their order; default 57",
+    )
     parser.add_argument("--crops", type=int, default=48)
     parser.add_argument("--size", type=int, default=64, help="height and width of the latency input")
     parser.add_argument("--repeats", type=int, default=15)
@@ -78,17 +87,19 @@ def main() -> None:
         "networks": {},
     }
     with tempfile.TemporaryDirectory() as folder:
-        for checkpoint in arguments.checkpoint:
+        for checkpoint, bound in zip_longest(arguments.checkpoint, arguments.min_fidelity, fillvalue=57.0):
             source = exported(checkpoint, Path(folder) / f"{checkpoint.stem}.onnx")
-            document["networks"][checkpoint.stem] = compare(source, arguments, quality=True)
+            document["networks"][checkpoint.stem] = compare(source, checkpoint, arguments, bound)
         for preset in arguments.latency_only:
-            source = exported(random_checkpoint(preset, Path(folder)), Path(folder) / f"{preset}.onnx")
-            document["networks"][preset] = compare(source, arguments, quality=False)
+            checkpoint = random_checkpoint(preset, Path(folder))
+            source = exported(checkpoint, Path(folder) / f"{preset}.onnx")
+            document["networks"][preset] = compare(source, checkpoint, arguments, None)
     if arguments.json:
         arguments.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
-def compare(source: Path, arguments: argparse.Namespace, *, quality: bool) -> list[dict[str, Any]]:
+def compare(source: Path, checkpoint: Path, arguments: argparse.Namespace, bound: float | None) -> list[dict[str, Any]]:
+    quality = bound is not None  # random weights have none
     model, contract, _ = read_model(source)
     progress = RichProgress()
     crops = arguments.crops if quality else 4
@@ -98,7 +109,7 @@ def compare(source: Path, arguments: argparse.Namespace, *, quality: bool) -> li
     opener = opener_for(arguments.threads)
     entries = [Entry("FP32", source)]
     methods: dict[str, Callable[[Path], None]] = {
-        "ours": lambda path: ours(source, path, calibration, arguments.min_fidelity if quality else None, opener),
+        "ours": lambda path: ours(source, path, calibration, bound, opener),
         "nncf": lambda path: by_nncf(source, path, calibration),
         "onnxruntime": lambda path: by_onnxruntime(source, path, calibration),
     }
@@ -121,9 +132,12 @@ def compare(source: Path, arguments: argparse.Namespace, *, quality: bool) -> li
                 setattr(entry, field or "drop_hr", verdict.drop_db)
                 entry.fidelity = verdict.fidelity_db
     shape = (1, contract.channels, arguments.size, arguments.size)
+    eager = open_eager(load_checkpoint(checkpoint), threads=arguments.threads)
+    entries.append(Entry("eager PyTorch FP32", checkpoint))
+    runners.append(eager)
     for entry, runner, ms in zip(entries, runners, latencies(runners, shape, arguments.repeats), strict=True):
         entry.ms = ms
-        entry.int8_macs = runner.info.built["macs_share"].get("int8", 0.0)
+        entry.int8_macs = runner.info.built.get("macs_share", {}).get("int8", 0.0)
     show(source.stem, entries)
     return [{**vars(entry), "path": entry.path.name} for entry in entries]
 
@@ -219,7 +233,6 @@ def latencies(runners: Sequence[Runner], shape: tuple[int, ...], repeats: int) -
 
 def exported(checkpoint: Path, output: Path) -> Path:
     from srdeploy.export.exporter import export_onnx
-    from srdeploy.models.load import load_checkpoint
 
     export_onnx(load_checkpoint(checkpoint), output)
     return output
@@ -254,7 +267,17 @@ def random_checkpoint(preset: str, folder: Path) -> Path:
 
 
 def show(name: str, entries: Sequence[Entry]) -> None:
-    headers = ("graph", "drop HR dB", "drop photos dB", "fidelity dB", "MACs in INT8", "ms", "over FP32", "made in s")
+    headers = (
+        "graph",
+        "drop HR dB",
+        "drop photos dB",
+        "fidelity dB",
+        "MACs in INT8",
+        "ms",
+        "over FP32",
+        "over eager",
+        "made in s",
+    )
     rows = [
         (
             entry.method,
@@ -264,6 +287,7 @@ def show(name: str, entries: Sequence[Entry]) -> None:
             f"{100 * entry.int8_macs:.1f} %",
             f"{entry.ms:.1f}",
             f"{entries[0].ms / entry.ms:.2f}x",
+            f"{entries[-1].ms / entry.ms:.2f}x",
             f"{entry.seconds:.0f}",
         )
         for entry in entries
