@@ -144,14 +144,33 @@ class EagerRunner:
 
 
 class ieee_fp32:  # noqa: N801  # reads as a statement: with ieee_fp32()
-    """Switch TF32 (and oneDNN's reduced FP32 modes) off for a block, and restore what was set before."""
+    """Switch TF32 (and oneDNN's reduced FP32 modes) off for a block, and restore what was set before.
+
+    These are settings of the process, and blocks of several threads overlap: the first one in saves, the last one out
+    restores. PyTorch refuses to export with a mixture of settings, which is what a wrong order would leave behind.
+    """
+
+    _lock = threading.Lock()
+    _inside = 0
+    _before: tuple[Any, ...] = ()
 
     def __enter__(self) -> None:
-        self._places = (torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends.mkldnn.conv)  # type: ignore[attr-defined]
-        self._before = [place.fp32_precision for place in self._places]
-        for place in self._places:
-            place.fp32_precision = "ieee"
+        kind = type(self)
+        with kind._lock:
+            if kind._inside == 0:
+                kind._before = tuple(place.fp32_precision for place in _fp32_places())
+                for place in _fp32_places():
+                    place.fp32_precision = "ieee"
+            kind._inside += 1
 
     def __exit__(self, *_: object) -> None:
-        for place, before in zip(self._places, self._before, strict=True):
-            place.fp32_precision = before
+        kind = type(self)
+        with kind._lock:
+            kind._inside -= 1
+            if kind._inside == 0:
+                for place, before in zip(_fp32_places(), kind._before, strict=True):
+                    place.fp32_precision = before
+
+
+def _fp32_places() -> tuple[Any, ...]:
+    return torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends.mkldnn.conv  # type: ignore[attr-defined]

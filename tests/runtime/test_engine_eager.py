@@ -13,7 +13,7 @@ from srdeploy.core.runner import TimedRunner, run_image
 from srdeploy.models.load import Evidence, LoadedCheckpoint
 from srdeploy.models.rcan import RcanConfig
 from srdeploy.models.spec import network_of, spec_of
-from srdeploy.runtime.engines.eager import open_eager
+from srdeploy.runtime.engines.eager import ieee_fp32, open_eager
 
 
 @pytest.fixture
@@ -72,6 +72,21 @@ def test_settings_of_pytorch_are_restored(checkpoint: LoadedCheckpoint) -> None:
     assert torch.backends.cudnn.conv.fp32_precision == "tf32"
     assert torch.backends.mkldnn.conv.fp32_precision == before
     assert torch.is_grad_enabled()
+
+
+def test_overlapping_blocks_of_threads_restore_what_was_set_before_the_first() -> None:
+    place = torch.backends.cudnn.conv
+    before = place.fp32_precision
+    first, second = ieee_fp32(), ieee_fp32()
+
+    first.__enter__()
+    second.__enter__()
+    first.__exit__()
+    inside = place.fp32_precision
+    second.__exit__()
+
+    assert inside == "ieee", "the block that is still open computes exactly"
+    assert place.fp32_precision == before != "ieee"
 
 
 def test_channels_last_changes_the_layout_only(checkpoint: LoadedCheckpoint) -> None:
