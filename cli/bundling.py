@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from srdeploy.cli.proof import GRAPH_FP16, Verdicts
-from srdeploy.cli.reproduce import write_reproduce_script
+from srdeploy.cli.reproduce import reproducing_lines, write_reproduce_script
 from srdeploy.cli.road import FP16_ONNX, FP32_ONNX, Candidate, Outcome, Request, Work, target_of
 from srdeploy.core.artifact import sha256_of_file
 from srdeploy.core.contract import ModelContract
@@ -58,16 +58,14 @@ def finish(
     engines, kept = [engine for engine, _ in ranked], [entry for _, entry in ranked]
     versions = package_versions(_DISTRIBUTIONS)
     source = Source("checkpoint", checkpoint.path.name, checkpoint.sha256)
-    stages = _stages(work.request, kept, contract)
-    _write_report(work, kept, checkpoint, calibration, verdicts, bench, [" ".join(words) for words in stages])
-    write_reproduce_script(
-        work.folder / "reproduce.sh",
+    lines = reproducing_lines(
         checkpoint=source,
         inputs=_inputs(work.request),
         whole=work.request.words(),
-        stages=stages,
-        versions=versions,
+        stages=_stages(work.request, kept, contract),
     )
+    _write_report(work, kept, checkpoint, calibration, verdicts, bench, lines)
+    write_reproduce_script(work.folder / "reproduce.sh", lines, versions=versions)
     left_out = tuple(entry for entry, _ in work.left_out)
     write_bundle_manifest(
         work.folder,

@@ -99,7 +99,9 @@ def next_command(*words: str) -> None:
 def table(title: str, headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print a table: boxed on a terminal, plain ASCII elsewhere. Numbers are given as they should be read."""
     style = box.SIMPLE_HEAD if console.is_terminal else box.ASCII
-    drawn = Table(title=title or None, box=style, title_justify="left")
+    if title:  # not the table's own title, which would be folded at the width of a narrow table
+        console.print(escape(title), style="italic", soft_wrap=True)
+    drawn = Table(box=style)
     for index, header in enumerate(headers):
         column = [str(row[index]) for row in rows]
         drawn.add_column(header, justify="right" if _numeric(column) else "left", overflow="fold")

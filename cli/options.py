@@ -42,6 +42,12 @@ def output_option(*, required: bool = True, help_text: str = "Output file.") -> 
     return click.option("-o", "--output", type=OUTPUT_PATH, required=required, help=help_text)
 
 
+def refuse_two_documents(*, as_json: bool, markdown: bool) -> None:
+    """Refuse --json together with --markdown: stdout holds one document."""
+    if as_json and markdown:
+        raise UsageError("--json and --markdown", expected="one of them: both write to stdout")
+
+
 class ShapeType(click.ParamType[Shape]):
     """A shape written as 1x3x180x320."""
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from srdeploy.cli.console import console, emit_json, markdown_table, next_command, table
-from srdeploy.cli.options import EXISTING, example, force_option, json_option, output_option
+from srdeploy.cli.options import EXISTING, example, force_option, json_option, output_option, refuse_two_documents
 from srdeploy.core.errors import GateError, UsageError
 
 EXAMPLE = example(
@@ -52,6 +52,7 @@ def command(
     """
     from srdeploy.runtime.report.write import schema
 
+    refuse_two_documents(as_json=as_json, markdown=markdown)
     if print_schema:
         emit_json(schema())
         return

@@ -1,4 +1,4 @@
-"""reproduce.sh: the commands, stage by stage, that make a bundle's files again."""
+"""The commands, stage by stage, that make a bundle's files again: reproduce.sh, and the report's last section."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -7,41 +7,46 @@ from pathlib import Path
 from srdeploy.core.manifest import Source
 
 
-def write_reproduce_script(
-    path: Path,
-    *,
-    checkpoint: Source,
-    inputs: Mapping[str, Path],
-    whole: Sequence[str],
-    stages: Sequence[Sequence[str]],
-    versions: Mapping[str, str],
-) -> None:
-    """Write an executable script.
+def reproducing_lines(
+    *, checkpoint: Source, inputs: Mapping[str, Path], whole: Sequence[str], stages: Sequence[Sequence[str]]
+) -> list[str]:
+    """Return lines of a shell script that makes the files of a bundle again.
 
     Args:
-        path: where.
         checkpoint: the file it starts from; the script checks its SHA-256.
         inputs: shell variable to the path it stands for; stages refer to them as "$NAME" and to the output folder as
             "$OUT".
         whole: the one command that made the bundle.
         stages: the same, verb by verb.
-        versions: of the packages that took part.
     """
-    lines = [
-        "#!/usr/bin/env bash",
-        "# Makes the files of this bundle again, stage by stage. In one command it was:",
+    return [
+        "# In one command:",
         f"#   {shlex.join(whole)}",
-        "# Versions: " + ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
-        "#",
-        "# Usage: reproduce.sh [FOLDER]; the variables below may be set from outside.",
-        "set -euo pipefail",
+        "# Stage by stage; the variables may be set from outside:",
         'OUT="${1:-reproduced}"',
         *(f'{name}="${{{name}:-{_quoted_inside(value)}}}"' for name, value in inputs.items()),
-        "",
         f'echo "{checkpoint.sha256}  $CHECKPOINT" | sha256sum --check --quiet',
         *(_command(words) for words in stages),
     ]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_reproduce_script(path: Path, lines: Sequence[str], *, versions: Mapping[str, str]) -> None:
+    """Write an executable script.
+
+    Args:
+        path: where.
+        lines: of `reproducing_lines`.
+        versions: of the packages that took part.
+    """
+    whole = [
+        "#!/usr/bin/env bash",
+        "# Makes the files of this bundle again. Usage: reproduce.sh [FOLDER]",
+        "# Versions: " + ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
+        "set -euo pipefail",
+        "",
+        *lines,
+    ]
+    path.write_text("\n".join(whole) + "\n", encoding="utf-8")
     path.chmod(0o755)
 
 

@@ -1,5 +1,6 @@
 """srdeploy verify: engines against the eager network they came from, in decibels."""
 
+import math
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -10,7 +11,8 @@ import click
 
 from srdeploy.cli.checkpoint_options import CheckpointOptions, checkpoint_options, load_from_options
 from srdeploy.cli.console import RichProgress, emit_json, markdown_table, next_command, table, warning_line
-from srdeploy.cli.options import EXISTING, OUTPUT_PATH, example, force_option, json_option
+from srdeploy.cli.options import EXISTING, OUTPUT_PATH, example, force_option, json_option, refuse_two_documents
+from srdeploy.core.shapes import format_shape
 
 if TYPE_CHECKING:
     from srdeploy.models.load import LoadedCheckpoint
@@ -66,6 +68,7 @@ def command(candidates: tuple[Path, ...], checkpoint: Path, stated: CheckpointOp
     from srdeploy.core.artifact import check_output_folder
     from srdeploy.core.errors import UsageError
 
+    refuse_two_documents(as_json=options["as_json"], markdown=options["markdown"])
     if options["max_psnr_drop"] is not None and options["hr"] is None:
         raise UsageError("--max-psnr-drop without --hr", next_step="give ground truth with --hr, or use --min-fidelity")
     if options["images"] is None and options["hr"] is None:
@@ -96,7 +99,8 @@ def command(candidates: tuple[Path, ...], checkpoint: Path, stated: CheckpointOp
             for path, result, crop, bisection in zip(candidates, results, crops, bisections, strict=True)
         ])  # fmt: skip
     _refuse_failures(results, crops)
-    next_command("srdeploy", "bench", *map(str, candidates), "--against", str(checkpoint))
+    shape = format_shape(max((case.shape for case in results[0].images), key=math.prod))
+    next_command("srdeploy", "bench", *map(str, candidates), "--against", str(checkpoint), "--shape", shape)
 
 
 def _judged(
@@ -225,8 +229,6 @@ def _row(result: "VerifyResult") -> list[str]:
 
 
 def _case_row(case: "Case") -> list[str]:
-    from srdeploy.core.shapes import format_shape
-
     before, after = case.reference_quality, case.candidate_quality
     return [
         case.name,
@@ -272,7 +274,7 @@ def _refuse_failures(results: "Sequence[VerifyResult]", crops: Sequence[Path | N
         return
     result, crop = failed[0]
     more = len(result.failures) - 1
-    words = f"{result.candidate.name} failed: {result.failures[0]}" + (f" and {more} more" if more else "")
+    words = f"{result.candidate.name} failed: {result.failures[0]}" + (f" (and {more} more)" if more else "")
     if len(failed) > 1:
         words += f" (and {len(failed) - 1} more engines failed)"
     if crop is not None:
