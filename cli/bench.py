@@ -10,7 +10,7 @@ import click
 
 from srdeploy.cli.checkpoint_options import CheckpointOptions, checkpoint_options, load_from_options
 from srdeploy.cli.console import RichProgress, emit_json, markdown_table, next_command, table, warning_line
-from srdeploy.cli.options import EXISTING, OUTPUT_PATH, SHAPE, example, force_option, json_option
+from srdeploy.cli.options import EXISTING, OUTPUT_PATH, SHAPE, example, force_option, json_option, refuse_two_documents
 from srdeploy.core.errors import UsageError
 from srdeploy.core.runner import Runner
 from srdeploy.core.shapes import Shape, format_shape
@@ -82,8 +82,9 @@ def command(
     """
     from srdeploy.core.artifact import check_output_folder
     from srdeploy.runtime.conditions import conditions
-    from srdeploy.runtime.latency import Effort, bench
+    from srdeploy.runtime.latency import Effort, bench, with_process_memory
 
+    refuse_two_documents(as_json=options["as_json"], markdown=options["markdown"])
     effort = Effort(
         warmup_seconds=options["warmup_seconds"],
         min_runs=options["min_runs"],
@@ -102,7 +103,9 @@ def command(
     with ExitStack() as stack:
         runners = _runners(candidates, loaded, stack, options, progress)
         result = bench(runners, shape=shape, effort=effort, environment=conditions(), progress=progress)
-        result = _with_process_memory(result, candidates, runners, shape, options)
+        names = [runner.info.name for runner in runners[-len(candidates) :]]
+        files = {name: (path, options["engine"]) for path, name in zip(candidates, names, strict=True)}
+        result = with_process_memory(result, files, threads=options["threads"])
         studies = _studies(candidates, runners, loaded, shape, effort, options, progress)
     _show(result, studies, options)
     if options["report_folder"] is not None:
@@ -115,21 +118,6 @@ def command(
     else:
         result.require_stable()
     next_command("srdeploy", "verify", *map(str, candidates), "--against", str(checkpoint), "--images", "IMAGES")
-
-
-def _with_process_memory(
-    result: "BenchResult", candidates: Sequence[Path], runners: Sequence[Runner], shape: Shape, options: dict[str, Any]
-) -> "BenchResult":
-    """Put the memory of a process of its own in the place of what showed in this one, for the candidates."""
-    from dataclasses import replace
-
-    from srdeploy.runtime.memory import process_memory
-
-    memory = dict(result.memory_bytes)
-    for path, runner in zip(candidates, runners[-len(candidates) :], strict=True):
-        if runner.info.device == "cpu":
-            memory[runner.info.name] = process_memory(path, shape, engine=options["engine"], threads=options["threads"])
-    return replace(result, memory_bytes=memory)
 
 
 def _runners(
@@ -236,30 +224,32 @@ def _studies(
             {path.name: opener(path) for path in candidates}, shape, options["streams"], effort, progress=progress
         )
     if options["sizes"]:
-        macs = loaded.spec.macs_per_pixel
-        studies["scaling"] = scaling(runners, shape, options["sizes"], macs, effort, progress=progress)
+        studies["scaling"] = scaling(runners, shape, options["sizes"], loaded.spec, effort, progress=progress)
     return studies
 
 
 def _show(result: "BenchResult", studies: dict[str, Any], options: dict[str, Any]) -> None:
     rows = [_row(result, row) for row in result.rows]
+    headers = [*HEADERS, "GPU MB"] if _on_gpu(result) else list(HEADERS)
     if options["markdown"]:
-        click.echo(markdown_table(HEADERS, rows))
+        click.echo(markdown_table(headers, rows))
     else:
-        table(f"latency at {format_shape(result.shape)}, ratio to {result.rows[0].runner.name}", HEADERS, rows)
+        table(f"latency at {format_shape(result.shape)}, ratio to {result.rows[0].runner.name}", headers, rows)
     for name, study in studies.items():
-        headers, lines = _study_table(name, study)
+        steps, lines = _study_table(name, study)
         if options["markdown"]:
-            click.echo("\n" + markdown_table(headers, lines))
+            click.echo("\n" + markdown_table(steps, lines))
         else:
-            table(f"{name}: {study['note']}", headers, lines)
+            table(f"{name}: {study['note']}", steps, lines)
 
 
 def _row(result: "BenchResult", row: "Row") -> list[str]:
+    from srdeploy.runtime.latency import NOT_MEASURED
+
     numbers = row.statistics
     ratio = result.ratio(row)
-    memory = result.memory_bytes.get(row.runner.name)
-    return [
+    memory = result.memory.get(row.runner.name, NOT_MEASURED)
+    cells = [
         row.runner.name,
         row.kind,
         f"{numbers.median_ms:.3g}" if row.stable else "unstable",
@@ -270,8 +260,15 @@ def _row(result: "BenchResult", row: "Row") -> list[str]:
         f"{ratio:.2f}" if ratio is not None and row.stable else "",
         f"{numbers.cov:.1%}",
         str(numbers.n),
-        "" if memory is None else f"{memory / 1e6:.0f}",
+        "" if memory.process_bytes is None else f"{memory.process_bytes / 1e6:.0f}",
     ]
+    if _on_gpu(result):
+        cells.append("" if memory.device_bytes is None else f"{memory.device_bytes / 1e6:.0f}")
+    return cells
+
+
+def _on_gpu(result: "BenchResult") -> bool:
+    return any(row.runner.device != "cpu" for row in result.rows)
 
 
 def _study_table(name: str, study: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -280,8 +277,13 @@ def _study_table(name: str, study: dict[str, Any]) -> tuple[list[str], list[list
     steps = sorted({point[key] for entry in study["runners"] for point in entry["points"]})
     lines = []
     for entry in study["runners"]:
-        found = {point[key]: point[value] for point in entry["points"]}
-        lines.append([entry["name"], *(f"{found[step]:.3g}" if step in found else "" for step in steps)])
+        found = {
+            point[key]: f"{point[value]:.3g}" if point.get("stable", True) else "unstable" for point in entry["points"]
+        }
+        lines.append([entry["name"], *(found.get(step, "") for step in steps)])
+    for floor, words in (("floor", "floor: multiply-adds"), ("memory_floor", "floor: memory traffic")):
+        if floor in study:
+            lines.append([words, *(f"{point['ms']:.3g}" for point in study[floor])])
     return ["runner", *(f"{key} {step}" for step in steps)], lines
 
 

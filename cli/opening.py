@@ -99,4 +99,5 @@ def benched_entry(path: Path, info: RunnerInfo) -> "EngineEntry":
         sha256=sha256_of_file(path),
         precision_built=built_words(info.built),
         reason="measured only; judge it with: srdeploy verify",
+        measured=True,
     )

@@ -19,7 +19,7 @@ from srdeploy.core.shapes import format_shape
 from srdeploy.runtime.conditions import conditions
 from srdeploy.runtime.engines.eager import open_eager
 from srdeploy.runtime.engines.registry import open_engine
-from srdeploy.runtime.latency import BenchResult, bench, named
+from srdeploy.runtime.latency import BenchResult, bench, named, with_process_memory
 from srdeploy.runtime.parity import Gates, VerifyResult, verify_all
 from srdeploy.runtime.samples import Sample, SampleFolder
 
@@ -125,6 +125,9 @@ def bench_engines(
         result = bench(
             runners, shape=shape, effort=work.request.effort, environment=conditions(), progress=work.progress
         )
+    # The engines are closed by now: their memory is measured on a free machine.
+    files = {entry.name: (work.folder / entry.file, entry.engine) for entry in candidates}
+    result = with_process_memory(result, files, threads=threads)
     say.append(f"{len(runners)} networks in turns at {format_shape(shape)}")
     if result.unstable:
         say.append(f"{len(result.unstable)} of {len(result.rows)} medians are unstable (marked ~)")

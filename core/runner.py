@@ -78,6 +78,14 @@ class TimedRunner(Runner, Protocol):
         """
 
 
+@runtime_checkable
+class MeteredRunner(Runner, Protocol):
+    """A runner on a GPU whose own allocator knows what a run took."""
+
+    def run_metered(self, feeds: Mapping[str, NDArray[Any]]) -> int:
+        """Compute once as `run`, and return the bytes of GPU memory held at the peak, weights included."""
+
+
 def run_image(runner: Runner, image: NDArray[np.float32]) -> NDArray[np.float32]:
     """Run one batch: image (N, C, H, W) float32 in [0, 1] to (N, C, H', W') float32, not clamped."""
     return runner.run({INPUT: image})[OUTPUT]

@@ -37,6 +37,9 @@ class ModelSpec:
         macs_per_pixel: multiply-adds of all convolutions per LR pixel, without the once-per-image attention gates
             and without the mean shift.
         largest_tensor_per_pixel: elements of the largest intermediate tensor per LR pixel.
+        traffic_per_pixel: elements read and written per LR pixel when every convolution reads its input and writes its
+            output once, with activations, pooling sums, concatenations and pixel shuffles done in passing; an addition
+            or a gate reads its second operand. Weights are left out.
     """
 
     architecture: str
@@ -49,6 +52,7 @@ class ModelSpec:
     receptive_radius: int | None
     macs_per_pixel: float
     largest_tensor_per_pixel: int
+    traffic_per_pixel: float
 
 
 def spec_of(config: NetworkConfig) -> ModelSpec:
@@ -117,11 +121,17 @@ def _spec_of_rcan(config: RcanConfig) -> ModelSpec:
     macs += body_share * 9 * features**2 * (config.groups * per_group + 1)
     share = body_share
     largest = max(config.channels, math.ceil(features * share))
+    # A block: two convolutions, then gate and skip, which wait for the mean of the whole map: a pass of its own.
+    traffic = share * (config.channels * config.unshuffle**2 + features)
+    traffic += share * features * config.groups * (7 * config.blocks + 2 * config.group_convolution + config.group_skip)
+    traffic += share * features * 3
     for factor in config.upsampler:
         macs += share * 9 * features * features * factor**2
+        traffic += share * features * (1 + factor**2)
         share *= factor**2
         largest = max(largest, math.ceil(features * share))
     macs += share * 9 * features * config.channels
+    traffic += share * (features + config.channels)
     return ModelSpec(
         architecture="rcan",
         scale=config.scale,
@@ -134,32 +144,39 @@ def _spec_of_rcan(config: RcanConfig) -> ModelSpec:
         receptive_radius=None,
         macs_per_pixel=macs,
         largest_tensor_per_pixel=max(largest, math.ceil(config.channels * config.scale**2)),
+        traffic_per_pixel=traffic,
     )
 
 
 def _spec_of_srdensenet(config: SrDenseNetConfig) -> ModelSpec:
     macs = 9.0 * config.channels * config.low_level
+    traffic = float(config.channels + config.low_level)
     largest = max(config.low_level, config.reconstruction_inputs())
     for read in config.block_inputs():
         macs += 9 * config.growth * sum(config.layer_inputs(read))
+        traffic += sum(config.layer_inputs(read)) + config.growth * len(config.layer_inputs(read))
         largest = max(largest, read + config.block_output if config.layer_input == "everything" else read)
     maps = config.reconstruction_inputs()
     if config.bottleneck is not None:
         macs += maps * config.bottleneck
+        traffic += maps + config.bottleneck
         maps = config.bottleneck
     share, trim = 1, 0
     for step in config.deconvolutions:
         macs += share * maps * config.upsampled * step.kernel**2
+        traffic += share * (maps + config.upsampled * step.stride**2)
         share *= step.stride**2
         trim = step.stride * trim - step.offset
         maps = config.upsampled
         largest = max(largest, maps * share)
     for factor in config.pixel_shuffles:
         macs += share * 9 * maps * config.upsampled * factor**2
+        traffic += share * (maps + config.upsampled * factor**2)
         share *= factor**2
         maps = config.upsampled
         largest = max(largest, maps * share)
     macs += share * 9 * maps * config.channels
+    traffic += share * (maps + config.channels)
     return ModelSpec(
         architecture="srdensenet",
         scale=config.scale,
@@ -171,6 +188,7 @@ def _spec_of_srdensenet(config: SrDenseNetConfig) -> ModelSpec:
         receptive_radius=1 + config.blocks * config.layers + _upsampling_radius(config),
         macs_per_pixel=macs,
         largest_tensor_per_pixel=max(largest, config.channels * share),
+        traffic_per_pixel=traffic,
     )
 
 

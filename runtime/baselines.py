@@ -10,6 +10,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,6 +26,7 @@ from srdeploy.core.runner import RunnerInfo
 from srdeploy.models.load import LoadedCheckpoint
 from srdeploy.runtime.engines.eager import ieee_fp32
 from srdeploy.runtime.latency import timed
+from srdeploy.runtime.memory import allocator_peak
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class BaselineRunner:
         self._threads = threads
         self._layout = torch.channels_last if form.channels_last else torch.contiguous_format
         network = copy.deepcopy(checkpoint.reference).eval().to(device=device, memory_format=self._layout)  # type: ignore[call-overload]
+        self._weight_bytes = sum(part.nbytes for part in (*network.parameters(), *network.buffers()))
         self._half = torch.bfloat16 if device.type == "cpu" else torch.float16
         self._network: Callable[[torch.Tensor], torch.Tensor] = network
         if form.compiled:
@@ -109,6 +112,10 @@ class BaselineRunner:
         """Compute from numpy to numpy: (N, C, H, W) float32 in [0, 1] to (N, C, H', W') float32."""
         output = self._compute(self._placed(feeds))
         return {OUTPUT: output.float().contiguous().cpu().numpy()}
+
+    def run_metered(self, feeds: Mapping[str, NDArray[Any]]) -> int:
+        """Compute once on a GPU; see `srdeploy.core.runner.MeteredRunner`."""
+        return allocator_peak(partial(self.run, feeds), self._device, cuda=torch.cuda, held_bytes=self._weight_bytes)
 
     def prepare(self, feeds: Mapping[str, NDArray[Any]]) -> Callable[[], float]:
         """Place the input; see `srdeploy.core.runner.TimedRunner`."""

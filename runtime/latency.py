@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -29,12 +30,14 @@ from numpy.typing import NDArray
 from srdeploy.core.contract import INPUT
 from srdeploy.core.errors import UnstableError, UsageError
 from srdeploy.core.progress import SILENT, Progress
-from srdeploy.core.runner import Runner, RunnerInfo, TimedRunner
+from srdeploy.core.runner import MeteredRunner, Runner, RunnerInfo, TimedRunner
 from srdeploy.core.shapes import Shape, format_shape
-from srdeploy.runtime.memory import run_memory
+from srdeploy.runtime.memory import ALLOCATOR, LOWER_BOUND, ON_CPU, Memory, process_memory, run_memory
 from srdeploy.runtime.parity import info_json
 
 Kind = Literal["compute", "end-to-end"]
+
+NOT_MEASURED = Memory(None, "not measured", None, "not measured")
 
 _Z95 = 1.959964
 
@@ -122,15 +125,14 @@ class BenchResult:
         shape: of the input, (N, C, H, W).
         effort: how long was measured and what counted as stable.
         rows: two per runner that can be timed both ways, else one.
-        memory_bytes: growth of the process's peak resident memory in the first run, by runner name; a lower bound, as
-            memory that earlier runners gave back is used again. None where the system does not say.
+        memory: peak memory by runner name, with what it is in words; see `srdeploy.runtime.memory`.
         environment: the machine and its state, see `srdeploy.runtime.conditions`.
     """
 
     shape: Shape
     effort: Effort
     rows: tuple[Row, ...]
-    memory_bytes: Mapping[str, int | None] = field(default_factory=dict)
+    memory: Mapping[str, Memory] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -172,7 +174,7 @@ class BenchResult:
                     **asdict(row.statistics),
                     "images_per_second": 1000.0 * self.shape[0] / row.statistics.median_ms,
                     "ratio": self.ratio(row),
-                    "memory_bytes": self.memory_bytes.get(row.runner.name),
+                    **self.memory.get(row.runner.name, NOT_MEASURED).to_json(),
                     "times_ms": [round(value, 4) for value in row.times_ms],
                 }
                 for row in self.rows
@@ -213,7 +215,7 @@ def bench(
     feeds = {INPUT: bench_image(shape) if image is None else image}
     if feeds[INPUT].shape != shape:
         raise UsageError(f"image of shape {feeds[INPUT].shape}", expected=format_shape(shape))
-    memory = {runner.info.name: run_memory(partial(runner.run, feeds)) for runner in runners}
+    memory = {runner.info.name: _first_run(runner, feeds) for runner in runners}
     subjects: list[tuple[RunnerInfo, Kind]] = []
     functions: list[Callable[[], float]] = []
     for runner in runners:
@@ -229,6 +231,23 @@ def bench(
         reason = why_unstable(statistics, effort)
         rows.append(Row(info, kind, statistics, reason is None, reason, tuple(times)))
     return BenchResult(shape, effort, tuple(rows), memory, environment or {})
+
+
+def with_process_memory(
+    result: BenchResult, files: Mapping[str, tuple[Path, str | None]], *, threads: int | None = None
+) -> BenchResult:
+    """Return a result whose engines state the memory of a process of their own, opened once more for that.
+
+    Args:
+        result: of `bench`; other rows keep what showed in the measuring process.
+        files: by runner name, the file and the engine family that opens it (None for the file's own).
+        threads: CPU threads.
+    """
+    memory = dict(result.memory)
+    devices = {row.runner.name: row.runner.device for row in result.rows}
+    for name, (path, engine) in files.items():
+        memory[name] = process_memory(path, result.shape, engine=engine, device=devices[name], threads=threads)
+    return replace(result, memory=memory)
 
 
 def named(runner: Runner, name: str) -> Runner:
@@ -376,6 +395,23 @@ class _NamedTimed(_Named):
     def prepare(self, feeds: Mapping[str, NDArray[Any]]) -> Callable[[], float]:
         assert isinstance(self._runner, TimedRunner)
         return self._runner.prepare(feeds)
+
+
+def _first_run(runner: Runner, feeds: Mapping[str, NDArray[Any]]) -> Memory:
+    """Run once, for the first time, and tell what memory that took as far as this process can see it."""
+    if runner.info.device == "cpu":
+        peak = run_memory(partial(runner.run, feeds))
+        return Memory(
+            peak, LOWER_BOUND if peak is not None else "nothing showed in the measuring process", None, ON_CPU
+        )
+    if not isinstance(runner, MeteredRunner):
+        runner.run(feeds)
+        return replace(NOT_MEASURED, device_words="not visible from the measuring process")
+    device: list[int] = []
+    peak = run_memory(lambda: device.append(runner.run_metered(feeds)))
+    return Memory(
+        peak, LOWER_BOUND if peak is not None else "nothing showed in the measuring process", device[0], ALLOCATOR
+    )
 
 
 def _warm_up(function: Callable[[], float], effort: Effort) -> None:

@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Protocol
 
 from srdeploy.core.contract import INPUT
 from srdeploy.core.environment import cpu_count
@@ -15,48 +15,65 @@ from srdeploy.core.shapes import Shape
 from srdeploy.runtime.latency import Effort, bench, bench_image, measure, timed
 
 
+class Cost(Protocol):
+    """What a network costs per low-resolution pixel; `srdeploy.models.spec.ModelSpec` says it."""
+
+    @property
+    def macs_per_pixel(self) -> float:
+        """Multiply-adds."""
+
+    @property
+    def traffic_per_pixel(self) -> float:
+        """Values read and written."""
+
+
 def scaling(
     runners: Sequence[Runner],
     shape: Shape,
     sides: Sequence[int],
-    macs_per_pixel: float,
+    cost: Cost,
     effort: Effort,
     *,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Measure squares of several sides, beside the time that the multiply-adds alone would take.
+    """Measure squares of several sides, beside the times that arithmetic and memory traffic alone would take.
 
-    The floor is the network's multiply-adds divided by the rate of a large FP32 matrix product measured in the same
-    run. No FP32 convolution computed directly can be below it; Winograd's algorithm, INT8 and BF16 can.
+    Both floors come from rates that are measured in the same run on the device of the runners. *Arithmetic*: the
+    network's multiply-adds at the rate of a large matrix product (FP32 on a CPU, FP16 on a GPU); Winograd's algorithm,
+    and on a CPU BF16 and INT8, can be below it. *Memory*: every layer's maps, read and written once in that type, at
+    the rate of a copy beyond the caches; small images, whose maps stay in a cache, narrower types, and engines that
+    fuse layers tile by tile can be below it.
 
     Args:
         runners: opened engines; sizes outside a profile are left out for that engine.
         shape: batch and channels are taken from it.
         sides: sides in low-resolution pixels.
-        macs_per_pixel: multiply-adds per low-resolution pixel.
+        cost: of the network.
         effort: per runner and size.
         progress: told about every size.
 
     Returns:
-        JSON values: "peak" (the measured rates), "floor" and "runners" with their points, and a "note" in words.
+        JSON values: "peak" (the measured rates), "floor" and "memory_floor", "runners" with their points, and a "note"
+        in words.
     """
-    peak = machine_peak()
+    device = next((runner.info.device for runner in runners if runner.info.device != "cpu"), "cpu")
+    peak = machine_peak(device)
     batch, channels = shape[:2]
     points: dict[str, list[dict[str, Any]]] = {runner.info.name: [] for runner in runners}
     for side in sides:
         for name, statistics in _measured(runners, (batch, channels, side, side), effort, progress).items():
             points[name].append({"side": side, "pixels": batch * side * side, **statistics})
-    floor = [
-        {"pixels": batch * side * side, "ms": 2e3 * macs_per_pixel * batch * side * side / peak["flops"]}
-        for side in sides
-    ]
+    pixels = [batch * side * side for side in sides]
+    moved = cost.traffic_per_pixel * peak["bytes_per_value"]
     return {
         "note": (
-            f"end to end, batch {batch}; the floor is the multiply-adds at the FP32 matrix product's "
-            f"{peak['flops'] / 1e9:.0f} GFLOP/s measured in this run"
+            f"end to end, batch {batch}; floors of this run: multiply-adds at the {peak['type']} matrix product's "
+            f"{peak['flops'] / 1e9:.0f} GFLOP/s, and maps read and written once in {peak['type']} at the copy's "
+            f"{peak['bytes_per_second'] / 1e9:.1f} GB/s"
         ),
         "peak": peak,
-        "floor": floor,
+        "floor": [{"pixels": count, "ms": 2e3 * cost.macs_per_pixel * count / peak["flops"]} for count in pixels],
+        "memory_floor": [{"pixels": count, "ms": 1e3 * moved * count / peak["bytes_per_second"]} for count in pixels],
         "runners": [{"name": name, "points": entry} for name, entry in points.items()],
     }
 
@@ -106,7 +123,7 @@ def stream_throughput(
         points = []
         for count in streams:
             threads = max(1, cpu_count() // count)
-            progress.note(f"{name}: {count} at once, {threads} threads each")
+            progress.note(f"{name}: {count} at once, threads each: {threads}")
             with ExitStack() as stack:
                 runners = [stack.enter_context(opener(threads)) for _ in range(count)]
                 points.append({"streams": count, "images_per_second": _together(runners, shape, effort)})
@@ -114,26 +131,44 @@ def stream_throughput(
     return {"note": "runs at once, the processor's threads shared out among them", "runners": entries}
 
 
-def machine_peak() -> dict[str, float]:
-    """Measure what this processor reaches: FP32 matrix product in FLOP/s, copying in bytes read and written per second.
+def machine_peak(device: str = "cpu") -> dict[str, Any]:
+    """Measure what a device reaches: a matrix product in FLOP/s, copying in bytes read and written per second.
 
-    Both with all threads of PyTorch, the best of several runs: a peak is what the machine can do when undisturbed.
+    On the CPU in FP32 with all threads of PyTorch, on a GPU in FP16; the best of several runs, as a peak is what the
+    machine can do when undisturbed.
     """
     import torch
 
-    size = 1536
-    first, second = torch.rand(size, size), torch.rand(size, size)
-    out = torch.empty(size, size)
-    source = torch.ones(16 * 2**20)  # 64 MiB, beyond the caches of most processors
+    on_gpu = device != "cpu"
+    size, count = (8192, 2**28) if on_gpu else (1536, 2**24)  # copies of 512 and 64 MiB, beyond most caches
+    dtype = torch.float16 if on_gpu else torch.float32
+    first, second = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(first)
+    source = torch.ones(count, dtype=dtype, device=device)
     target = torch.empty_like(source)
-    effort = Effort(warmup_runs=1, warmup_seconds=0.1, min_runs=7, max_runs=7)
+
+    def ended(work: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            work()
+            if on_gpu:
+                torch.cuda.synchronize(device)
+
+        return run
+
     products, copies = measure(
-        [timed(lambda: torch.mm(first, second, out=out)), timed(lambda: target.copy_(source))], effort
+        [
+            timed(ended(lambda: torch.mm(first, second, out=out))),
+            timed(ended(lambda: target.copy_(source))),
+        ],
+        Effort(warmup_runs=1, warmup_seconds=0.1, min_runs=7, max_runs=7),
     )
     return {
+        "device": device,
+        "type": "FP16" if on_gpu else "FP32",
+        "bytes_per_value": source.element_size(),
         "flops": 2.0 * size**3 / (min(products) / 1e3),
-        "bytes_per_second": 2.0 * source.numel() * 4 / (min(copies) / 1e3),
-        "threads": float(torch.get_num_threads()),
+        "bytes_per_second": 2.0 * source.nbytes / (min(copies) / 1e3),
+        "threads": None if on_gpu else torch.get_num_threads(),
     }
 
 

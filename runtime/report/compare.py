@@ -15,7 +15,7 @@ class Tolerances:
     Attributes:
         fidelity_db: loss of fidelity, where it lies below `fidelity_ceiling_db`.
         psnr_db: loss of the Y PSNR change against ground truth.
-        latency: share by which a median may rise; only stable medians of the same shape are compared.
+        latency: share by which a median may rise; only stable medians of one shape and machine are compared.
         size: share by which a file may grow.
         memory: share by which the memory of a run may grow.
         fidelity_ceiling_db: above it fidelity is rounding noise, 120 dB or 130 dB tell nothing.
@@ -74,32 +74,41 @@ def compare(before: Document, after: Document, tolerances: Tolerances | None = N
     tolerances = tolerances or Tolerances()
     old = {line["name"]: line for line in before["engines"]}
     new = {line["name"]: line for line in after["engines"]}
-    same_shape = _shape(before) == _shape(after)
+    comparable = True
     changes: list[Change] = []
-    if not same_shape and before["bench"] and after["bench"]:
-        changes.append(Change("(all)", "bench shape", _shape(before), _shape(after), "latency not compared", False))
+    for what, of in (("bench shape", _shape), ("machine", _machine)):
+        if before["bench"] and after["bench"] and of(before) != of(after):
+            comparable = False
+            changes.append(Change("(all)", what, of(before), of(after), "latency not compared", False))
     for name, line in old.items():
         if name not in new:
             changes.append(Change(name, "engine", line["status"], "missing", "", line["status"] == "passed"))
         else:
-            changes += _engine_changes(name, line, new[name], tolerances, same_shape=same_shape)
+            changes += _engine_changes(name, line, new[name], tolerances, comparable=comparable)
     changes += [Change(name, "engine", "missing", new[name]["status"], "new", False) for name in new if name not in old]
     return Comparison(tuple(changes))
 
 
 def _engine_changes(
-    name: str, before: Mapping[str, Any], after: Mapping[str, Any], tolerances: Tolerances, *, same_shape: bool
+    name: str, before: Mapping[str, Any], after: Mapping[str, Any], tolerances: Tolerances, *, comparable: bool
 ) -> list[Change]:
     fell = before["status"] == "passed" and after["status"] != "passed"
     changes = [Change(name, "status", before["status"], after["status"], "", fell)]
     changes += _decibels(name, before, after, tolerances)
-    for what, key, allowed in (("size", "size_bytes", tolerances.size), ("memory", "memory_bytes", tolerances.memory)):
-        if before[key] and after[key]:
+    sizes = (
+        ("size", "size_bytes", tolerances.size),
+        ("memory", "memory_bytes", tolerances.memory),
+        ("GPU memory", "device_memory_bytes", tolerances.memory),
+    )
+    for what, key, allowed in sizes:
+        # Lower bounds of one run and peaks of another, or reports of older versions, are not the same figure.
+        same_kind = before.get(key.replace("_bytes", "_note")) == after.get(key.replace("_bytes", "_note"))
+        if before.get(key) and after.get(key) and same_kind:
             rise = after[key] / before[key] - 1.0
             changes.append(Change(name, what, _mb(before[key]), _mb(after[key]), f"{rise:+.1%}", rise > allowed))
     for kind in ("end-to-end", "compute"):
         old, new = before["latency"].get(kind), after["latency"].get(kind)
-        if same_shape and old and new and old["stable"]:
+        if comparable and old and new and old["stable"]:
             if not new["stable"]:
                 changes.append(Change(name, f"latency {kind}", _ms(old), "unstable", "", True))
                 continue
@@ -134,6 +143,14 @@ def _newly_nan(before: float | str, after: float | str) -> bool:
 
 def _shape(document: Document) -> str:
     return str(document["bench"][0]["shape"]) if document["bench"] else "none"
+
+
+def _machine(document: Document) -> str:
+    """Processor, number of cores and GPUs, as far as the bench states them."""
+    stated = document["bench"][0]["environment"]
+    gpus = [str(gpu.get("name")) for gpu in stated.get("gpus") or ()]
+    cores = [f"{stated['cpus']} cores"] if "cpus" in stated else []
+    return ", ".join([str(stated.get("processor", "not stated")), *cores, *gpus])
 
 
 def _db(value: float | str, digits: int = 1) -> str:

@@ -14,14 +14,14 @@ from typing import Any, Literal, get_args
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.precision import Precision
 from srdeploy.runtime.conditions import conditions
-from srdeploy.runtime.latency import BenchResult, Row
+from srdeploy.runtime.latency import NOT_MEASURED, BenchResult, Row
 from srdeploy.runtime.parity import VerifyResult
 from srdeploy.runtime.report.pictures import Pictures, image_entries
 
 SCHEMA = 1
 KIND = "srdeploy-report"
 
-Status = Literal["passed", "failed", "not-run", "left-out"]
+Status = Literal["passed", "failed", "measured", "not-run", "left-out"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +39,7 @@ class EngineEntry:
         verify: the verdict; None for what did not run here.
         reason: why it did not run here or was left out; None when `verify` says it all.
         left_out: it was asked for and is not delivered; then `reason` or the verdict's failures say why.
+        measured: it ran here for its latency, and was not judged.
     """
 
     name: str
@@ -51,6 +52,7 @@ class EngineEntry:
     verify: VerifyResult | None = None
     reason: str | None = None
     left_out: bool = False
+    measured: bool = False
 
     @property
     def status(self) -> Status:
@@ -58,7 +60,7 @@ class EngineEntry:
         if self.left_out:
             return "left-out"
         if self.verify is None:
-            return "not-run"
+            return "measured" if self.measured else "not-run"
         return "passed" if self.verify.passed else "failed"
 
 
@@ -185,7 +187,7 @@ def _engine_line(entry: EngineEntry, bench: BenchResult | None) -> dict[str, Any
         "psnr_drop_db": None if verify is None else verify.psnr_drop_db,
         "ssim_drop": None if verify is None else verify.ssim_drop,
         "latency": {kind: _latency(row, bench) for kind, row in rows.items() if bench is not None},
-        "memory_bytes": None if bench is None else bench.memory_bytes.get(entry.name),
+        **(NOT_MEASURED if bench is None else bench.memory.get(entry.name, NOT_MEASURED)).to_json(),
     }
 
 
@@ -209,7 +211,7 @@ def _verdict(lines: Sequence[Mapping[str, Any]], benches: Sequence[BenchResult])
     else:
         status = "partial" if counts["left-out"] else "passed"
     best = _best(lines)
-    tally = {"failed": "failed", "left-out": "left out", "not-run": "not run here"}
+    tally = {"failed": "failed", "left-out": "left out", "not-run": "not run here", "measured": "measured, not judged"}
     others = [f"{counts[key]} {words}" for key, words in tally.items() if counts[key]]
     sentences = [", ".join([f"{counts['passed']} of {len(lines)} engines passed", *others])]
     if best is not None:
@@ -220,12 +222,18 @@ def _verdict(lines: Sequence[Mapping[str, Any]], benches: Sequence[BenchResult])
         if best.drop_db is not None:
             sentence += f", PSNR change {-best.drop_db:+.3f} dB"
         sentences.append(sentence)
+    elif benches and any(line["latency"] for line in lines) and not _settled(lines):
+        sentences.append("No latency settled on this machine while it was measured, so none is stated")
     return {
         "status": status,
         "headline": ". ".join(sentences) + ".",
         "best": None if best is None else best.name,
         "reasons": [f"{line['name']}: {reason}" for line in lines for reason in line["reasons"]],
     }
+
+
+def _settled(lines: Sequence[Mapping[str, Any]]) -> bool:
+    return any(latency["stable"] for line in lines for latency in line["latency"].values())
 
 
 def _best(lines: Sequence[Mapping[str, Any]]) -> _Best | None:

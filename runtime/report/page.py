@@ -2,24 +2,36 @@
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from srdeploy.core.extras import import_extra
+from srdeploy.runtime.memory import LOWER_BOUND, ON_CPU
 from srdeploy.runtime.report import plots
 from srdeploy.runtime.report.pictures import RAMP_CSS
 
 Document = Mapping[str, Any]
 
 _HERE = Path(__file__).parent
-_STATUS_WORDS = {"passed": "passed", "failed": "failed", "not-run": "not run here", "left-out": "left out"}
+_STATUS_WORDS = {
+    "passed": "passed",
+    "failed": "failed",
+    "measured": "not judged",
+    "not-run": "not run here",
+    "left-out": "left out",
+}
 _VERDICTS = {
     "passed": ("passed", "Passed"),
     "partial": ("partial", "Passed, with engines left out"),
     "failed": ("failed", "Failed"),
     "not-verified": ("partial", "Nothing verified"),
 }
+
+
+_NO_MEMORY = {"memory_bytes": None, "memory_note": "", "device_memory_bytes": None, "device_memory_note": ""}
+"""What a row of a report lacks that was written before these figures were kept."""
 
 
 def page(document: Document, pictures: Mapping[str, bytes]) -> str:
@@ -78,10 +90,12 @@ def _values(document: Document, sources: Mapping[str, str], markup: Any) -> dict
         "benches": [_bench(bench, markup) for bench in document["bench"]],
         "studies": _studies(document, markup),
         "sensitivity": markup(sensitivity) if sensitivity else None,
-        "calibration": _facts(document["calibration"] or {}),
+        "calibration": _calibration(document["calibration"]) if document["calibration"] else None,
         "model_facts": _model_facts(document),
+        "model_tables": _records(document["model"]["checkpoint"]),
         "configuration": _facts({**document["model"]["configuration"], **document["model"]["provenance"]}),
         "environment": _facts(_readable_environment(document["environment"])),
+        "memory_words": _memory_words(document),
         "stages": [{"seconds": None, "note": None, **stage} for stage in document["stages"]],
     }
     values["sections"] = _sections(values, document)
@@ -151,6 +165,24 @@ def _engines_caption(document: Document) -> str:
     return f"Latency at {bench['shape']}; ratios to {base} in the same run, above 1 is faster."
 
 
+def _memory_words(document: Document) -> str:
+    """Say what the memory column holds, in the words of the figures themselves."""
+    notes = {
+        f"{name} is the {line[note]}"
+        for line in document["engines"]
+        for name, size, note in (("Memory", "memory_bytes", "memory_note"),
+                                 ("GPU memory", "device_memory_bytes", "device_memory_note"))
+        if line.get(size) is not None and note in line
+    }  # fmt: skip
+    unknown = {
+        f"GPU memory of {line['name']} is not known: {line['device_memory_note']}"
+        for line in document["engines"]
+        if line["latency"] and line.get("device_memory_bytes") is None
+        and line.get("device_memory_note", ON_CPU) != ON_CPU
+    }  # fmt: skip
+    return " ".join(f"{sentence}." for sentence in (*sorted(notes, reverse=True), *sorted(unknown)))
+
+
 def _model_facts(document: Document) -> list[tuple[str, str]]:
     model = document["model"]
     radius = model["receptive_radius"]
@@ -215,6 +247,7 @@ def _bench(bench: Mapping[str, Any], markup: Any) -> dict[str, Any]:
     drawings = [plots.latency_strips(bench, kind) for kind in ("end-to-end", "compute")]
     return {
         **bench,
+        "rows": [{**_NO_MEMORY, **row, "lower_bound": row.get("memory_note") == LOWER_BOUND} for row in bench["rows"]],
         "plots": [markup(drawing) for drawing in drawings if drawing],
         "caption": (
             f"Milliseconds per run; runners took turns, after {effort['warmup_runs']} or more warm-up runs and "
@@ -224,26 +257,33 @@ def _bench(bench: Mapping[str, Any], markup: Any) -> dict[str, Any]:
 
 
 def _studies(document: Document, markup: Any) -> list[dict[str, Any]]:
+    studies = document["studies"]
     drawn = {
-        "throughput": plots.throughput_lines(document["studies"].get("throughput", {})),
-        "scaling": plots.scaling_lines(document["studies"].get("scaling", {})),
+        "scaling": plots.scaling_lines(studies.get("scaling", {})),
+        "throughput": plots.throughput_lines(studies.get("throughput", {})),
+        "streams": plots.throughput_lines(studies.get("streams", {}), "streams"),
     }
     return [
-        {"drawing": markup(drawing), "words": document["studies"][name].get("note", "")}
+        {"drawing": markup(drawing), "words": studies[name].get("note", "")}
         for name, drawing in drawn.items()
         if drawing
     ]
 
 
 def _readable_environment(environment: Mapping[str, Any]) -> dict[str, Any]:
-    readable = dict(environment)
+    readable = {key: value for key, value in environment.items() if value not in (None, [], "")}
     if isinstance(readable.get("memory_bytes"), int):
         readable["memory"] = size_words(readable.pop("memory_bytes"))
+    gpus = readable.pop("gpus", [])
+    for index, gpu in enumerate(gpus):
+        readable[f"GPU {index}"] = gpu
+    if not gpus:
+        readable["GPU"] = "none found"
     return readable
 
 
 def _facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Flatten JSON values into lines of words; nested mappings get their keys joined."""
+    """Flatten JSON values into lines of words; keys of nested mappings are joined, records are left to `_records`."""
     lines: list[tuple[str, str]] = []
     for key, value in values.items():
         words = str(key).replace("_", " ")
@@ -252,12 +292,60 @@ def _facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
                 lines.append((words, ", ".join(f"{k} {v}" for k, v in value.items()) or "–"))
             else:
                 lines += [(f"{words}: {name}", text) for name, text in _facts(value)]
-        elif isinstance(value, Sequence) and not isinstance(value, str):
-            shown = [str(entry) for entry in value[:12]]
-            lines.append((words, ", ".join(shown) + (f" and {len(value) - 12} more" if len(value) > 12 else "") or "–"))
+        elif _is_records(value):
+            continue
         else:
-            lines.append((words, "–" if value is None else str(value)))
+            lines.append((words, _cell(value)))
     return lines
+
+
+def _records(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the lists of records among JSON values as tables: title, headers, rows of words."""
+    tables = []
+    for key, value in values.items():
+        words = str(key).replace("_", " ")
+        if _is_records(value):
+            headers = list(dict.fromkeys(name for entry in value for name in entry))
+            rows = [[_cell(entry.get(name)) for name in headers] for entry in value]
+            headers = [name.replace("_", " ") for name in headers]
+            tables.append({"title": words, "headers": headers, "rows": rows})
+        elif isinstance(value, Mapping):
+            tables += _records(value)
+    return tables
+
+
+def _is_records(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(entry, Mapping) for entry in value)
+
+
+def _cell(value: Any) -> str:
+    """Write one JSON value; a SHA-256 by its beginning, a list by its first entries."""
+    if isinstance(value, list):
+        shown = ", ".join(str(entry) for entry in value[:12])
+        return shown + (f" and {len(value) - 12} more" if len(value) > 12 else "") or "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
+        return value[:12] + "…"
+    return "–" if value is None or value == "" else str(value)
+
+
+def _calibration(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Split what a calibration set says into facts, how far it reaches towards the extremes, and tables."""
+    rest = {key: value for key, value in values.items() if key not in ("schema", "coverage", "lr_pixels")}
+    facts = _facts(rest)
+    for key, words in (("crops", "crops"), ("judges", "crops kept aside to judge by"), ("files", "images")):
+        if _is_records(values.get(key)):
+            facts.append((words, str(len(values[key]))))
+    if "lr_pixels" in values:
+        facts.append(("low-resolution pixels", f"{values['lr_pixels']:,}"))
+    coverage = values.get("coverage")
+    reached = coverage if isinstance(coverage, Mapping) else {}
+    return {
+        "facts": facts,
+        "coverage": [{"name": name, "share": float(share), "words": f"{share:.0%}"} for name, share in reached.items()],
+        "tables": _records(rest),
+    }
 
 
 def size_words(count: float | None) -> str:
@@ -325,6 +413,8 @@ def difference_words(value: float | str) -> str:
     if not math.isfinite(number):
         return "not finite"
     levels = number * 255.0
+    if levels == 1.0:
+        return "1 level"
     return f"{levels:.3g} levels" if levels >= 0.01 or levels == 0 else f"{number:.1e} of 1"
 
 

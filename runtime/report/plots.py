@@ -105,44 +105,54 @@ def scaling_lines(study: Mapping[str, Any]) -> str | None:
         return None
     pixels = [point["pixels"] for entry in lines for point in entry["points"]]
     times = [point["median_ms"] for entry in lines for point in entry["points"]]
-    floor = [(point["pixels"], point["ms"]) for point in study.get("floor", ())]
-    times += [ms for _, ms in floor]
+    floors = {
+        words: [(point["pixels"], point["ms"]) for point in study.get(key, ())]
+        for key, words in (("floor", "floor: multiply-adds"), ("memory_floor", "floor: memory traffic"))
+    }
+    times += [ms for points in floors.values() for _, ms in points]
     plot = Plot(
         "Latency over image size",
         Axis("low-resolution pixels", *padded_log(pixels, 1.6), "log"),
         Axis("milliseconds (median)", *padded_log(times, 1.5), "log"),
         height=420,
     )
-    if floor:
-        plot.line(floor, kind="floor")
-        plot.text(*floor[len(floor) // 2], "  floor: multiply-adds at the measured peak", kind="note below")
+    for words, points in floors.items():
+        if points:
+            plot.line(points, kind="floor")
+            plot.label(*points[-1], words)
     for index, entry in enumerate(lines):
-        points = [(point["pixels"], point["median_ms"]) for point in entry["points"]]
-        plot.line(points, series=index)
-        for number, (x, y) in enumerate(points):
-            label = entry["name"] if number == len(points) - 1 else ""
-            plot.point(x, y, series=index, label=label, hint=f"{entry['name']}: {x} pixels, {y:.4g} ms")
+        plot.line([(point["pixels"], point["median_ms"]) for point in entry["points"]], series=index)
+        for number, point in enumerate(entry["points"]):
+            x, y, stable = point["pixels"], point["median_ms"], point.get("stable", True)
+            label = entry["name"] if number == len(entry["points"]) - 1 else ""
+            hint = f"{entry['name']}: {x} pixels, {y:.4g} ms" + ("" if stable else ", unstable")
+            plot.point(x, y, series=index, label=label, hint=hint, hollow=not stable)
     return plot.svg()
 
 
-def throughput_lines(study: Mapping[str, Any]) -> str | None:
-    """Draw images per second over the batch size."""
+def throughput_lines(study: Mapping[str, Any], key: str = "batch") -> str | None:
+    """Draw images per second over the batch size, or with another `key` over the "streams"."""
     lines = [entry for entry in study.get("runners", ()) if entry["points"]]
     if not lines:
         return None
-    batches = [point["batch"] for entry in lines for point in entry["points"]]
+    titles = {
+        "batch": ("Throughput over batch size", "images in one batch"),
+        "streams": ("Throughput over runs at once", "runs at once"),
+    }
+    counts = [point[key] for entry in lines for point in entry["points"]]
     rates = [point["images_per_second"] for entry in lines for point in entry["points"]]
     plot = Plot(
-        "Throughput over batch size",
-        Axis("images in one batch", *padded_log(batches, 1.3), "log"),
+        titles[key][0],
+        Axis(titles[key][1], *padded_log(counts, 1.3), "log"),
         Axis("images per second", 0.0, max(rates) * 1.15),
     )
     for index, entry in enumerate(lines):
-        points = [(point["batch"], point["images_per_second"]) for point in entry["points"]]
-        plot.line(points, series=index)
-        for number, (x, y) in enumerate(points):
-            label = entry["name"] if number == len(points) - 1 else ""
-            plot.point(x, y, series=index, label=label, hint=f"{entry['name']}: batch {x}, {y:.4g} images/s")
+        plot.line([(point[key], point["images_per_second"]) for point in entry["points"]], series=index)
+        for number, point in enumerate(entry["points"]):
+            x, y, stable = point[key], point["images_per_second"], point.get("stable", True)
+            label = entry["name"] if number == len(entry["points"]) - 1 else ""
+            hint = f"{entry['name']}: {key} {x}, {y:.4g} images/s" + ("" if stable else ", unstable")
+            plot.point(x, y, series=index, label=label, hint=hint, hollow=not stable)
     return plot.svg()
 
 

@@ -73,6 +73,10 @@ class Plot:
         if label:
             self._labels.append((cx, cy, label, f"s{series % SERIES}"))
 
+    def label(self, x: float, y: float, words: str) -> None:
+        """Write beside a point without drawing a dot, where no other label stands."""
+        self._labels.append((*self.at(x, y), words, "plain"))
+
     def speck(self, x: float, y: float, *, series: int) -> None:
         """Draw one faint small dot of a cloud."""
         cx, cy = self.at(x, y)

@@ -84,7 +84,7 @@ def test_a_right_engine_passes(
     assert abs(document["psnr_drop_db"]) < 1e-3
     assert [case["name"] for case in document["images"]] == ["a", "b"]
     assert document["candidate"]["numeric_mode"].endswith("f32")
-    assert "next: srdeploy bench" in err
+    assert f"next: srdeploy bench {model} --against {RCAN} --shape 1x3x32x40" in err
     report = read_report(tmp_path / "report")
     assert report["verdict"]["status"] == "passed"
     assert [entry["image"] for entry in report["images"] if entry["kind"] == "view"] == ["a", "b"]
@@ -127,8 +127,9 @@ def test_ground_truth_alone_is_enough_and_markdown_is_markdown(
         (["--images", "LOW", "--engine", "nonsense"], 2, "nonsense"),
         (["--images", "LOW", "--min-fidelity", "400"], 6, "fidelity"),
         (["--images", "HIGH", "--hr", "LOW"], 3, "ground truth"),
+        (["--images", "LOW", "--json", "--markdown"], 2, "both write to stdout"),
     ],
-    ids=["drop-without-truth", "no-images", "empty-folder", "engine", "gate", "swapped-folders"],
+    ids=["drop-without-truth", "no-images", "empty-folder", "engine", "gate", "swapped-folders", "two-documents"],
 )
 def test_refusals_of_verify(
     model: Path, images: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path,
@@ -181,6 +182,12 @@ def test_bench_compares_forms_and_engines(model: Path, capsys: pytest.CaptureFix
     floor = [point["ms"] for point in studies["scaling"]["floor"]]
     assert floor[1] == pytest.approx(4 * floor[0])
     assert studies["scaling"]["peak"]["flops"] > 1e9
+    assert studies["scaling"]["memory_floor"][1]["ms"] > studies["scaling"]["memory_floor"][0]["ms"] > 0
+    assert "floor: memory traffic" in err
+    memory = {row["runner"]["name"]: row for row in document["rows"]}[names[-1]]
+    assert memory["memory_bytes"] > 5e6
+    assert memory["memory_note"].startswith("peak of a process of its own")
+    assert (memory["device_memory_bytes"], memory["device_memory_note"]) == (None, "computes on the CPU")
     assert read_report(tmp_path / "report")["engines"][0]["name"] == "onnxruntime fp32"
 
 
@@ -202,8 +209,9 @@ def test_an_unstable_bench_ends_with_seven(model: Path, capsys: pytest.CaptureFi
         (["--min-runs", "2"], "2"),
         (["--baseline", "nonsense"], "nonsense"),
         (["--shape", "1x1x8x8"], "channels"),
+        (["--json", "--markdown"], "both write to stdout"),
     ],
-    ids=["shape", "batches", "runs", "baseline", "colours"],
+    ids=["shape", "batches", "runs", "baseline", "colours", "two-documents"],
 )
 def test_refusals_of_bench(model: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
     code, _, err = output_of(capsys, "bench", model, "--against", RCAN, *QUICK, "--no-baselines", *words)

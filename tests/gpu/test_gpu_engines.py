@@ -18,10 +18,12 @@ from srdeploy.core.manifest import manifest_path, read_manifest
 from srdeploy.core.runner import TimedRunner, run_image
 from srdeploy.core.shapes import ShapeProfile
 from srdeploy.models.load import LoadedCheckpoint
+from srdeploy.runtime.baselines import FORMS, open_baseline
 from srdeploy.runtime.engines.eager import open_eager
 from srdeploy.runtime.engines.options import BuildOptions
 from srdeploy.runtime.engines.registry import availability, build_engine, open_engine
 from srdeploy.runtime.engines.tensorrt_run import MAX_PLANS, TensorRtRunner
+from srdeploy.runtime.memory import process_memory
 
 BUILT = ["tensorrt", "tensorrt-rtx"]
 OPENED = ["onnxruntime-cuda", "onnxruntime-tensorrt"]
@@ -163,6 +165,31 @@ def test_activation_memory_follows_the_real_shape(runner: TensorRtRunner) -> Non
     run_image(runner, image(4, 3, 96, 128))
 
     assert small < runner.peak_activation_bytes / 4
+
+
+def test_gpu_memory_of_an_engine_is_seen_from_its_own_process(built: Path) -> None:
+    shape = (4, 3, 96, 128)
+    with open_engine(built) as runner:
+        assert isinstance(runner, TensorRtRunner)
+        run_image(runner, image(*shape))
+        activations = runner.peak_activation_bytes
+
+    found = process_memory(built, shape, device="cuda:0")
+
+    assert found.device_bytes is not None, found.device_words
+    assert found.device_bytes >= activations
+    assert found.device_bytes < activations + 4 * 2**30
+
+
+def test_gpu_memory_of_a_baseline_holds_weights_and_output(checkpoint: LoadedCheckpoint) -> None:
+    shape = (1, 3, 96, 128)
+    weights = sum(value.nbytes for value in checkpoint.reference.parameters())
+    output = 4 * 3 * (2 * shape[2]) * (2 * shape[3])
+
+    with open_baseline(checkpoint, FORMS[0], device="cuda:0") as runner:
+        taken = runner.run_metered({"input": image(*shape)})
+
+    assert weights + output <= taken < torch.cuda.get_device_properties(0).total_memory
 
 
 def test_another_gpu_is_refused_before_deserializing(built: Path, tmp_path: Path) -> None:

@@ -86,6 +86,14 @@ def test_presets_cost_the_published_multiply_adds(config: NetworkConfig, million
     assert spec_of(config).macs_per_pixel / 1e6 == pytest.approx(millions, abs=6e-4)
 
 
+@pytest.mark.parametrize(
+    ("config", "kilobytes"),
+    [pytest.param(rcan_x4(), 188.9, id="rcan_x4"), pytest.param(srdensenet_all(), 42.5, id="srdensenet_all")],
+)
+def test_presets_move_the_half_precision_bytes_counted_by_hand(config: NetworkConfig, kilobytes: float) -> None:
+    assert 2 * spec_of(config).traffic_per_pixel / 1e3 == pytest.approx(kilobytes, abs=0.05)
+
+
 SMALL: list[Any] = [
     pytest.param(TINY_RCAN, id="rcan x2"),
     pytest.param(replace(TINY_RCAN, scale=6, upsampler=(2, 3), channels=1), id="rcan x6 gray"),
@@ -114,12 +122,14 @@ SMALL: list[Any] = [
 
 @pytest.mark.parametrize("config", SMALL)
 def test_cost_formulas_agree_with_what_runs(config: NetworkConfig) -> None:
-    """Multiply-adds and the largest tensor, counted while the network runs on a size that every factor divides."""
+    """Multiply-adds, largest tensor and traffic, counted while the network runs on a size that every factor divides."""
     network = network_of(config).eval()
     height, width = 8, 12
-    macs, largest = [0], [0]
+    macs, largest, moved = [0], [0], [0]
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and output.shape[2] > 1:
+            moved[0] += inputs[0].numel() + output.numel()
         largest[0] = max(largest[0], output.shape[1] * output.shape[2] * output.shape[3], inputs[0][0].numel())
         if isinstance(module, nn.ConvTranspose2d):
             macs[0] += module.weight.numel() * inputs[0].shape[2] * inputs[0].shape[3]
@@ -134,6 +144,10 @@ def test_cost_formulas_agree_with_what_runs(config: NetworkConfig) -> None:
 
     assert spec.macs_per_pixel * height * width == pytest.approx(macs[0])
     assert largest[0] <= spec.largest_tensor_per_pixel * height * width
+    if isinstance(config, RcanConfig):  # and what gates and skips read and write
+        passes = config.groups * (3 * config.blocks + config.group_skip) + 1
+        moved[0] += passes * config.features * height * width // config.unshuffle**2
+    assert moved[0] == pytest.approx(spec.traffic_per_pixel * height * width, rel=0.1 if spec.trim else 1e-9)
     if not spec.trim and getattr(config, "unshuffle", 1) == 1:
         assert largest[0] == spec.largest_tensor_per_pixel * height * width
 

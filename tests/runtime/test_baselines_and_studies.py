@@ -17,7 +17,6 @@ from srdeploy.runtime.conditions import conditions
 from srdeploy.runtime.difference import difference
 from srdeploy.runtime.engines.eager import open_eager
 from srdeploy.runtime.latency import Effort, bench_image, named
-from srdeploy.runtime.memory import process_memory
 from srdeploy.runtime.parity import Case, Gates, VerifyResult
 from srdeploy.runtime.studies import machine_peak, scaling, stream_throughput, throughput
 
@@ -68,6 +67,7 @@ def test_the_machine_has_a_plausible_peak() -> None:
 
     assert 1e9 < peak["flops"] < 1e14
     assert 1e8 < peak["bytes_per_second"] < 1e13
+    assert (peak["device"], peak["type"], peak["bytes_per_value"]) == ("cpu", "FP32", 4)
 
 
 def test_curves_have_the_points_that_were_asked_for(checkpoint: LoadedCheckpoint) -> None:
@@ -91,12 +91,14 @@ def test_curves_have_the_points_that_were_asked_for(checkpoint: LoadedCheckpoint
             pass
 
     with open_eager(checkpoint, threads=1) as eager:
-        sizes = scaling([eager, Narrow()], (1, 3, 8, 8), (4, 8), 1e6, QUICK)
+        sizes = scaling([eager, Narrow()], (1, 3, 8, 8), (4, 8), checkpoint.spec, QUICK)
         batches = throughput([eager], (1, 3, 4, 5), (1, 3), QUICK)
 
     points = {entry["name"]: [point["pixels"] for point in entry["points"]] for entry in sizes["runners"]}
     assert points == {"eager fp32": [16, 64], "narrow": [16]}
-    assert sizes["floor"][0]["ms"] == pytest.approx(2e3 * 1e6 * 16 / sizes["peak"]["flops"])
+    peak, spec = sizes["peak"], checkpoint.spec
+    assert sizes["floor"][0]["ms"] == pytest.approx(2e3 * spec.macs_per_pixel * 16 / peak["flops"])
+    assert sizes["memory_floor"][1]["ms"] == pytest.approx(4e3 * spec.traffic_per_pixel * 64 / peak["bytes_per_second"])
     (line,) = batches["runners"]
     assert [point["batch"] for point in line["points"]] == [1, 3]
     for point in line["points"]:
@@ -115,10 +117,6 @@ def test_streams_share_the_threads(checkpoint: LoadedCheckpoint) -> None:
     assert len(asked) == 3
     assert asked[1] == asked[2] <= asked[0]
     assert all(point["images_per_second"] > 0 for point in study["runners"][0]["points"])
-
-
-def test_memory_of_a_process_that_fails_is_unknown(tmp_path: Path) -> None:
-    assert process_memory(tmp_path / "missing.onnx", (1, 3, 4, 4)) is None
 
 
 def test_conditions_name_what_numbers_depend_on() -> None:

@@ -117,7 +117,7 @@ def test_a_wrong_weight_is_found_with_its_module(tmp_path: Path, image: NDArray[
 
 
 def test_signed_codes_behind_a_concatenation_in_openvino_are_caught(tmp_path: Path, image: NDArray[np.float32]) -> None:
-    """OpenVINO 2026.4 computes this graph wrongly on processors with VNNI and says nothing. uint8 is right."""
+    """OpenVINO 2026.4 computes this graph wrongly and says nothing, seen with and without VNNI. uint8 is right."""
     plain = dense_graph(tmp_path / "plain.onnx")
     signed = dense_graph(tmp_path / "signed.onnx", "int8")
     unsigned = dense_graph(tmp_path / "unsigned.onnx", "uint8")

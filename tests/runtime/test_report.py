@@ -17,6 +17,7 @@ from srdeploy.core.errors import InputError, UsageError
 from srdeploy.core.precision import Precision
 from srdeploy.core.runner import RunnerInfo
 from srdeploy.runtime.latency import BenchResult, Effort, Row, statistics_of
+from srdeploy.runtime.memory import Memory
 from srdeploy.runtime.parity import Gates, VerifyResult, verify
 from srdeploy.runtime.report import plots
 from srdeploy.runtime.report.compare import Tolerances, compare
@@ -88,22 +89,30 @@ def document() -> dict[str, Any]:
     absent = EngineEntry(
         "tensorrt-rtx fp16", "tensorrt-rtx", Precision.FP16, "c.plan", 900_000, reason="no NVIDIA GPU here"
     )
+    memory = {"openvino int8": Memory(7_000_000, "peak", 3_000_000_000, "fall of the GPU's free memory")}
     rows = (row("eager fp32", 90.0), row("openvino fp32", 30.0), row("openvino int8", 11.0),
             row("onnxruntime int8", 50.0, stable=False))  # fmt: skip
     return report_document(
         title="rcan_x2.srd",
         contract=contract(),
         engines=[plain, int8, left, absent],
-        bench=BenchResult((1, 3, 60, 80), Effort(), rows, {"openvino int8": 7_000_000}, {"processor": "a processor"}),
+        bench=BenchResult((1, 3, 60, 80), Effort(), rows, memory, {"processor": "a processor"}),
         checkpoint={"name": "rcan_x2.pt", "dialect": "official"},
-        calibration={"images": 64, "ranges": {"method": "minmax"}, "files": [f"{i}.png" for i in range(20)]},
+        calibration={
+            "images": 64, "ranges": {"method": "minmax"}, "notes": [f"{i}.png" for i in range(20)],
+            "files": [{"name": "a <i>.png", "sha256": "c" * 64, "use": "calibration"}],
+            "coverage": {"black": 1.0, "green": 0.055},
+        },
         sensitivity=[{"layer": f"groups.0.blocks.{i}.conv1", "drop_db": 0.1 / (i + 1), "kept": None} for i in range(5)],
         studies={
             "throughput": {"note": "one at a time", "runners": [{"name": "openvino int8", "points": [
                 {"batch": 1, "images_per_second": 90.0}, {"batch": 4, "images_per_second": 120.0}]}]},
+            "streams": {"note": "runs at once", "runners": [{"name": "b.blob", "points": [
+                {"streams": 1, "images_per_second": 90.0}, {"streams": 2, "images_per_second": 100.0}]}]},
             "scaling": {"note": "batch 1", "floor": [{"pixels": 1024, "ms": 1.0}, {"pixels": 65536, "ms": 64.0}],
+                        "memory_floor": [{"pixels": 1024, "ms": 0.2}, {"pixels": 65536, "ms": 12.8}],
                         "runners": [{"name": "openvino fp32", "points": [
-                            {"side": 32, "pixels": 1024, "median_ms": 2.0},
+                            {"side": 32, "pixels": 1024, "median_ms": 2.0, "stable": False},
                             {"side": 256, "pixels": 65536, "median_ms": 99.0}]}]},
         },
         stages=[{"name": "export", "seconds": 12.5, "note": "opset 20"}],
@@ -138,6 +147,51 @@ def test_nothing_run_is_no_pass() -> None:
     verdict = report_document(title="t", contract=contract(), engines=[absent])["verdict"]
 
     assert (verdict["status"], verdict["best"]) == ("not-verified", None)
+
+
+def test_what_was_only_measured_is_not_called_not_run() -> None:
+    entry = EngineEntry("openvino fp32", "openvino", Precision.FP32, reason="measured only", measured=True)
+    bench = BenchResult((1, 3, 60, 80), Effort(), (row("eager fp32", 90.0), row("openvino fp32", 30.0)))
+
+    document = report_document(title="t", contract=contract(), engines=[entry], bench=bench)
+
+    assert document["engines"][0]["status"] == "measured"
+    assert document["verdict"]["status"] == "not-verified"
+    assert document["verdict"]["headline"] == "0 of 1 engines passed, 1 measured, not judged."
+
+
+def test_a_machine_too_busy_to_measure_is_said_first() -> None:
+    entry = EngineEntry("openvino fp32", "openvino", Precision.FP32, verify=judged(Enlarger("openvino fp32")))
+    rows = (row("eager fp32", 90.0, stable=False), row("openvino fp32", 30.0, stable=False))
+
+    document = report_document(
+        title="t", contract=contract(), engines=[entry], bench=BenchResult((1, 3, 60, 80), Effort(), rows)
+    )
+
+    assert "1 of 1 engines passed. No latency settled on this machine" in document["verdict"]["headline"]
+
+
+def test_the_page_shows_memory_floors_coverage_and_records(document: dict[str, Any], tmp_path: Path) -> None:
+    html = write_report(document, tmp_path / "report").read_text()
+
+    assert "GPU 3 GB" in html
+    assert "GPU memory is the fall of the GPU&#39;s free memory." in html
+    assert "floor: memory traffic" in html
+    assert "floor: multiply-adds" in html
+    assert "Throughput over runs at once" in html
+    assert 'value="0.055" aria-label="green"' in html
+    assert "<td>a &lt;i&gt;.png</td><td>cccccccccccc…</td>" in html
+    assert "{&#39;" not in html, "a Python dictionary is no wording"
+
+
+def test_a_report_of_before_gpu_memory_is_still_read(document: dict[str, Any], tmp_path: Path) -> None:
+    older = copy.deepcopy(document)
+    for line in older["engines"] + older["bench"][0]["rows"]:
+        for key in ("memory_note", "device_memory_bytes", "device_memory_note"):
+            del line[key]
+
+    assert write_report(older, tmp_path / "report").is_file()
+    assert compare(older, document).regressions == ()
 
 
 def test_writing_and_reading_back(document: dict[str, Any], tmp_path: Path) -> None:
@@ -264,11 +318,12 @@ def test_the_page_in_a_browser(document: dict[str, Any], tmp_path: Path, browser
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(16, 19, 24)"
     assert dark is (scheme == "dark")
     drawn = [plot.bounding_box() for plot in page.locator("svg.plot").all()]
-    assert len(drawn) == 6  # two trade-offs, latency, throughput, scaling, sensitivity
+    assert len(drawn) == 7  # two trade-offs, latency, scaling, throughput, streams, sensitivity
     assert all(box is not None and box["width"] > 300 and box["height"] > 100 for box in drawn)
     pictures = page.locator("img").all()
     assert all(image.evaluate("image => image.complete && image.naturalWidth > 0") for image in pictures)
     _move_the_slider(page)
+    _drag_the_slider(page)
     SCREENSHOTS.mkdir(exist_ok=True)
     page.screenshot(path=SCREENSHOTS / f"report-{width}-{scheme}.png", full_page=True)
     assert complaints == []
@@ -292,6 +347,20 @@ def _move_the_slider(page: Any) -> None:
     assert stage.locator("img.over").get_attribute("data-key") == "truth"
     page.locator("[data-compare] select").nth(1).select_option("engine0")
     assert "openvino fp32" in page.locator(".heat-words").first.text_content()
+
+
+def _drag_the_slider(page: Any) -> None:
+    """By mouse: the edge follows the pointer."""
+    stage = page.locator(".stage.views").last
+    stage.scroll_into_view_if_needed()
+    box = stage.bounding_box()
+    height = box["y"] + box["height"] / 2
+    page.mouse.move(box["x"] + box["width"] * 0.5, height)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.8, height, steps=4)
+    page.mouse.up()
+    cut = float(stage.evaluate("stage => stage.style.getPropertyValue('--cut')").rstrip("%"))
+    assert 76 <= cut <= 84
 
 
 def test_the_theme_button_switches(document: dict[str, Any], tmp_path: Path, browser: Any) -> None:
@@ -333,11 +402,12 @@ def _noisier(line: dict[str, Any]) -> None:
         (lambda line: line.update(psnr_drop_db=line["psnr_drop_db"] + 0.02), "Y PSNR change"),
         (lambda line: line.update(size_bytes=int(line["size_bytes"] * 1.1)), "size"),
         (lambda line: line.update(memory_bytes=int(line["memory_bytes"] * 1.5)), "memory"),
+        (lambda line: line.update(device_memory_bytes=int(line["device_memory_bytes"] * 1.5)), "GPU memory"),
         (lambda line: line.update(status="failed"), "status"),
         (_slower, "latency end-to-end"),
         (_noisier, "latency end-to-end"),
     ],
-    ids=["fidelity", "nan", "psnr", "size", "memory", "status", "slower", "unstable"],
+    ids=["fidelity", "nan", "psnr", "size", "memory", "gpu-memory", "status", "slower", "unstable"],
 )
 def test_each_regression_is_seen_and_its_reverse_is_not(document: dict[str, Any], change: Any, what: str) -> None:
     after = copy.deepcopy(document)
@@ -375,13 +445,26 @@ def test_latency_of_another_shape_is_not_compared(document: dict[str, Any]) -> N
     assert "latency not compared" in [change.change for change in comparison.changes]
 
 
+def test_latency_of_another_machine_is_not_compared(document: dict[str, Any]) -> None:
+    after = copy.deepcopy(document)
+    after["bench"][0]["environment"] = {"processor": "another", "cpus": 8, "gpus": [{"name": "a GPU"}]}
+    _slower(after["engines"][1])
+
+    comparison = compare(document, after)
+
+    assert comparison.regressions == ()
+    (machine,) = [change for change in comparison.changes if change.what == "machine"]
+    assert (machine.before, machine.after) == ("a processor", "another, 8 cores, a GPU")
+
+
 @pytest.mark.parametrize(
     ("write", "value", "words"),
     [
         (db_words, math.inf, "∞ (equal)"), (db_words, "nan", "none"), (db_words, 50.04, "50.0 dB"),
         (db_words, None, "–"), (difference_words, "nan", "not finite"),
         (change_words, 0.0512, "−0.051 dB"), (change_words, -0.0001, "+0.000 dB"), (change_words, None, "–"),
-        (difference_words, 2 / 255, "2 levels"), (difference_words, 1e-6, "1.0e-06 of 1"),
+        (difference_words, 2 / 255, "2 levels"), (difference_words, 1 / 255, "1 level"),
+        (difference_words, 1e-6, "1.0e-06 of 1"),
         (size_words, 1_234_567, "1.23 MB"), (size_words, 12, "12 B"), (size_words, None, "–"),
         (number, 20000.0, "20k"), (number, 0.02, "0.02"), (number, 3e6, "3M"), (number, 0.0, "0"),
     ],
