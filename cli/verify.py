@@ -98,7 +98,7 @@ def command(candidates: tuple[Path, ...], checkpoint: Path, stated: CheckpointOp
             }
             for path, result, crop, bisection in zip(candidates, results, crops, bisections, strict=True)
         ])  # fmt: skip
-    _refuse_failures(results, crops)
+    _refuse_failures(results, crops, bisections)
     shape = format_shape(max((case.shape for case in results[0].images), key=math.prod))
     next_command("srdeploy", "bench", *map(str, candidates), "--against", str(checkpoint), "--shape", shape)
 
@@ -265,21 +265,24 @@ def _write_report(
     write_report(document, options["report_folder"], force=options["force"])
 
 
-def _refuse_failures(results: "Sequence[VerifyResult]", crops: Sequence[Path | None]) -> None:
+def _refuse_failures(
+    results: "Sequence[VerifyResult]", crops: Sequence[Path | None], bisections: "Sequence[Bisection | None]"
+) -> None:
     from srdeploy.core.errors import GateError
     from srdeploy.runtime.advice import advice
 
-    failed = [(result, crop) for result, crop in zip(results, crops, strict=True) if not result.passed]
+    failed = [entry for entry in zip(results, crops, bisections, strict=True) if not entry[0].passed]
     if not failed:
         return
-    result, crop = failed[0]
+    result, crop, bisection = failed[0]
     more = len(result.failures) - 1
     words = f"{result.candidate.name} failed: {result.failures[0]}" + (f" (and {more} more)" if more else "")
     if len(failed) > 1:
         words += f" (and {len(failed) - 1} more engines failed)"
     if crop is not None:
         words += f"; worst crop in {crop}"
-    raise GateError(words, next_step=advice(result))
+    found = None if bisection is None else bisection.first
+    raise GateError(words, next_step=advice(result) if found is None else f"start at {found.node}, named above")
 
 
 def _opening(options: dict[str, Any]) -> dict[str, Any]:

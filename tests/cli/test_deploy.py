@@ -128,7 +128,9 @@ def test_the_report_has_a_line_per_engine_and_the_commands(bundle: Bundle) -> No
     assert lines["openvino fp32"] == "passed"
     assert lines["graph fp16"] in ("passed", "left-out")
     assert {f"{entry.engine} {entry.precision}" for entry in bundle.left_out} <= set(lines)
-    assert report["commands"][0].startswith("srdeploy export")
+    script = (bundle.path / "reproduce.sh").read_text()
+    assert script.endswith("\n".join(report["commands"]) + "\n"), "the report states what the script runs"
+    assert report["commands"][1].startswith("#   srdeploy deploy ")
 
 
 def test_no_path_of_the_temporary_folder_is_left_in_any_document(bundle: Bundle) -> None:
