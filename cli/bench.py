@@ -208,8 +208,14 @@ def _studies(
     from srdeploy.runtime.engines.registry import open_engine
     from srdeploy.runtime.studies import scaling, stream_throughput, throughput
 
-    # A curve has many points, and its shape is clear with half the effort for each.
-    effort = replace(effort, min_runs=max(5, effort.min_runs // 2), seconds=effort.seconds / 2)
+    # A curve has many points, and its shape is clear with half the time and half the precision for each.
+    effort = replace(
+        effort,
+        min_runs=max(5, effort.min_runs * 2 // 3),
+        seconds=effort.seconds / 2,
+        tolerance=effort.tolerance * 2,
+        drift=effort.drift * 2,
+    )
     studies: dict[str, Any] = {}
     if options["batches"]:
         studies["throughput"] = throughput(runners, shape, options["batches"], effort, progress=progress)

@@ -140,7 +140,7 @@ def machine_peak(device: str = "cpu") -> dict[str, Any]:
     import torch
 
     on_gpu = device != "cpu"
-    size, count = (8192, 2**28) if on_gpu else (1536, 2**24)  # copies of 512 and 64 MiB, beyond most caches
+    size, count = (8192, 2**28) if on_gpu else (1536, 2**26)  # copies of 512 and 256 MiB, beyond the caches
     dtype = torch.float16 if on_gpu else torch.float32
     first, second = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(first)
@@ -160,7 +160,7 @@ def machine_peak(device: str = "cpu") -> dict[str, Any]:
             timed(ended(lambda: torch.mm(first, second, out=out))),
             timed(ended(lambda: target.copy_(source))),
         ],
-        Effort(warmup_runs=1, warmup_seconds=0.1, min_runs=7, max_runs=7),
+        Effort(warmup_runs=1, warmup_seconds=0.1, min_runs=10, max_runs=40, seconds=1.0),
     )
     return {
         "device": device,

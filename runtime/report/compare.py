@@ -126,12 +126,12 @@ def _decibels(name: str, before: Mapping[str, Any], after: Mapping[str, Any], to
         ceiling = tolerances.fidelity_ceiling_db
         loss = min(float(old), ceiling) - min(float(new), ceiling)
         worse = _newly_nan(old, new) or loss > tolerances.fidelity_db
-        changes.append(Change(name, "fidelity", _db(old), _db(new), f"{-loss:+.2f} dB", worse))
+        changes.append(Change(name, "fidelity", _db(old), _db(new), f"{0.0 - loss:+.2f} dB", worse))
     old, new = before["psnr_drop_db"], after["psnr_drop_db"]
     if old is not None and new is not None:
         loss = float(new) - float(old)
         worse = _newly_nan(old, new) or loss > tolerances.psnr_db
-        change = Change(name, "Y PSNR change", _db(-float(old), 3), _db(-float(new), 3), f"{-loss:+.3f} dB", worse)
+        change = Change(name, "Y PSNR change", _db(-float(old), 3), _db(-float(new), 3), f"{0.0 - loss:+.3f} dB", worse)
         changes.append(change)
     return changes
 

@@ -271,10 +271,10 @@ def _studies(document: Document, markup: Any) -> list[dict[str, Any]]:
 
 
 def _readable_environment(environment: Mapping[str, Any]) -> dict[str, Any]:
-    readable = {key: value for key, value in environment.items() if value not in (None, [], "")}
+    readable = dict(environment)
     if isinstance(readable.get("memory_bytes"), int):
         readable["memory"] = size_words(readable.pop("memory_bytes"))
-    gpus = readable.pop("gpus", [])
+    gpus = readable.pop("gpus", None) or []
     for index, gpu in enumerate(gpus):
         readable[f"GPU {index}"] = gpu
     if not gpus:
@@ -287,9 +287,11 @@ def _facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     lines: list[tuple[str, str]] = []
     for key, value in values.items():
         words = str(key).replace("_", " ")
+        if value in (None, "", []):  # says nothing
+            continue
         if isinstance(value, Mapping):
             if all(not isinstance(entry, (Mapping, list)) for entry in value.values()):
-                lines.append((words, ", ".join(f"{k} {v}" for k, v in value.items()) or "–"))
+                lines.append((words, ", ".join(f"{k} {_cell(v)}" for k, v in value.items()) or "–"))
             else:
                 lines += [(f"{words}: {name}", text) for name, text in _facts(value)]
         elif _is_records(value):

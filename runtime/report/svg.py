@@ -54,6 +54,7 @@ class Plot:
     y_labels: Sequence[str] | None = None
     _parts: list[str] = field(default_factory=list)
     _labels: list[tuple[float, float, str, str]] = field(default_factory=list)
+    _dots: list[tuple[float, float]] = field(default_factory=list)
 
     @property
     def _area(self) -> tuple[float, float, float, float]:
@@ -70,6 +71,7 @@ class Plot:
         kind = f"dot s{series % SERIES}" + (" hollow" if hollow else "")
         hint_part = f"<title>{escape(hint)}</title>" if hint else ""
         self._parts.append(f'<circle class="{kind}" cx="{cx:.1f}" cy="{cy:.1f}" r="6">{hint_part}</circle>')
+        self._dots.append((cx, cy))
         if label:
             self._labels.append((cx, cy, label, f"s{series % SERIES}"))
 
@@ -141,9 +143,9 @@ class Plot:
         return "".join(parts)
 
     def _placed_labels(self) -> str:
-        """Place the labels beside their points, each moved down until it touches no earlier one."""
+        """Place the labels beside their points, each moved down until it touches no dot and no earlier one."""
         left, top, right, _ = self._area
-        taken: list[tuple[float, float, float]] = []
+        taken: list[tuple[float, float, float]] = [(cx - 8, cx + 8, cy + 4) for cx, cy in self._dots]
         parts = []
         for cx, cy, words, series in sorted(self._labels, key=lambda entry: (entry[1], entry[0])):
             width = 7.2 * len(words)

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from srdeploy.runtime.report.compare import Tolerances, compare
 from srdeploy.runtime.report.document import EngineEntry, jsonable, report_document
 from srdeploy.runtime.report.page import change_words, db_words, difference_words, size_words
 from srdeploy.runtime.report.pictures import Pictures, heat_map, heat_peak
-from srdeploy.runtime.report.svg import linear_ticks, log_ticks, number
+from srdeploy.runtime.report.svg import Axis, Plot, linear_ticks, log_ticks, number
 from srdeploy.runtime.report.write import read_report, schema, write_report
 from srdeploy.runtime.samples import Sample
 
@@ -481,6 +482,18 @@ def test_ticks_are_round_and_inside() -> None:
 
 def test_the_front_joins_what_nothing_beats() -> None:
     assert plots._front([(10, 50), (20, 40), (30, 60), (5, 30)]) == [(5, 30), (10, 50), (30, 60)]
+
+
+def test_a_label_covers_no_other_dot() -> None:
+    plot = Plot("two near dots", Axis("x", 0, 100), Axis("y", 0, 100))
+    plot.point(50, 50, series=0, label="a long label over the next dot")
+    plot.point(60, 50, series=1, label="b")
+
+    drawn = plot.svg()
+
+    dot = float(re.search(r'<circle class="dot s1" cx="[\d.]+" cy="([\d.]+)"', drawn)[1])
+    label = float(re.search(r'<text class="label s0" x="[\d.]+" y="([\d.]+)"', drawn)[1])
+    assert label - dot >= 16
 
 
 def test_heat_maps_show_scale_and_nan() -> None:
