@@ -222,7 +222,13 @@ def _verdict(lines: Sequence[Mapping[str, Any]], benches: Sequence[BenchResult])
         if best.drop_db is not None:
             sentence += f", PSNR change {-best.drop_db:+.3f} dB"
         sentences.append(sentence)
-    elif benches and any(line["latency"] for line in lines) and not _settled(lines):
+    elif quickest := _quickest_measured(lines):
+        name, latency = quickest
+        sentence = f"Quickest of those measured: {name}, {latency['median_ms']:.3g} ms"
+        if latency["ratio"] is not None:
+            sentence += f", {latency['ratio']:.2f}x {benches[0].rows[0].runner.name}"
+        sentences.append(sentence)
+    elif any(line["latency"] for line in lines) and not _settled(lines):
         sentences.append("No latency settled on this machine while it was measured, so none is stated")
     return {
         "status": status,
@@ -230,6 +236,15 @@ def _verdict(lines: Sequence[Mapping[str, Any]], benches: Sequence[BenchResult])
         "best": None if best is None else best.name,
         "reasons": [f"{line['name']}: {reason}" for line in lines for reason in line["reasons"]],
     }
+
+
+def _quickest_measured(lines: Sequence[Mapping[str, Any]]) -> tuple[str, Mapping[str, Any]] | None:
+    found = [
+        (line["name"], line["latency"]["end-to-end"])
+        for line in lines
+        if line["status"] == "measured" and line["latency"].get("end-to-end", {}).get("stable")
+    ]
+    return min(found, key=lambda entry: float(entry[1]["median_ms"]), default=None)
 
 
 def _settled(lines: Sequence[Mapping[str, Any]]) -> bool:

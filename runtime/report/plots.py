@@ -110,11 +110,11 @@ def scaling_lines(study: Mapping[str, Any]) -> str | None:
         for key, words in (("floor", "floor: multiply-adds"), ("memory_floor", "floor: memory traffic"))
     }
     times += [ms for points in floors.values() for _, ms in points]
-    plot = Plot(
+    plot = _curves(
         "Latency over image size",
-        Axis("low-resolution pixels", *padded_log(pixels, 1.6), "log"),
+        Axis("low-resolution pixels", *padded_log(pixels, 1.2), "log"),
         Axis("milliseconds (median)", *padded_log(times, 1.5), "log"),
-        height=420,
+        [*floors, *(entry["name"] for entry in lines)],
     )
     for words, points in floors.items():
         if points:
@@ -141,10 +141,11 @@ def throughput_lines(study: Mapping[str, Any], key: str = "batch") -> str | None
     }
     counts = [point[key] for entry in lines for point in entry["points"]]
     rates = [point["images_per_second"] for entry in lines for point in entry["points"]]
-    plot = Plot(
+    plot = _curves(
         titles[key][0],
-        Axis(titles[key][1], *padded_log(counts, 1.3), "log"),
+        Axis(titles[key][1], *padded_log(counts, 1.15), "log", tuple(sorted(set(counts)))),
         Axis("images per second", 0.0, max(rates) * 1.15),
+        [entry["name"] for entry in lines],
     )
     for index, entry in enumerate(lines):
         plot.line([(point[key], point["images_per_second"]) for point in entry["points"]], series=index)
@@ -154,6 +155,11 @@ def throughput_lines(study: Mapping[str, Any], key: str = "batch") -> str | None
             hint = f"{entry['name']}: {key} {x}, {y:.4g} images/s" + ("" if stable else ", unstable")
             plot.point(x, y, series=index, label=label, hint=hint, hollow=not stable)
     return plot.svg()
+
+
+def _curves(title: str, x: Axis, y: Axis, labels: Sequence[str]) -> Plot:
+    """Return a plot for curves that leaves room for their labels behind the last points."""
+    return Plot(title, x, y, width=760, height=420, right=24 + int(7.2 * max(len(label) for label in labels)))
 
 
 def _pareto(

@@ -14,12 +14,13 @@ SERIES = 8
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis: its label, range and kind."""
+    """One axis: its label, range and kind, and the values to mark; none marks round ones."""
 
     label: str
     low: float
     high: float
     kind: Kind = "linear"
+    marks: tuple[float, ...] = ()
 
     def position(self, value: float) -> float:
         """Return where a value lies, 0 at `low` and 1 at `high`; values beyond are held at the ends."""
@@ -30,7 +31,9 @@ class Axis:
         return min(1.0, max(0.0, share))
 
     def ticks(self) -> list[float]:
-        """Return round values inside the range."""
+        """Return the values to mark, else round ones inside the range."""
+        if self.marks:
+            return list(self.marks)
         return log_ticks(self.low, self.high) if self.kind == "log" else linear_ticks(self.low, self.high)
 
 
@@ -43,6 +46,7 @@ class Plot:
         x, y: the axes.
         width, height: of the whole drawing in SVG units, at which text is drawn at 13 units.
         left: room for the labels of the y axis.
+        right: room for labels of points at the right end.
     """
 
     title: str
@@ -51,6 +55,7 @@ class Plot:
     width: int = 640
     height: int = 380
     left: int = 64
+    right: int = 18
     y_labels: Sequence[str] | None = None
     _parts: list[str] = field(default_factory=list)
     _labels: list[tuple[float, float, str, str]] = field(default_factory=list)
@@ -58,7 +63,7 @@ class Plot:
 
     @property
     def _area(self) -> tuple[float, float, float, float]:
-        return self.left, 14, self.width - 18, self.height - 50
+        return self.left, 14, self.width - self.right, self.height - 50
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         """Return the SVG coordinates of a point in data coordinates."""
@@ -144,7 +149,8 @@ class Plot:
 
     def _placed_labels(self) -> str:
         """Place the labels beside their points, each moved down until it touches no dot and no earlier one."""
-        left, top, right, _ = self._area
+        left, top, _, _ = self._area
+        right = self.width - 4
         taken: list[tuple[float, float, float]] = [(cx - 8, cx + 8, cy + 4) for cx, cy in self._dots]
         parts = []
         for cx, cy, words, series in sorted(self._labels, key=lambda entry: (entry[1], entry[0])):
