@@ -130,7 +130,7 @@ def bench_engines(
     result = with_process_memory(result, files, threads=threads)
     say.append(f"{len(runners)} networks in turns at {format_shape(shape)}")
     if result.unstable:
-        say.append(f"{len(result.unstable)} of {len(result.rows)} medians are unstable")
+        say.append(f"{len(result.unstable)} of {len(result.rows)} medians are unstable (marked ~)")
     return result
 
 

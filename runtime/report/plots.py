@@ -80,7 +80,7 @@ def sensitivity_bars(document: Document, limit: int = 30) -> str | None:
     key = "drop_db" if "drop_db" in entries[0] else "fidelity_db"
     values = [float(entry[key]) for entry in entries if key in entry]
     values = [value if math.isfinite(value) else 0.0 for value in values]
-    what = "loss" if key == "drop_db" else "fidelity"
+    what = "loss" if key == "drop_db" else "fidelity (shorter is more sensitive)"
     names = [_shortened(str(entry["layer"])) for entry in entries][::-1]
     low, high = min(0.0, *values), max(0.0, *values)
     plot = Plot(
