@@ -150,5 +150,18 @@ def _result(precision: Precision, problem: str | None, fidelity: float, grid_fid
     ],
     ids=["fp16-nan", "nan", "shape", "baked-size", "engine-wrong", "int8", "bf16"],
 )
-def test_advice_fits_what_went_wrong(result: VerifyResult, words: str) -> None:
+def test_advice_fits_what_went_wrong(result: VerifyResult, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("srdeploy.runtime.advice.int8_sums_saturate", lambda: False)
+
     assert words in advice(result)
+
+
+@pytest.mark.parametrize(("saturate", "advised"), [(True, True), (False, False)], ids=["without-vnni", "with-vnni"])
+def test_overflowing_sums_are_named_only_where_they_overflow(
+    saturate: bool, advised: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("srdeploy.runtime.advice.int8_sums_saturate", lambda: saturate)
+
+    words = advice(_result(Precision.INT8, None, 9, 9))
+
+    assert ("--weight-bits 7" in words) is advised
