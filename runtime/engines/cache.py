@@ -23,7 +23,7 @@ from srdeploy.core.errors import InputError, SrdeployError
 from srdeploy.core.manifest import Manifest, manifest_path
 from srdeploy.runtime.engines.sidecar import Engine, read_engine
 
-KEY_SCHEMA = 2
+KEY_SCHEMA = 3
 """Raised when the same inputs are built into other bytes by a change of this program."""
 _NAME = "engine"
 _ENVIRONMENT = "SRDEPLOY_CACHE_DIR"

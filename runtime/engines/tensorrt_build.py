@@ -112,7 +112,8 @@ def _in_worker(
 
 
 def _run(flavour: Flavour, folder: Path, advance: Advance) -> float:
-    command = [sys.executable, "-m", "srdeploy.runtime.engines.tensorrt_launch", flavour.name, str(folder)]
+    # -P: a file of the current folder must not stand in for a module
+    command = [sys.executable, "-P", "-m", "srdeploy.runtime.engines.tensorrt_launch", flavour.name, str(folder)]
     with (folder / "stderr").open("wb") as stderr:
         # A session of its own: Ctrl-C reaches this process alone, which then ends the worker.
         process = subprocess.Popen(

@@ -89,12 +89,18 @@ def test_a_convolution_in_another_type_fails_the_build(small_onnx: GraphFactory,
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
-def test_two_builds_give_the_same_bytes(small_onnx: GraphFactory, tmp_path: Path) -> None:
+def test_two_builds_give_the_same_bytes(
+    small_onnx: GraphFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = small_onnx(dtype="float16")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "json.py").write_text("raise SystemExit('a file of the current folder was run')")
 
-    first, second = (
-        build_engine(path, tmp_path / name, engine="tensorrt-rtx", options=OPTIONS).path for name in ("a", "b")
-    )
+    first = build_engine(path, tmp_path / "a", engine="tensorrt-rtx", options=OPTIONS).path
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setenv("SOMETHING_LONG", "x" * 1000)
+    second = build_engine(path, tmp_path / "b", engine="tensorrt-rtx", options=OPTIONS).path
     narrower = replace(OPTIONS, profiles=(replace(PROFILE, max=(1, 3, 16, 16)),))
     third = build_engine(path, tmp_path / "c", engine="tensorrt-rtx", options=narrower).path
 
