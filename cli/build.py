@@ -43,7 +43,7 @@ srdeploy build rcan_x2.int8.openvino.onnx --engine openvino -o rcan_x2.blob
     type=click.Choice(["ampere_plus", "same_compute_capability"]),
     help="GPUs besides this one that may open the engine (tensorrt).",
 )
-@click.option("--version-compatible", is_flag=True, help="Let later TensorRT releases open the engine (tensorrt).")
+@click.option("--version-compatible", is_flag=True, help="For later releases, in other programs (tensorrt).")
 @click.option("--aux-streams", type=click.IntRange(min=0), help="Helper streams inside the engine (tensorrt).")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads to compile with (openvino, onnxruntime).")
 @click.option("--cache/--no-cache", default=True, show_default=True, help="Use the engine cache.")

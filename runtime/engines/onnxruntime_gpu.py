@@ -20,7 +20,7 @@ from srdeploy.core.extras import import_extra, is_installed
 from srdeploy.core.runner import RunnerInfo
 from srdeploy.runtime.engines.graph import Graph
 from srdeploy.runtime.engines.tensorrt_flavour import gpu, why_no_gpu
-from srdeploy.runtime.engines.tensors import check_feeds
+from srdeploy.runtime.engines.tensors import check_feeds, check_shape
 
 PROVIDERS = {"onnxruntime-cuda": "CUDAExecutionProvider", "onnxruntime-tensorrt": "TensorrtExecutionProvider"}
 
@@ -72,6 +72,7 @@ def open_gpu(
     reason = why_not_on(engine)
     if reason:
         raise CapabilityError(f"{engine} cannot run here: {reason}")
+    gpu(device)  # refuses a number that no GPU has
     runtime = import_extra("onnxruntime", "cuda")
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     session = strict_session(runtime, graph, engine, stream.cuda_stream, device, outputs)
@@ -139,7 +140,7 @@ class OnnxRuntimeGpuRunner:
         self._stream = stream
         self._lock = threading.Lock()
         self._outputs = list(outputs) if outputs is not None else [value.name for value in session.get_outputs()]
-        found = gpu()
+        found = gpu(device)
         precision = graph.contract.precision.value
         self._info = RunnerInfo(
             name=f"{engine} {precision}",
@@ -165,21 +166,34 @@ class OnnxRuntimeGpuRunner:
 
     def run_tensors(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Compute on GPU tensors; inputs are bound where they lie, outputs come as new tensors."""
-        name, image = next(iter(feeds.items()))
+        spec = self._graph.inputs[0]
+        image = feeds.get(spec.name)
+        if image is None or len(feeds) != 1:
+            raise UsageError(f"{self._info.name} got inputs {sorted(feeds)}", expected=str(spec))
+        if image.device != self._device or str(image.dtype) != f"torch.{spec.dtype}":
+            raise UsageError(
+                f"input {spec.name!r} is {image.dtype} on {image.device}", expected=f"{spec.dtype} on {self._device}"
+            )
+        check_shape(tuple(image.shape), spec, engine=self._info.name)
         image = image.contiguous()
         current = torch.cuda.current_stream(self._device)
         with self._lock:
             binding = self._session.io_binding()
-            binding.bind_ortvalue_input(name, self._runtime.OrtValue.from_dlpack(image))
+            binding.bind_ortvalue_input(spec.name, self._runtime.OrtValue.from_dlpack(image))
             for output in self._outputs:
                 binding.bind_output(output, "cuda", self._device.index or 0)
             self._stream.wait_stream(current)
             self._session.run_with_iobinding(binding)
+            # Copied on the session's own stream: its next run, in whichever thread, takes the same memory again.
+            with torch.cuda.stream(self._stream):
+                results = {
+                    output: torch.utils.dlpack.from_dlpack(value).clone()
+                    for output, value in zip(self._outputs, binding.get_outputs(), strict=True)
+                }
             current.wait_stream(self._stream)
-            return {
-                output: torch.utils.dlpack.from_dlpack(value).clone()
-                for output, value in zip(self._outputs, binding.get_outputs(), strict=True)
-            }
+            for result in results.values():
+                result.record_stream(current)
+            return results
 
     def prepare(self, feeds: Mapping[str, NDArray[Any]]) -> Callable[[], float]:
         """Bind GPU memory and return a function that computes once, in milliseconds (see `TimedRunner`)."""

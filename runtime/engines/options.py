@@ -22,7 +22,8 @@ class BuildOptions:
         tf32: let FP32 convolutions use TF32 tensor cores (11 bits of mantissa). Off unless asked for.
         timing_cache: file with kernel timings of earlier builds, read and updated; TensorRT only.
         hardware_compatibility: "ampere_plus" or "same_compute_capability"; TensorRT only.
-        version_compatible: let later TensorRT releases open the engine; TensorRT only.
+        version_compatible: let other programs open the engine with a later TensorRT release and the lean runtime of
+            this one. It is not put into the engine: it would be host code, which srdeploy never runs. TensorRT only.
         max_aux_streams: helper streams inside the engine, 0 for the least memory; TensorRT only.
         memory_bytes: GPU memory the engine must fit in; checked before the build. None takes the GPU's own where there
             is one, and checks nothing where there is none.

@@ -277,8 +277,8 @@ _FLAGS = {
 
 def _refuse_device(chosen: Family, device: str) -> None:
     on_cpu = chosen.name in CPU_FAMILIES
-    wanted = device.split(":")[0]
-    if wanted not in ("auto", "cpu", "cuda"):
+    wanted, colon, number = device.partition(":")
+    if wanted not in ("auto", "cpu", "cuda") or (colon and not (wanted == "cuda" and number.isdecimal())):
         raise UsageError(f"device {device!r}", expected="auto, cpu, cuda or cuda:N")
     if wanted == "cuda" and on_cpu:
         gpu = "; for NVIDIA GPUs use --engine onnxruntime-cuda" if chosen.name == "onnxruntime" else ""

@@ -96,13 +96,20 @@ def parse_capability(text: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def gpu() -> tuple[str, tuple[int, int], int] | None:
-    """Return name, compute capability and memory in bytes of the first NVIDIA GPU that PyTorch sees, None without."""
+def gpu(device: str = "cuda:0") -> tuple[str, tuple[int, int], int] | None:
+    """Return name, compute capability and memory in bytes of an NVIDIA GPU, None without one.
+
+    Raises:
+        CapabilityError: there are GPUs, and not this one.
+    """
     import torch
 
     if not torch.cuda.is_available():
         return None
-    properties = torch.cuda.get_device_properties(0)
+    count = torch.cuda.device_count()
+    if (torch.device(device).index or 0) >= count:
+        raise CapabilityError(f"device {device!r} was asked for", expected=f"cuda:0 to cuda:{count - 1}")
+    properties = torch.cuda.get_device_properties(device)
     return properties.name, (properties.major, properties.minor), properties.total_memory
 
 

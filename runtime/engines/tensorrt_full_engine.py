@@ -12,7 +12,7 @@ from typing import Any
 import filelock
 
 from srdeploy.core.artifact import atomic_file
-from srdeploy.core.errors import CapabilityError, SrdeployError, UsageError
+from srdeploy.core.errors import BuildError, CapabilityError, SrdeployError, UsageError
 from srdeploy.core.progress import Progress
 from srdeploy.core.runner import Runner
 from srdeploy.runtime.engines.graph import Graph
@@ -52,7 +52,7 @@ def open_built(
             f"{engine.path} is a TensorRT engine for {engine.target.get('words')}, and {reason}",
             next_step="run it on a machine with such a GPU, or build for openvino or onnxruntime to run here",
         )
-    _check_gpu(engine)
+    _check_gpu(engine, device)
     from srdeploy.runtime.engines.tensorrt_full_runtime import open_full
 
     return open_full(FLAVOUR, trt, engine, device, outputs)
@@ -82,16 +82,15 @@ def why_not_run() -> str | None:
 
 def _check_release(engine: Engine, here: str) -> None:
     built_with = engine.manifest.versions.get(FLAVOUR.name, "")
-    lasting = bool(engine.manifest.details.get("key", {}).get("options", {}).get("version_compatible"))
-    if built_with != here and not lasting:
+    if built_with != here:
         raise CapabilityError(
             f"{engine.path} was built for TensorRT {built_with}, {engine.target.get('words')}; here is {here}",
             next_step=f"build it again: srdeploy build MODEL.onnx --engine tensorrt -o {engine.path} --force",
         )
 
 
-def _check_gpu(engine: Engine) -> None:
-    found = gpu()
+def _check_gpu(engine: Engine, device: str) -> None:
+    found = gpu(device)
     wanted = engine.target.get("compute_capability")
     if found is None or wanted is None or engine.target.get("hardware_compatibility"):
         return
@@ -127,14 +126,17 @@ def _configure(trt: Any, config: Any, options: BuildOptions) -> None:
         levels = trt.HardwareCompatibilityLevel.__members__
         config.hardware_compatibility_level = levels[_COMPATIBILITY[options.hardware_compatibility]]
     if options.version_compatible:
+        # The lean runtime inside an engine is host code, which stays shut when an engine is opened; so it stays out.
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        config.set_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)
     if options.timing_cache is not None:
         before = options.timing_cache.read_bytes() if options.timing_cache.exists() else b""
         timings = config.create_timing_cache(before)
         # False, the answer and the argument: timings of another GPU or release are refused. Then begin anew.
         if timings is None or not config.set_timing_cache(timings, False):
             timings = config.create_timing_cache(b"")
-            config.set_timing_cache(timings, False)
+            if timings is None or not config.set_timing_cache(timings, False):
+                raise BuildError("TensorRT gives no timing cache", next_step="leave --timing-cache out")
         _HELD.append(timings)
 
 
@@ -143,7 +145,10 @@ def _finish(trt: Any, config: Any, options: BuildOptions) -> None:
     if options.timing_cache is None:
         return
     timings = config.get_timing_cache()
-    data = bytes(timings.serialize())
+    host_memory = timings and timings.serialize()
+    if host_memory is None:
+        return
+    data = bytes(host_memory)
     lock = filelock.FileLock(options.timing_cache.with_name(options.timing_cache.name + ".lock"))
     with contextlib.suppress(OSError, SrdeployError), lock, atomic_file(options.timing_cache, force=True) as path:
         Path(path).write_bytes(data)

@@ -8,6 +8,7 @@ process when the builder is freed, so everything goes through one logger per fla
 import contextlib
 import re
 import threading
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,15 @@ def captured(trt: Any, path: Path | None = None) -> Iterator[tuple[Any, Log]]:
             if stream is not None:
                 with contextlib.suppress(OSError):
                     stream.close()
+
+
+def last_problem(trt: Any) -> str:
+    """Return the cause of the newest error that TensorRT reported while nothing was captured: while engines run."""
+    logger = _LOGGERS.get(trt.__name__)
+    messages = list(logger.unheard) if logger else []
+    if logger:
+        logger.unheard.clear()
+    return translated(Log(messages=messages))[0]
 
 
 def read_log(path: Path) -> Log:
@@ -165,12 +175,15 @@ def _new_logger(trt: Any) -> Any:
             self.lock = threading.RLock()
             self.log_to: Log | None = None
             self.stream: TextIO | None = None
+            self.unheard: deque[tuple[str, str]] = deque(maxlen=20)
 
         def log(self, severity: Any, message: str) -> None:
             log = self.log_to
-            if log is None:
-                return
             name = getattr(severity, "name", str(severity))
+            if log is None:
+                if name in PROBLEMS:
+                    self.unheard.appendleft((name, message))
+                return
             log.messages.append((name, message))
             if self.stream is not None:
                 try:

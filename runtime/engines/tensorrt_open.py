@@ -38,7 +38,7 @@ def compare_with_sidecar(trt: Any, cuda_engine: Any, engine: Engine) -> None:
         InputError: something differs.
     """
     key_graph = str(engine.manifest.details.get("key", {}).get("onnx_sha256", ""))[:16]
-    if not cuda_engine.name.endswith(key_graph):
+    if not key_graph or not cuda_engine.name.endswith(key_graph):
         raise InputError(f"{engine.path} calls itself {cuda_engine.name!r}", expected=f"a name ending in {key_graph}")
     found = [_tensor(trt, cuda_engine, index) for index in range(cuda_engine.num_io_tensors)]
     inputs = tuple(spec for spec, is_input in found if is_input)
@@ -64,7 +64,11 @@ def inspected_layers(flavour: Flavour, trt: Any, logger: Any, log: Log, data: by
         cause, step = translated(log)
         raise InputError(f"{flavour.title} cannot open the engine it has just built: {cause}", next_step=step)
     inspector = cuda_engine.create_engine_inspector()
-    return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+    document = inspector and inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+    if not document:
+        cause, step = translated(log)
+        raise InputError(f"{flavour.title} cannot inspect the engine it has just built: {cause}", next_step=step)
+    return str(document)
 
 
 def _runtime(flavour: Flavour, trt: Any, logger: Any, log: Log) -> Any:
@@ -79,7 +83,11 @@ def _tensor(trt: Any, cuda_engine: Any, index: int) -> tuple[TensorSpec, bool]:
     import numpy as np
 
     name = cuda_engine.get_tensor_name(index)
-    dtype = np.dtype(trt.nptype(cuda_engine.get_tensor_dtype(name))).name
+    native = cuda_engine.get_tensor_dtype(name)
+    try:
+        dtype = np.dtype(trt.nptype(native)).name
+    except TypeError:  # BF16 and narrower ones have no type in numpy; ours are none of them
+        dtype = str(native.name).lower()
     is_input = cuda_engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
     return TensorSpec(name, dtype, tuple(cuda_engine.get_tensor_shape(name))), is_input
 

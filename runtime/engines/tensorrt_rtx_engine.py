@@ -47,7 +47,7 @@ def open_built(
     """
     trt = FLAVOUR.load()
     check_header(engine, trt.__version__)
-    _check_gpu(engine)
+    _check_gpu(engine, device)
     from srdeploy.runtime.engines.tensorrt_rtx_runtime import open_rtx
 
     return open_rtx(FLAVOUR, trt, engine, device, outputs)
@@ -95,7 +95,7 @@ def check_header(engine: Engine, here: str) -> None:
     """Compare an engine's own words with the release that is installed, before the bytes are deserialized.
 
     Raises:
-        InputError: not an engine of TensorRT-FLAVOUR.
+        InputError: not an engine of TensorRT-RTX.
         CapabilityError: built by another release.
     """
     header = describe_header(engine.data)
@@ -114,14 +114,14 @@ def _target_words(engine: Engine) -> str:
     return "GPUs of compute capability " + ", ".join(named) if named else _PORTABLE
 
 
-def _check_gpu(engine: Engine) -> None:
+def _check_gpu(engine: Engine, device: str) -> None:
     reason = why_no_gpu()
     if reason:
         raise CapabilityError(
             f"{engine.path} is a TensorRT-RTX engine for {_target_words(engine)}, and {reason}",
             next_step="run it on a machine with such a GPU, or build for openvino or onnxruntime to run here",
         )
-    found = gpu()
+    found = gpu(device)
     named = engine.target.get("compute_capabilities") or ["8.0", "8.6", "8.9", "12.0", "12.1"]
     here = f"{found[1][0]}.{found[1][1]}" if found else None
     if found and here not in named:

@@ -15,9 +15,10 @@ import filelock
 import torch
 
 from srdeploy.core.artifact import atomic_file
-from srdeploy.core.errors import SrdeployError, UsageError
+from srdeploy.core.errors import CapabilityError, SrdeployError, UsageError
 from srdeploy.runtime.engines.sidecar import Engine
 from srdeploy.runtime.engines.tensorrt_flavour import Flavour
+from srdeploy.runtime.engines.tensorrt_log import last_problem
 from srdeploy.runtime.engines.tensorrt_open import deserialized
 from srdeploy.runtime.engines.tensorrt_rtx_engine import runtime_cache_folder
 from srdeploy.runtime.engines.tensorrt_run import TensorRtRunner
@@ -52,14 +53,15 @@ def open_rtx(
         raise UsageError("a built engine has no inner tensors to return", next_step="open the ONNX file for that")
     with torch.cuda.device(device):
         native = deserialized(flavour, trt, engine)
-        kernels = _KernelCache(native[1], _cache_path(engine, device))
+        kernels = _KernelCache(trt, native[1], _cache_path(engine, device))
 
     def configure(runtime_config: Any) -> None:
         strategies = trt.CudaGraphStrategy
         runtime_config.cuda_graph_strategy = strategies.WHOLE_GRAPH_CAPTURE if graphs else strategies.DISABLED
         choices = trt.DynamicShapesKernelSpecializationStrategy.__members__
         runtime_config.dynamic_shapes_kernel_specialization_strategy = choices[specialize]
-        runtime_config.set_runtime_cache(kernels.cache)
+        if not runtime_config.set_runtime_cache(kernels.cache):
+            raise CapabilityError(f"TensorRT-RTX refuses its runtime cache: {last_problem(trt)}")
 
     return TensorRtRunner(
         flavour, trt, engine, native, device, configure=configure, capture=False, on_close=kernels.save
@@ -69,10 +71,12 @@ def open_rtx(
 class _KernelCache:
     """The compiled kernels of one engine, shared by all its contexts."""
 
-    def __init__(self, cuda_engine: Any, path: Path) -> None:
+    def __init__(self, trt: Any, cuda_engine: Any, path: Path) -> None:
         self._path = path
         runtime_config = cuda_engine.create_runtime_config()
-        self.cache = runtime_config.create_runtime_cache()
+        self.cache: Any = runtime_config.create_runtime_cache() if runtime_config is not None else None
+        if self.cache is None:
+            raise CapabilityError(f"TensorRT-RTX gives no runtime cache: {last_problem(trt)}")
         self._before = b""
         with contextlib.suppress(OSError):
             data = path.read_bytes()
@@ -81,8 +85,13 @@ class _KernelCache:
                 self._before = data
 
     def save(self) -> None:
-        """Write the kernels if there are new ones; a cache that cannot be written costs time, nothing else."""
-        data = bytes(self.cache.serialize())
+        """Write the kernels if there are new ones, and let go of them: they must not outlive the engine.
+
+        A cache that cannot be written costs time, nothing else.
+        """
+        host_memory = self.cache.serialize()
+        data = bytes(host_memory) if host_memory is not None else self._before
+        self.cache = None
         if data == self._before or len(data) > MAX_CACHE_BYTES:
             return
         with contextlib.suppress(OSError, SrdeployError):

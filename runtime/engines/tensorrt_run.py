@@ -6,6 +6,7 @@ weights. On full TensorRT a plan is captured as a CUDA graph once it has run; Te
 """
 
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
@@ -20,10 +21,13 @@ from srdeploy.core.runner import RunnerInfo
 from srdeploy.core.shapes import format_shape
 from srdeploy.runtime.engines.sidecar import Engine
 from srdeploy.runtime.engines.tensorrt_flavour import Flavour, gpu
-from srdeploy.runtime.engines.tensors import check_feeds, check_profile
+from srdeploy.runtime.engines.tensorrt_log import last_problem
+from srdeploy.runtime.engines.tensors import check_feeds, check_profile, check_shape
 
 MAX_PLANS = 4
 """Input shapes that a lane keeps memory for; the least recently used one is given back."""
+_CAPTURING = threading.Lock()
+"""PyTorch allows one capture at a time in a process: it waits for the whole device before it begins one."""
 
 
 class TensorRtRunner:
@@ -79,11 +83,11 @@ class TensorRtRunner:
         check_feeds(feeds, self._engine.inputs, engine=self._info.name)
         image = next(iter(feeds.values()))
         lane = self._lane()
+        lane.wait_for_caller()
         plan = lane.plan(image.shape)
         plan.load(image)
         lane.execute(plan)
-        plan.fetch(lane.stream)
-        lane.stream.synchronize()
+        plan.fetch(lane.stream).synchronize()
         return {self._engine.outputs[0].name: plan.host_output.numpy().copy()}
 
     def run_tensors(self, feeds: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -101,26 +105,28 @@ class TensorRtRunner:
             raise UsageError(
                 f"input {spec.name!r} is {image.dtype} on {image.device}", expected=f"{spec.dtype} on {self._device}"
             )
+        check_shape(tuple(image.shape), spec, engine=self._info.name)
         lane = self._lane()
         plan = lane.plan(tuple(image.shape))
-        current = torch.cuda.current_stream(self._device)
-        lane.stream.wait_stream(current)
-        image = image.contiguous()
+        image = image.contiguous()  # a copy is work of the caller's stream: the private stream waits for it too
+        lane.wait_for_caller()
         image.record_stream(lane.stream)
         lane.execute(plan, image)
-        current.wait_stream(lane.stream)
+        torch.cuda.current_stream(self._device).wait_stream(lane.stream)
         return {self._engine.outputs[0].name: plan.output}
 
     def run_many(self, images: Iterable[NDArray[Any]]) -> Iterator[NDArray[Any]]:
         """Compute a stream of images, overlapping the copies of one with the computation of another.
 
-        While the GPU computes image i, image i + 1 travels to it and image i - 1 travels back. Yields in order.
+        While the GPU computes image i, image i + 1 travels to it and image i - 1 travels back. Yields in order. `run`
+        may be called in between, another `run_many` of the same thread not.
         """
         lane = self._lane()
+        lane.wait_for_caller()
         waiting: tuple[_Plan, torch.cuda.Event] | None = None
         for turn, image in enumerate(images):
             check_feeds({self._engine.inputs[0].name: image}, self._engine.inputs, engine=self._info.name)
-            plan = lane.plan(image.shape, slot=turn % 2)
+            plan = lane.plan(image.shape, slot=1 + turn % 2)
             plan.load(image)
             lane.execute(plan)
             done = plan.fetch(lane.stream)
@@ -159,6 +165,8 @@ class TensorRtRunner:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._lock:
+            if self._native[1] is None:
+                return
             for lane in self._lanes:
                 lane.close()
             self._lanes.clear()
@@ -171,6 +179,8 @@ class TensorRtRunner:
 
     def _lane(self) -> "_Lane":
         lane = getattr(self._local, "lane", None)
+        if self._native[1] is None:
+            raise UsageError(f"{self._info.name} is closed", next_step="open the engine again")
         if lane is None:
             with torch.cuda.device(self._device):
                 lane = self._local.lane = _Lane(
@@ -194,13 +204,15 @@ class _Plan:
         self.host_output = torch.empty(output, dtype=dtypes[1], pin_memory=True)
         self.copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.loaded: torch.cuda.Event | None = None
+        self.computed: torch.cuda.Event | None = None
         self.fetched: torch.cuda.Event | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.runs = 0
 
     def load(self, image: NDArray[Any]) -> None:
         """Start the copy of a host array to the GPU on the copy stream."""
         self.copies.synchronize()  # the pinned buffer is still read until its last copy has ended
+        if self.computed is not None:  # and the buffer on the GPU until its last computation has
+            self.copies.wait_event(self.computed)
         self.host_input.numpy()[...] = image
         with torch.cuda.stream(self.copies):
             self.input.copy_(self.host_input, non_blocking=True)
@@ -226,19 +238,30 @@ class _Lane:
         self._engine = engine
         self._capture = capture
         self._device = device
+        self._trt = trt
         self._dtypes = tuple(getattr(torch, spec.dtype) for spec in (engine.inputs[0], engine.outputs[0]))
         runtime_config = cuda_engine.create_runtime_config()
+        if runtime_config is None:
+            raise CapabilityError(f"no runtime configuration for {engine.path}: {last_problem(trt)}")
         # Activation memory by the real shape; the other strategies take the largest of all profiles.
         runtime_config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         configure(runtime_config)
         context = cuda_engine.create_execution_context(runtime_config)
         if context is None:
-            raise CapabilityError(f"no execution context for {engine.path}: the GPU's memory is probably full")
+            raise CapabilityError(
+                f"no execution context for {engine.path}: {last_problem(trt)}",
+                next_step="most often the GPU's memory is full: close other programs on the GPU",
+            )
         self.context = context
+        self._runtime_config = runtime_config  # nothing says that a context does not look at it again
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.plans: OrderedDict[tuple[Any, ...], _Plan] = OrderedDict()
         self._active: _Plan | None = None
         self._profile = 0
+
+    def wait_for_caller(self) -> None:
+        """Order the private stream behind the caller's, which may still read what the next computation writes over."""
+        self.stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def plan(self, shape: tuple[int, ...], *, slot: int = 0) -> _Plan:
         """Return the plan of an input shape, made at its first use; `slot` keeps two of the same shape apart."""
@@ -247,7 +270,8 @@ class _Lane:
         if found is None:
             while len(self.plans) >= MAX_PLANS:
                 self.stream.synchronize()
-                self.plans.popitem(last=False)
+                _, oldest = self.plans.popitem(last=False)
+                oldest.copies.synchronize()
             with torch.cuda.device(self._device):
                 found = self.plans[key] = self._new_plan(shape)
         self.plans.move_to_end(key)
@@ -262,6 +286,8 @@ class _Lane:
         """
         with torch.cuda.device(self._device):
             self._execute(plan, image)
+            plan.computed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            plan.computed.record(self.stream)
 
     def _execute(self, plan: _Plan, image: torch.Tensor | None) -> None:
         if plan.loaded is not None:
@@ -278,16 +304,18 @@ class _Lane:
             return
         self._activate(plan, plan.input if image is None else image)
         self._enqueue()
-        plan.runs += 1
-        if self._capture and plan.runs == 1:
+        if self._capture:
             self._capture_graph(plan)
 
     def close(self) -> None:
         """Wait for the stream and give everything back."""
         self.stream.synchronize()
-        self.plans.clear()
+        for plan in self.plans.values():
+            plan.copies.synchronize()
+        self.plans.clear()  # graphs go before the context whose kernels they hold
         self._active = None
         self.context = None
+        self._runtime_config = None
 
     def _new_plan(self, shape: tuple[int, ...]) -> _Plan:
         self._set_shape(shape)
@@ -308,7 +336,7 @@ class _Lane:
         self._active = None
         if index != self._profile:
             if not self.context.set_optimization_profile_async(index, self.stream.cuda_stream):
-                raise CapabilityError(f"{self._engine.path} refuses its profile {index}")
+                raise CapabilityError(f"{self._engine.path} refuses its profile {index}: {last_problem(self._trt)}")
             self._profile = index
         if not self.context.set_input_shape(name, shape):
             raise UsageError(f"{self._engine.path} refuses input shape {format_shape(shape)}")
@@ -335,20 +363,31 @@ class _Lane:
 
     def _enqueue(self) -> None:
         if not self.context.execute_async_v3(self.stream.cuda_stream):
-            raise CapabilityError(f"{self._engine.path} could not be run: see the log of the driver")
+            raise CapabilityError(f"{self._engine.path} could not be run: {last_problem(self._trt)}")
 
     def _capture_graph(self, plan: _Plan) -> None:
-        """Record the plan as a CUDA graph; it stays valid for this shape and these buffers."""
+        """Record the plan, which has just run once, as a CUDA graph for this shape and these buffers."""
         self._activate(plan, plan.input)
         self.stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-            self._enqueue()
+        try:
+            # The outer block gives the caller's stream back also where PyTorch's own leaves it, after a failed capture.
+            with (
+                _CAPTURING,
+                torch.cuda.stream(self.stream),
+                torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"),
+            ):
+                self._enqueue()
+        except (RuntimeError, CapabilityError) as error:
+            # The result is the same without, so this is a line to read and not an end.
+            warnings.warn(f"{self._engine.path} runs without CUDA graphs: {error}", RuntimeWarning, stacklevel=2)
+            self._capture = False
+            return
         plan.graph = graph
 
 
 def _info(flavour: Flavour, trt: Any, engine: Engine, device: str) -> RunnerInfo:
-    found = gpu()
+    found = gpu(device)
     tf32 = "TF32 on" if engine.built.get("tf32") else "TF32 off"
     precision = engine.precision_built
     return RunnerInfo(

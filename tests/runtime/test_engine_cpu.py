@@ -351,6 +351,12 @@ def test_gpu_is_never_replaced_by_the_cpu(small_onnx: GraphFactory) -> None:
             open_engine(small_onnx(), engine=engine, device="cuda")
 
 
+@pytest.mark.parametrize("device", ["cuda:", "cuda:-1", "cuda:x", "cpu:0", "gpu"])
+def test_what_is_no_device_is_one_line(device: str, small_onnx: GraphFactory) -> None:
+    with pytest.raises(UsageError, match="expected auto, cpu, cuda or cuda:N"):
+        open_engine(small_onnx(), engine="onnxruntime", device=device)
+
+
 @pytest.mark.parametrize("engine", ["onnxruntime-cuda", "onnxruntime-tensorrt"])
 def test_gpu_providers_are_refused_where_they_cannot_run(engine: str, small_onnx: GraphFactory) -> None:
     if next(status for status in availability() if status.name == engine).why_not_run is None:

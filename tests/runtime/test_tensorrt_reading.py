@@ -19,7 +19,7 @@ from srdeploy.runtime.engines.tensorrt_layers import (
     mismatches,
     prove_precision,
 )
-from srdeploy.runtime.engines.tensorrt_log import Log, read_log, translated
+from srdeploy.runtime.engines.tensorrt_log import Log, captured, last_problem, read_log, translated
 from srdeploy.runtime.engines.tensorrt_rtx_engine import FLAVOUR, describe_header
 from srdeploy.runtime.engines.tensorrt_worker import options_from_json, options_to_json
 
@@ -162,6 +162,20 @@ def test_warnings_are_not_taken_for_errors() -> None:
     log = Log(messages=[("WARNING", "OutOfMemory (Requested size was 1")])
 
     assert translated(log)[0] == "TensorRT gave no reason"
+
+
+def test_errors_while_an_engine_runs_are_kept_for_the_next_line() -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    with captured(trt) as (logger, log):
+        logger.log(trt.ILogger.Severity.ERROR, "heard")
+
+    assert log.problems() == ["heard"]
+    assert last_problem(trt) == "TensorRT gave no reason"
+    logger.log(trt.ILogger.Severity.WARNING, "only a warning")
+    logger.log(trt.ILogger.Severity.ERROR, "older")
+    logger.log(trt.ILogger.Severity.ERROR, "[executionContext.cpp::enqueueV3] Error Code 1: Cuda Runtime (newest)")
+    assert last_problem(trt) == "Error Code 1: Cuda Runtime (newest)"
+    assert last_problem(trt) == "TensorRT gave no reason"
 
 
 def test_a_log_file_reads_back_with_messages_of_several_lines(tmp_path: Path) -> None:
