@@ -3,9 +3,10 @@
     python benchmarks/gpu.py [--network rcan] [--minutes 8] [-o benchmarks/results]
 
 What is measured, for full RCAN x4 and SRDenseNet_All x4 (random weights: they cost the same time as trained ones),
-batch 1, at 320x180, 480x270 and 960x540 LR pixels: compute on the GPU (CUDA events around one inference) and end to end
-(numpy image to numpy result) of eager FP32 with TF32 off, eager FP16 in channels-last, torch.compile FP16 with
-max-autotune, and every engine that runs here, TensorRT with CUDA graphs on and off.
+batch 1, at 480x270, 320x180 and 960x540 LR pixels: compute on the GPU (CUDA events around one inference) and end to end
+(numpy image to numpy result) of eager FP32 with TF32 off, eager FP16 in channels-last, every FP16 engine that runs
+here, TensorRT with CUDA graphs on and off, and torch.compile FP16 with max-autotune. Before all that: whether an engine
+that TensorRT-RTX built for compute capability 8.0 opens here at all.
 
 What limits it: a lower bound per shape comes from two rates measured on the same GPU in the same run, an FP16 matrix
 product and a device copy. No engine can be quicker than multiply-adds at the one and activations, each written and read
@@ -13,17 +14,20 @@ once, at the other; a good FP16 engine lies between that floor and twice the flo
 into the L2 cache of large GPUs, so only the arithmetic floor binds there.
 
 How to read it: compare rows of one table. Candidates take turns (A B C A B C), so drifting clocks touch all of them
-alike. A row that could not be measured in the time, or at all, is listed with its reason. Needs no network.
+alike. torch.compile compiles for minutes, so it comes last, in tables of its own beside eager FP32 and the engines.
+After the time given everything stops where it is; what was measured by then is written, and a row that could not be
+measured is listed with its reason. Needs no network.
 """
 
 import argparse
 import contextlib
 import datetime
 import json
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +49,11 @@ from srdeploy.models.srdensenet import srdensenet_all
 from srdeploy.runtime.engines.eager import EagerRunner, open_eager
 from srdeploy.runtime.engines.options import BuildOptions
 from srdeploy.runtime.engines.registry import availability, build_engine, open_engine
-from srdeploy.runtime.engines.tensorrt_flavour import why_no_gpu
+from srdeploy.runtime.engines.sidecar import read_engine
+from srdeploy.runtime.engines.tensorrt_flavour import flavour_named, why_no_gpu
+from srdeploy.runtime.engines.tensorrt_full_runtime import open_full
+from srdeploy.runtime.engines.tensorrt_log import captured
+from srdeploy.runtime.engines.tensorrt_rtx_runtime import open_rtx
 from srdeploy.runtime.engines.tensorrt_run import TensorRtRunner
 from srdeploy.runtime.latency import Effort, bench, named
 
@@ -54,8 +62,14 @@ NETWORKS: dict[str, tuple[NetworkConfig, float]] = {
     "rcan": (rcan_x4(), 188_900.0),
     "srdensenet": (srdensenet_all(4), 42_500.0),
 }
-SIZES = ((180, 320), (270, 480), (540, 960))
-EFFORT = Effort(warmup_runs=10, warmup_seconds=0.5, min_runs=20, max_runs=200, seconds=2.0)
+SIZES = ((270, 480), (180, 320), (540, 960))
+EFFORT = Effort(warmup_runs=10, warmup_seconds=0.5, min_runs=20, max_runs=200, seconds=1.0)
+GRACE_SECONDS = 15
+"""Kept for closing what is open and for writing the result."""
+
+
+class OutOfTime(BaseException):
+    """The time given is over; no `except Exception` on the way may hold it."""
 
 
 def main() -> int:
@@ -64,94 +78,130 @@ def main() -> int:
     if reason:
         print(f"skipped: {reason}", file=sys.stderr)
         return 8
-    deadline = time.monotonic() + 60 * arguments.minutes
     document: dict[str, Any] = {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
         "gpu": _gpu(),
         "engines": [status.to_json() for status in availability()],
-        "rates": measured_rates(),
+        "stopped": None,
         "networks": {},
     }
-    with tempfile.TemporaryDirectory() as folder:
-        for name in arguments.network or NETWORKS:
-            document["networks"][name] = measure_network(name, Path(folder), deadline, document["rates"])
-        document["rtx_engine_for_8.0"] = _attempt(lambda: rtx_elsewhere(Path(folder)))
+    started = time.monotonic()
+    try:
+        with tempfile.TemporaryDirectory() as folder, time_limit(60 * arguments.minutes - GRACE_SECONDS):
+            measure_all(arguments.network or list(NETWORKS), Path(folder), document)
+    except OutOfTime:
+        document["stopped"] = "the time was over; what is missing was not measured"
+    document["seconds"] = round(time.monotonic() - started, 1)
     arguments.output.mkdir(parents=True, exist_ok=True)
     slug = document["gpu"]["name"].lower().replace(" ", "-")
     path = arguments.output / f"gpu-{slug}-{document['created'][:10]}.json"
     path.write_text(json.dumps(document, indent=2, default=str) + "\n", encoding="utf-8")
-    print(json.dumps({"result": str(path)}))
+    print(json.dumps({"result": str(path), "stopped": document["stopped"]}))
     return 0
 
 
-def measure_network(name: str, folder: Path, deadline: float, rates: dict[str, float]) -> dict[str, Any]:
-    """Export, build, compare and measure one network."""
-    config, bytes_per_pixel = NETWORKS[name]
-    checkpoint = random_checkpoint(config)
-    fp32, fp16 = folder / f"{name}.fp32.onnx", folder / f"{name}.fp16.onnx"
-    export_onnx(checkpoint, fp32)
-    quantize(fp32, fp16, precision=Precision.FP16, target=Target.TENSORRT, calibration=None)
-    result: dict[str, Any] = {"skipped": {}, "parity": [], "latency": []}
+def measure_all(names: Sequence[str], folder: Path, document: dict[str, Any]) -> None:
+    """Measure everything, the most wanted first, and put every result into the document as soon as it is there."""
+    document["rates"] = measured_rates()
+    document["rtx_engine_for_8.0"] = _attempt(lambda: rtx_elsewhere(folder))
     with contextlib.ExitStack() as stack:
-        runners = open_all(checkpoint, fp32, fp16, folder, result["skipped"], stack)
-        result["parity"] = parity(runners)
-        for height, width in SIZES:
-            shape = (1, checkpoint.contract().channels, height, width)
-            if time.monotonic() > deadline:
-                result["skipped"][format_shape(shape)] = "the time was over"
-                continue
-            table = measure_shape(runners, shape)
-            table["floor"] = floor_ms(checkpoint, shape, bytes_per_pixel, rates)
-            result["latency"].append(table)
-            print_table(name, table)
-    return result
+        benches = []
+        for name in names:
+            result: dict[str, Any] = {"skipped": {}, "opened": {}, "parity": [], "latency": []}
+            document["networks"][name] = result
+            benches.append((name, result, *open_all(name, folder, result, stack)))
+            measure_network(name, result, *benches[-1][2:], document["rates"])
+        for name, result, checkpoint, runners in benches:
+            compiled = named(CompiledRunner(checkpoint), "torch.compile fp16 max-autotune")
+            chosen = [runners[0], *(runner for runner in runners if runner.info.engine != "eager"), compiled]
+            measure_network(name, result, checkpoint, chosen, document["rates"])
+
+
+def measure_network(
+    name: str, result: dict[str, Any], checkpoint: LoadedCheckpoint, runners: list[Runner], rates: dict[str, float]
+) -> None:
+    """Compare and measure the runners of one network on every size."""
+    for height, width in SIZES:
+        shape = (1, checkpoint.contract().channels, height, width)
+        known = {row["runner"] for row in result["parity"] if row["shape"] == format_shape(shape)}
+        result["parity"] += parity([runner for runner in runners if runner.info.name not in known], shape)
+        table = measure_shape(runners, shape)
+        table["floor"] = floor_ms(checkpoint, shape, NETWORKS[name][1], rates)
+        result["latency"].append(table)
+        print_table(name, table)
 
 
 def open_all(
-    checkpoint: LoadedCheckpoint,
-    fp32: Path,
-    fp16: Path,
-    folder: Path,
-    skipped: dict[str, str],
-    stack: contextlib.ExitStack,
-) -> list[Runner]:
-    """Open the baselines and every engine that runs here; the first runner is the baseline of the ratios."""
-    runners: list[Runner] = [
-        open_eager(checkpoint, device="cuda"),
-        named(
-            open_eager(checkpoint, device="cuda", dtype=torch.float16, channels_last=True), "eager fp16 channels-last"
-        ),
-        named(CompiledRunner(checkpoint), "torch.compile fp16 max-autotune"),
-    ]
+    name: str, folder: Path, result: dict[str, Any], stack: contextlib.ExitStack
+) -> tuple[LoadedCheckpoint, list[Runner]]:
+    """Export a network and open the baselines and every engine that runs here; the first runner is the reference."""
+    checkpoint = random_checkpoint(NETWORKS[name][0])
+    fp16 = exported_fp16(checkpoint, folder / f"{name}.fp32.onnx")
+    eager16 = open_eager(checkpoint, device="cuda", dtype=torch.float16, channels_last=True)
+    runners: list[Runner] = [open_eager(checkpoint, device="cuda"), named(eager16, "eager fp16 channels-last")]
     channels = checkpoint.contract().channels
     profile = ShapeProfile((1, channels, 16, 16), (1, channels, 270, 480), (1, channels, 540, 960))
     for status in availability():
         engine = status.name
-        if status.why_not_run or not (engine.startswith(("tensorrt", "onnxruntime-"))):
-            skipped[engine] = status.why_not_run or "runs on the CPU"
+        if status.why_not_run or not engine.startswith(("tensorrt", "onnxruntime-")):
+            result["skipped"][engine] = status.why_not_run or "runs on the CPU"
             continue
-        for source in (fp32, fp16):
-            label = f"{engine} {source.stem.rsplit('.', 1)[-1]}"
-            try:
-                if engine.startswith("tensorrt"):
-                    path = folder / f"{label.replace(' ', '-')}.engine"
-                    options = BuildOptions(profiles=(profile,), use_cache=False)
-                    built = build_engine(source, path, engine=engine, options=options, force=True)
-                    print(
-                        f"{label}: built in {built.seconds:.1f} s, {path.stat().st_size / 1e6:.1f} MB", file=sys.stderr
-                    )
-                    for graphs in (True, False):
-                        runner = stack.enter_context(open_engine(path))
-                        assert isinstance(runner, TensorRtRunner)
-                        runner.capture = runner.capture and graphs
-                        if graphs or engine == "tensorrt":
-                            runners.append(named(runner, f"{label}{'' if graphs else ' without CUDA graphs'}"))
-                else:
-                    runners.append(named(stack.enter_context(open_engine(source, engine=engine)), label))
-            except (SrdeployError, RuntimeError) as error:
-                skipped[label] = str(error)
-    return runners
+        try:
+            if engine.startswith("onnxruntime-"):
+                runners.append(_opened(stack, result, f"{engine} fp16", lambda: open_engine(fp16, engine=engine)))  # noqa: B023
+                continue
+            path = folder / f"{name}.{engine}"
+            options = BuildOptions(profiles=(profile,), use_cache=False)
+            built = build_engine(fp16, path, engine=engine, options=options)
+            result["opened"][f"{engine} fp16"] = built.to_json()
+            for graphs in (True, False):
+                label = f"{engine} fp16{'' if graphs else ' without CUDA graphs'}"
+                runners.append(_opened(stack, result, label, lambda: open_built(engine, path, graphs=graphs)))  # noqa: B023
+        except (SrdeployError, RuntimeError) as error:
+            result["skipped"][engine] = str(error)
+    return checkpoint, runners
+
+
+def open_built(engine: str, path: Path, *, graphs: bool) -> TensorRtRunner:
+    """Open a TensorRT engine with CUDA graphs or without, which `open_engine` leaves no choice in."""
+    verified = read_engine(path)
+    flavour = flavour_named(engine)
+    if engine == "tensorrt":
+        return open_full(flavour, flavour.load(), verified, "cuda:0", None, graphs=graphs)
+    return open_rtx(flavour, flavour.load(), verified, "cuda:0", None, graphs=graphs, specialize="EAGER")
+
+
+def _opened(stack: contextlib.ExitStack, result: dict[str, Any], label: str, opener: Callable[[], Runner]) -> Runner:
+    """Open a runner, and note the GPU memory that it took."""
+    before = torch.cuda.mem_get_info()[0]
+    runner = named(stack.enter_context(opener()), label)
+    result["opened"].setdefault(label, {})["device_bytes"] = before - torch.cuda.mem_get_info()[0]
+    return runner
+
+
+def exported_fp16(checkpoint: LoadedCheckpoint, fp32: Path) -> Path:
+    """Export a network and bring it to FP16; returns the second file."""
+    fp16 = fp32.with_name(fp32.name.replace("fp32", "fp16"))
+    export_onnx(checkpoint, fp32)
+    quantize(fp32, fp16, precision=Precision.FP16, target=Target.TENSORRT, calibration=None)
+    return fp16
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise OutOfTime in the block when the time is over, wherever it is."""
+
+    def over(*_: object) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class CompiledRunner(EagerRunner):
@@ -164,35 +214,47 @@ class CompiledRunner(EagerRunner):
         self._info = replace(self._info, numeric_mode="FP16, torch.compile max-autotune, channels last")
 
 
-def parity(runners: list[Runner]) -> list[dict[str, Any]]:
-    """Compare every runner with the first one, in decibels, on smooth images of three sizes."""
+def parity(runners: list[Runner], shape: Shape) -> list[dict[str, Any]]:
+    """Compare every runner with the first one, in decibels, on a smooth image."""
     rows = []
-    channels = runners[0].info.contract.channels
-    for height, width in ((64, 64), (97, 131), (180, 320)):
-        image = smooth_image((1, channels, height, width))
-        expected = run_image(runners[0], image).astype(np.float64)
-        for runner in runners[1:]:
+    image = smooth_image(shape)
+    expected = run_image(runners[0], image).astype(np.float64)
+    for runner in runners[1:]:
+        row: dict[str, Any] = {"runner": runner.info.name, "shape": format_shape(shape)}
+        try:
             error = float(np.mean((run_image(runner, image) - expected) ** 2))
-            decibels = None if error == 0 else round(-10 * float(np.log10(error)), 2)
-            rows.append({"runner": runner.info.name, "shape": format_shape(image.shape), "psnr_db": decibels})
+            row["psnr_db"] = None if error == 0 else round(-10 * float(np.log10(error)), 2)
+        except (SrdeployError, RuntimeError) as problem:
+            row["failed"] = str(problem).splitlines()[0]
+        rows.append(row)
     return rows
 
 
 def measure_shape(runners: list[Runner], shape: Shape) -> dict[str, Any]:
-    """Measure all runners on one shape; runners that cannot take it are named with the reason."""
-    able, failed = [], {}
+    """Measure all runners on one shape; runners that cannot take it are named with the reason.
+
+    The memory of a runner is what its first run on the shape adds: at its peak in PyTorch's allocator, and for good on
+    the whole GPU (kept buffers, libraries and CUDA graphs included).
+    """
+    able, failed, memory = [], {}, {}
     for runner in runners:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        allocated, free = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
         try:
-            torch.cuda.reset_peak_memory_stats()
             run_image(runner, smooth_image(shape))
-            able.append((runner, torch.cuda.max_memory_allocated()))
         except (SrdeployError, RuntimeError) as error:
             failed[runner.info.name] = str(error).splitlines()[0]
-    result = bench([runner for runner, _ in able], shape=shape, effort=EFFORT, image=smooth_image(shape)).to_json()
+            continue
+        able.append(runner)
+        memory[runner.info.name] = {
+            "torch_peak_bytes": torch.cuda.max_memory_allocated() - allocated,
+            "device_bytes_kept": free - torch.cuda.mem_get_info()[0],
+        }
+    result = bench(able, shape=shape, effort=EFFORT, image=smooth_image(shape)).to_json()
     for row in result["rows"]:
         del row["times_ms"]
-    peaks = {runner.info.name: memory for runner, memory in able}
-    return {**result, "failed": failed, "peak_torch_memory_bytes": peaks}
+    return {**result, "failed": failed, "gpu_memory": memory}
 
 
 def measured_rates() -> dict[str, float]:
@@ -216,21 +278,23 @@ def floor_ms(
     return {"arithmetic_ms": arithmetic, "memory_ms": memory, "floor_ms": max(arithmetic, memory)}
 
 
-def rtx_elsewhere(folder: Path) -> str:
-    """Try to open a TensorRT-RTX engine for compute capability 8.0 on this GPU, past our own refusal."""
-    from srdeploy.runtime.engines.sidecar import read_engine
-    from srdeploy.runtime.engines.tensorrt_open import deserialized
-    from srdeploy.runtime.engines.tensorrt_rtx_engine import FLAVOUR
-
-    path, source = folder / "for-8.0.rtx", folder / "srdensenet.fp16.onnx"
-    if not source.exists():
-        source = folder / "rcan.fp16.onnx"
-    channels = 1 if "srdensenet" in source.name else 3
-    profile = ShapeProfile((1, channels, 16, 16), (1, channels, 64, 64), (1, channels, 64, 64))
+def rtx_elsewhere(folder: Path) -> dict[str, Any]:
+    """Try to open a TensorRT-RTX engine for compute capability 8.0 on this GPU, past our own refusal, and to run it."""
+    checkpoint = random_checkpoint(replace(rcan_x4(), groups=2, blocks=2))
+    path, flavour = folder / "for-8.0.rtx", flavour_named("tensorrt-rtx")
+    profile = ShapeProfile((1, 3, 16, 16), (1, 3, 64, 64), (1, 3, 64, 64))
     options = BuildOptions(profiles=(profile,), compute_capabilities=("8.0",), use_cache=False)
-    build_engine(source, path, engine="tensorrt-rtx", options=options)
-    deserialized(FLAVOUR, FLAVOUR.load(), read_engine(path))
-    return "opened"
+    build_engine(exported_fp16(checkpoint, folder / "small.fp32.onnx"), path, engine="tensorrt-rtx", options=options)
+    trt = flavour.load()
+    with captured(trt) as (logger, log):
+        runtime = trt.Runtime(logger)
+        cuda_engine = runtime.deserialize_cuda_engine(path.read_bytes())
+    outcome: dict[str, Any] = {"version": trt.__version__, "opened": cuda_engine is not None, "log": log.problems()}
+    del cuda_engine
+    if outcome["opened"]:
+        with open_built("tensorrt-rtx", path, graphs=True) as runner, open_eager(checkpoint, device="cuda") as eager:
+            outcome["parity"] = parity([eager, runner], (1, 3, 64, 64))
+    return outcome
 
 
 def random_checkpoint(config: NetworkConfig) -> LoadedCheckpoint:
@@ -292,17 +356,17 @@ def _gpu() -> dict[str, Any]:
     }
 
 
-def _attempt(work: Callable[[], str]) -> str:
+def _attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return work()
     except Exception as error:  # the exact outcome is the result, whatever it is
-        return f"{type(error).__name__}: {error}"
+        return {"error": f"{type(error).__name__}: {error}"}
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--network", action="append", choices=list(NETWORKS), help="default: both")
-    parser.add_argument("--minutes", type=float, default=8.0, help="no new shape is begun after this time")
+    parser.add_argument("--minutes", type=float, default=8.0, help="everything stops after this time")
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results")
     return parser.parse_args()
 

@@ -45,14 +45,14 @@ def open_built(
         InputError: the bytes are not an engine.
     """
     trt = FLAVOUR.load()
-    _check_release(engine, trt.__version__)
+    check_release(engine, trt.__version__)
     reason = why_no_gpu()
     if reason:
         raise CapabilityError(
             f"{engine.path} is a TensorRT engine for {engine.target.get('words')}, and {reason}",
             next_step="run it on a machine with such a GPU, or build for openvino or onnxruntime to run here",
         )
-    _check_gpu(engine, device)
+    check_target(engine, gpu(device))
     from srdeploy.runtime.engines.tensorrt_full_runtime import open_full
 
     return open_full(FLAVOUR, trt, engine, device, outputs)
@@ -80,7 +80,14 @@ def why_not_run() -> str | None:
     return why_not_build()
 
 
-def _check_release(engine: Engine, here: str) -> None:
+def check_release(engine: Engine, here: str) -> None:
+    """Compare the release that built an engine with the one that is installed.
+
+    A version-compatible engine is no exception: another release opens it only by running the lean runtime of this one.
+
+    Raises:
+        CapabilityError: it is another one.
+    """
     built_with = engine.manifest.versions.get(FLAVOUR.name, "")
     if built_with != here:
         raise CapabilityError(
@@ -89,8 +96,12 @@ def _check_release(engine: Engine, here: str) -> None:
         )
 
 
-def _check_gpu(engine: Engine, device: str) -> None:
-    found = gpu(device)
+def check_target(engine: Engine, found: tuple[str, tuple[int, int], int] | None) -> None:
+    """Compare the GPU that an engine was built for with the one that is there (see `gpu`).
+
+    Raises:
+        CapabilityError: it is another one.
+    """
     wanted = engine.target.get("compute_capability")
     if found is None or wanted is None or engine.target.get("hardware_compatibility"):
         return

@@ -47,7 +47,13 @@ def open_built(
     """
     trt = FLAVOUR.load()
     check_header(engine, trt.__version__)
-    _check_gpu(engine, device)
+    reason = why_no_gpu()
+    if reason:
+        raise CapabilityError(
+            f"{engine.path} is a TensorRT-RTX engine for {_target_words(engine)}, and {reason}",
+            next_step="run it on a machine with such a GPU, or build for openvino or onnxruntime to run here",
+        )
+    check_target(engine, gpu(device))
     from srdeploy.runtime.engines.tensorrt_rtx_runtime import open_rtx
 
     return open_rtx(FLAVOUR, trt, engine, device, outputs)
@@ -114,14 +120,12 @@ def _target_words(engine: Engine) -> str:
     return "GPUs of compute capability " + ", ".join(named) if named else _PORTABLE
 
 
-def _check_gpu(engine: Engine, device: str) -> None:
-    reason = why_no_gpu()
-    if reason:
-        raise CapabilityError(
-            f"{engine.path} is a TensorRT-RTX engine for {_target_words(engine)}, and {reason}",
-            next_step="run it on a machine with such a GPU, or build for openvino or onnxruntime to run here",
-        )
-    found = gpu(device)
+def check_target(engine: Engine, found: tuple[str, tuple[int, int], int] | None) -> None:
+    """Compare the GPUs that an engine was built for with the one that is there (see `gpu`).
+
+    Raises:
+        CapabilityError: it is another one.
+    """
     named = engine.target.get("compute_capabilities") or ["8.0", "8.6", "8.9", "12.0", "12.1"]
     here = f"{found[1][0]}.{found[1][1]}" if found else None
     if found and here not in named:

@@ -123,6 +123,44 @@ def test_work_is_ordered_behind_the_callers_stream(runner: TensorRtRunner) -> No
     np.testing.assert_allclose(result.cpu().numpy(), expected, atol=2e-3)
 
 
+def test_a_copy_into_another_layout_is_waited_for(runner: TensorRtRunner) -> None:
+    picture = image(1, 3, 40, 40)
+    expected = run_image(runner, picture)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        late = torch.zeros(1, 3, 40, 40, device="cuda").to(memory_format=torch.channels_last)
+        torch.cuda._sleep(50_000_000)
+        late.copy_(torch.from_numpy(picture))
+        result = runner.run_tensors({"input": late})["output"].clone()
+    stream.synchronize()
+
+    np.testing.assert_allclose(result.cpu().numpy(), expected, atol=2e-3)
+
+
+def test_the_ways_to_run_do_not_write_over_each_other(runner: TensorRtRunner) -> None:
+    pictures = [image(1, 3, 48, 64, seed=index) for index in range(6)]
+    alone = [run_image(runner, picture) for picture in pictures]
+    on_gpu = torch.from_numpy(pictures[0]).cuda()
+
+    for index, answer in enumerate(runner.run_many(pictures)):
+        np.testing.assert_allclose(answer, alone[index], atol=2e-3)
+        kept = runner.run_tensors({"input": on_gpu})["output"].clone()
+        np.testing.assert_allclose(run_image(runner, pictures[-1]), alone[-1], atol=2e-3)
+        np.testing.assert_allclose(kept.cpu().numpy(), alone[0], atol=2e-3)
+
+
+def test_a_closed_runner_says_so(built: Path) -> None:
+    with open_engine(built) as runner:
+        run_image(runner, image(1, 3, 8, 8))
+    with pytest.raises(UsageError, match="is closed"):
+        run_image(runner, image(1, 3, 8, 8))
+
+
+def test_a_gpu_that_is_not_there_is_refused(built: Path) -> None:
+    with pytest.raises(CapabilityError, match="device 'cuda:99' was asked for"):
+        open_engine(built, device="cuda:99")
+
+
 def test_threads_have_contexts_of_their_own(runner: TensorRtRunner) -> None:
     pictures = [image(1, 3, 24 + 8 * index, 32, seed=index) for index in range(4)]
     alone = [run_image(runner, picture) for picture in pictures]

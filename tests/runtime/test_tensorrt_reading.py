@@ -1,13 +1,17 @@
 """Reading TensorRT's words: layer tables, the inspector's JSON, logs and their translation, engine headers."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from srdeploy.core.errors import BuildError
+from srdeploy.core.errors import BuildError, CapabilityError
+from srdeploy.core.manifest import Manifest
+from srdeploy.runtime.engines import tensorrt_full_engine, tensorrt_rtx_engine
 from srdeploy.runtime.engines.graph import HeavyLayer
 from srdeploy.runtime.engines.options import BuildOptions
+from srdeploy.runtime.engines.sidecar import Engine
 from srdeploy.runtime.engines.tensorrt_build import _worker_error
 from srdeploy.runtime.engines.tensorrt_flavour import parse_capability, version_numbers
 from srdeploy.runtime.engines.tensorrt_layers import (
@@ -204,6 +208,49 @@ def test_headers(data: bytes, described: tuple[str, list[str]] | None) -> None:
     wanted = described and {"version": described[0], "compute_capabilities": described[1]}
 
     assert describe_header(data) == wanted
+
+
+HOPPER = ("NVIDIA H100 80GB HBM3", (9, 0), 80 * 2**30)
+ADA = ("NVIDIA L4", (8, 9), 24 * 2**30)
+
+
+def engine_for(**target: object) -> Engine:
+    details = {"target": {"words": "a GPU", **target}, "key": {"options": {"version_compatible": True}}}
+    manifest = Manifest(kind="engine", sha256="0" * 64, details=details, versions={"tensorrt": "10.16.1.11"})
+    return Engine(Path("e.plan"), b"", manifest)
+
+
+@pytest.mark.parametrize(
+    ("check", "target", "found", "fits"),
+    [
+        (tensorrt_rtx_engine.check_target, {"compute_capabilities": ["8.9"]}, ADA, True),
+        (tensorrt_rtx_engine.check_target, {"compute_capabilities": ["8.6", "12.0"]}, ADA, False),
+        (tensorrt_rtx_engine.check_target, {"compute_capabilities": []}, ADA, True),
+        (tensorrt_rtx_engine.check_target, {"compute_capabilities": []}, HOPPER, False),
+        (tensorrt_full_engine.check_target, {"compute_capability": "9.0"}, HOPPER, True),
+        (tensorrt_full_engine.check_target, {"compute_capability": "9.0"}, ADA, False),
+        (tensorrt_full_engine.check_target, {"compute_capability": "8.0", "hardware_compatibility": "x"}, ADA, True),
+    ],
+    ids=["rtx-same", "rtx-other", "rtx-portable", "rtx-hopper", "same", "other", "compatible"],
+)
+def test_an_engine_for_another_gpu_is_refused_with_both_named(
+    check: Callable[..., None], target: dict[str, object], found: tuple[str, tuple[int, int], int], fits: bool
+) -> None:
+    if fits:
+        check(engine_for(**target), found)
+        return
+    with pytest.raises(CapabilityError, match=f"e.plan was built for .*; this GPU is {found[0]} .*; build it again"):
+        check(engine_for(**target), found)
+
+
+@pytest.mark.parametrize("here", ["10.12.0.36", "11.4.0.106"])
+def test_an_engine_of_another_tensorrt_release_is_refused_with_both_named(here: str) -> None:
+    tensorrt_full_engine.check_release(engine_for(), "10.16.1.11")
+
+    with pytest.raises(
+        CapabilityError, match=rf"built for TensorRT 10\.16\.1\.11, a GPU; here is {here}; build it again"
+    ):
+        tensorrt_full_engine.check_release(engine_for(), here)
 
 
 @pytest.mark.parametrize(
