@@ -27,7 +27,13 @@ _ASK = 0xFFFFFFFF
 _PR_SET_PDEATHSIG = 1
 _KEPT = ("HOME", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "PYTHONPATH", "PYTHONUSERBASE", "TMPDIR")
 """What finds packages and libraries. Everything else could steer the builder, and no cache key would tell."""
-_ADDED = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
+_ADDED = {
+    "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0",
+    "PYTHONHASHSEED": "0",
+    "PYTHONUTF8": "1",
+    # Compiling a module moves addresses; the parent has compiled them all, or is told not to and so finds none again.
+    "PYTHONDONTWRITEBYTECODE": "1",
+}
 
 
 def main() -> None:
