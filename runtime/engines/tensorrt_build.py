@@ -49,7 +49,7 @@ def build_plan(flavour: Flavour, graph: Graph, options: BuildOptions, progress: 
     model, chained = concatenations_chained(graph.model)
     data, layers, seconds = _in_worker(flavour, trt.__version__, replace(graph, model=model), options, progress)
     precision = prove_precision(layers, graph)
-    _check_memory(layers, cost.weights_bytes, memory, options.profiles)
+    check_memory(layers, cost.weights_bytes, memory, options.profiles)
     built = {
         **layers.to_json(),
         "footprint": cost.to_json(),
@@ -194,7 +194,12 @@ def _keep_log(folder: Path, target: Path) -> str:
     return f" (whole log: {target})"
 
 
-def _check_memory(layers: Layers, weights_bytes: int, memory: int | None, profiles: Sequence[ShapeProfile]) -> None:
+def check_memory(layers: Layers, weights_bytes: int, memory: int | None, profiles: Sequence[ShapeProfile]) -> None:
+    """Hold the memory that an engine states, which may be more than was estimated, against the GPU's.
+
+    Raises:
+        BuildError: it does not fit.
+    """
     if memory is None or layers.activation_bytes is None:
         return
     needed = layers.activation_bytes + (layers.weights_bytes or weights_bytes)

@@ -1,12 +1,13 @@
 """Feasibility before a build, profiles from images, and what graphs say about themselves."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
 import onnx
 import pytest
 
-from srdeploy.core.errors import InputError, UsageError
+from srdeploy.core.errors import BuildError, InputError, UsageError
 from srdeploy.core.shapes import ShapeProfile
 from srdeploy.runtime.engines.feasibility import (
     MAX_ELEMENTS,
@@ -19,9 +20,16 @@ from srdeploy.runtime.engines.feasibility import (
 )
 from srdeploy.runtime.engines.graph import read_graph
 from srdeploy.runtime.engines.profiles import proposed_profile
+from srdeploy.runtime.engines.tensorrt_build import check_memory
+from srdeploy.runtime.engines.tensorrt_layers import Layers
+from srdeploy.runtime.engines.tensors import check_profile
 
 GraphFactory = Callable[..., Path]
 
+PROFILES = (
+    ShapeProfile((1, 3, 8, 8), (1, 3, 16, 16), (4, 3, 64, 64)),
+    ShapeProfile((1, 3, 8, 8), (1, 3, 64, 64), (1, 3, 128, 256)),
+)
 RCAN_X4 = Footprint("up", 1024, 4736, 31_184_772)
 SRDENSENET_X4 = Footprint("up", 4096, 16384, 5_319_170)
 
@@ -169,3 +177,30 @@ def test_a_newer_opset_than_known_is_refused(small_onnx: GraphFactory) -> None:
 
     with pytest.raises(InputError, match="is of ONNX opset"):
         read_graph(path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "index"),
+    [((1, 3, 8, 8), 0), ((4, 3, 64, 64), 0), ((1, 3, 65, 8), 1), ((1, 3, 128, 256), 1)],
+    ids=["smallest", "largest", "second", "largest-of-second"],
+)
+def test_the_first_profile_that_takes_a_shape_is_chosen(shape: tuple[int, ...], index: int) -> None:
+    assert check_profile(shape, PROFILES, engine="e.rtx") == index
+
+
+def test_a_shape_outside_names_the_profiles_and_the_way_out() -> None:
+    with pytest.raises(UsageError) as caught:
+        check_profile((2, 3, 65, 300), PROFILES, engine="e.rtx")
+
+    assert str(caught.value) == (
+        "input shape 2x3x65x300 is outside every profile of e.rtx; expected 1x3x8x8 to 4x3x64x64 or 1x3x8x8 to"
+        " 1x3x128x256; tile the image (srdeploy upscale does), or build again with --max-shape 2x3x128x300"
+    )
+
+
+@pytest.mark.parametrize(("memory", "fits"), [(None, True), (300, True), (299, False)])
+def test_what_was_built_must_fit_the_memory(memory: int | None, fits: bool) -> None:
+    layers = Layers((), activation_bytes=200, weights_bytes=100, read_from="the log")
+
+    with contextlib.nullcontext() if fits else pytest.raises(BuildError, match="build for a smaller --max-shape"):
+        check_memory(layers, 50, memory, PROFILES)

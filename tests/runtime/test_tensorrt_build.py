@@ -19,6 +19,7 @@ from srdeploy.core.progress import Advance
 from srdeploy.core.shapes import ShapeProfile
 from srdeploy.runtime.engines.options import BuildOptions
 from srdeploy.runtime.engines.registry import build_engine, open_engine
+from srdeploy.runtime.engines.tensorrt_log import captured
 from srdeploy.runtime.engines.tensorrt_rtx_engine import describe_header
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'srdeploy[tensorrt-rtx]'")
@@ -333,3 +334,31 @@ def test_missing_tensorrt_names_the_extra(small_onnx: GraphFactory, tmp_path: Pa
         pytest.skip("TensorRT is installed here")
     with pytest.raises(CapabilityError, match=r"pip install 'srdeploy\[tensorrt\]'"):
         build_engine(small_onnx(), tmp_path / "e.plan", engine="tensorrt", options=BuildOptions(profiles=(PROFILE,)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TensorRT-RTX has timing caches in name only
+def test_what_full_tensorrt_sets_is_taken_by_a_real_builder_configuration(tmp_path: Path) -> None:
+    import tensorrt_rtx as trt
+
+    from srdeploy.runtime.engines.tensorrt_full_engine import FLAVOUR
+
+    timings = tmp_path / "timings"
+    options = BuildOptions(
+        optimization_level=4,
+        max_aux_streams=0,
+        hardware_compatibility="ampere_plus",
+        version_compatible=True,
+        timing_cache=timings,
+    )
+    with captured(trt) as (logger, _):
+        builder = trt.Builder(logger)
+        config = builder.create_builder_config()
+
+        FLAVOUR.configure(trt, config, options)
+
+        assert (config.builder_optimization_level, config.max_aux_streams) == (4, 0)
+        assert config.get_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        assert config.get_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)
+        FLAVOUR.finish(trt, config, options)
+        assert timings.stat().st_size > 0
+        FLAVOUR.configure(trt, config, replace(options, timing_cache=tmp_path / "another"))
