@@ -108,7 +108,7 @@ class TensorRtRunner:
         check_shape(tuple(image.shape), spec, engine=self._info.name)
         lane = self._lane()
         plan = lane.plan(tuple(image.shape))
-        image = image.contiguous()  # a copy is work of the caller's stream: the private stream waits for it too
+        image = image.detach().contiguous()  # a copy is work of the caller's stream: the private stream waits for it
         lane.wait_for_caller()
         image.record_stream(lane.stream)
         lane.execute(plan, image)
@@ -200,8 +200,8 @@ class _Plan:
         self.output = torch.empty(output, dtype=dtypes[1], device=device)
         # PyTorch's allocator aligns to 512 bytes; TensorRT wants 256.
         self.memory = torch.empty(max(memory, 1), dtype=torch.uint8, device=device)
-        self.host_input = torch.empty(shape, dtype=dtypes[0], pin_memory=True)
-        self.host_output = torch.empty(output, dtype=dtypes[1], pin_memory=True)
+        self.host_input = torch.empty(shape, dtype=dtypes[0], device="cpu", pin_memory=True)
+        self.host_output = torch.empty(output, dtype=dtypes[1], device="cpu", pin_memory=True)
         self.copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.loaded: torch.cuda.Event | None = None
         self.computed: torch.cuda.Event | None = None
@@ -272,8 +272,12 @@ class _Lane:
                 self.stream.synchronize()
                 _, oldest = self.plans.popitem(last=False)
                 oldest.copies.synchronize()
-            with torch.cuda.device(self._device):
+            # Buffers made while the caller's inference mode is on could not be written to once it is off.
+            with torch.cuda.device(self._device), torch.inference_mode(False):
                 found = self.plans[key] = self._new_plan(shape)
+                # PyTorch hands out memory that work of the caller's stream may still be using.
+                self.wait_for_caller()
+                found.copies.wait_stream(self.stream)
         self.plans.move_to_end(key)
         return found
 

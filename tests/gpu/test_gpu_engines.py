@@ -137,6 +137,16 @@ def test_a_copy_into_another_layout_is_waited_for(runner: TensorRtRunner) -> Non
     np.testing.assert_allclose(result.cpu().numpy(), expected, atol=2e-3)
 
 
+def test_the_callers_inference_mode_and_gradients_stay_outside(runner: TensorRtRunner) -> None:
+    on_gpu = torch.from_numpy(image(1, 3, 40, 40)).cuda()
+    with torch.inference_mode():
+        first = runner.run_tensors({"input": on_gpu})["output"].clone()
+    second = runner.run_tensors({"input": on_gpu.clone().requires_grad_()})["output"]
+
+    assert not second.requires_grad
+    np.testing.assert_allclose(second.cpu().numpy(), first.cpu().numpy(), atol=2e-3)
+
+
 def test_the_ways_to_run_do_not_write_over_each_other(runner: TensorRtRunner) -> None:
     pictures = [image(1, 3, 48, 64, seed=index) for index in range(6)]
     alone = [run_image(runner, picture) for picture in pictures]
