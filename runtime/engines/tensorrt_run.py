@@ -63,7 +63,7 @@ class TensorRtRunner:
         self._configure = configure
         self._on_close = on_close
         self._local = threading.local()
-        self._lanes: list[_Lane] = []
+        self._lanes: list[tuple[threading.Thread, _Lane]] = []
         self._lock = threading.Lock()
         self.capture = capture
         self._info = _info(flavour, trt, engine, device)
@@ -76,7 +76,7 @@ class TensorRtRunner:
     @property
     def peak_activation_bytes(self) -> int:
         """Activation memory held by all lanes now."""
-        return sum(plan.memory.numel() for lane in self._lanes for plan in lane.plans.values())
+        return sum(plan.memory.numel() for _, lane in self._lanes for plan in lane.plans.values())
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Compute from host arrays through pinned buffers; the result is the caller's own array."""
@@ -167,7 +167,7 @@ class TensorRtRunner:
         with self._lock:
             if self._native[1] is None:
                 return
-            for lane in self._lanes:
+            for _, lane in self._lanes:
                 lane.close()
             self._lanes.clear()
             self._local = threading.local()
@@ -187,7 +187,10 @@ class TensorRtRunner:
                     self._trt, self._engine, self._native[1], self._device, self._configure, self.capture
                 )
             with self._lock:
-                self._lanes.append(lane)
+                for ended in [entry for entry in self._lanes if not entry[0].is_alive()]:
+                    ended[1].close()  # a program with a thread per picture would fill the GPU's memory
+                    self._lanes.remove(ended)
+                self._lanes.append((threading.current_thread(), lane))
         return lane
 
 

@@ -190,6 +190,18 @@ def test_threads_have_contexts_of_their_own(runner: TensorRtRunner) -> None:
     assert failures == []
 
 
+def test_threads_that_have_ended_give_their_memory_back(runner: TensorRtRunner) -> None:
+    picture = image(1, 3, 48, 64)
+    held = []
+    for _ in range(4):
+        thread = threading.Thread(target=run_image, args=(runner, picture))
+        thread.start()
+        thread.join()
+        held.append(runner.peak_activation_bytes)
+
+    assert len(set(held)) == 1
+
+
 def test_a_stream_of_images_overlaps_and_keeps_its_order(runner: TensorRtRunner) -> None:
     pictures = [image(1, 3, 48, 64, seed=index) for index in range(7)]
 
