@@ -76,7 +76,7 @@ class TensorRtRunner:
     @property
     def peak_activation_bytes(self) -> int:
         """Activation memory held by all lanes now."""
-        return sum(plan.memory.numel() for _, lane in self._lanes for plan in lane.plans.values())
+        return sum(plan.memory.numel() for _, lane in list(self._lanes) for plan in lane.plans.values())
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Compute from host arrays through pinned buffers; the result is the caller's own array."""
