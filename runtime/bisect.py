@@ -24,7 +24,8 @@ import onnx
 from numpy.typing import NDArray
 
 from srdeploy.core.contract import INPUT, OUTPUT
-from srdeploy.core.errors import UsageError
+from srdeploy.core.errors import SrdeployError, UsageError
+from srdeploy.core.manifest import read_manifest
 from srdeploy.core.precision import Precision
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.runtime.engines.graph import DEQUANTIZE, QUANTIZE, Graph, read_graph
@@ -143,7 +144,7 @@ def bisect_path(
         raise UsageError(
             f"{path} is a built engine, whose inner tensors are gone",
             expected="the ONNX file that it was built from",
-            next_step="bisect that one with the same --engine",
+            next_step=_for_a_built_engine(path, image),
         )
     graph = read_graph(path)
     small = middle(image, SIDE)
@@ -162,6 +163,26 @@ def bisect_path(
             start = suspects[0] if graph.contract.precision is Precision.FP32 else by_loss[0]
             return Bisection("graph", name, start, tuple(by_loss[:5]), output_snr, len(search.found))
     return Bisection("none", name, None, (), output_snr, len(search.found))
+
+
+def _for_a_built_engine(path: Path, image: NDArray[np.float32]) -> str:
+    """Return what finds the layer: our own bisection, or for TensorRT Polygraphy.
+
+    TensorRT's layers are not ONNX nodes any more, and only a build can mark tensors: that is Polygraphy's own ground.
+    """
+    try:
+        family = str(read_manifest(path).details.get("engine"))
+    except SrdeployError:
+        family = ""
+    if not family.startswith("tensorrt"):
+        return "bisect that one with the same --engine"
+    height, width = middle(image, SIDE).shape[2:]
+    switch = "POLYGRAPHY_USE_TENSORRT_RTX=1 " if family == "tensorrt-rtx" else ""
+    return (
+        f"compare its layers with Polygraphy: {switch}polygraphy run MODEL.onnx --trt --onnxrt --strongly-typed "
+        f"--trt-outputs mark all --onnx-outputs mark all --fail-fast --val-range '[0,1]' "
+        f"--input-shapes '{INPUT}:[1,{image.shape[1]},{height},{width}]'"
+    )
 
 
 def middle(image: NDArray[np.float32], side: int) -> NDArray[np.float32]:
