@@ -18,11 +18,14 @@ honest and decibels meaningless. Needs the `bench` extra.
 
 import argparse
 import json
+import math
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -82,6 +85,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     document: dict[str, Any] = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": ["python", *sys.argv],
         "machine": machine(),
         "versions": package_versions(["openvino", "onnxruntime", "nncf", "onnx", "torch"]),
         "networks": {},
@@ -95,7 +100,7 @@ def main() -> None:
             source = exported(checkpoint, Path(folder) / f"{preset}.onnx")
             document["networks"][preset] = compare(source, checkpoint, arguments, None)
     if arguments.json:
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def compare(source: Path, checkpoint: Path, arguments: argparse.Namespace, bound: float | None) -> list[dict[str, Any]]:
@@ -139,7 +144,11 @@ def compare(source: Path, checkpoint: Path, arguments: argparse.Namespace, bound
         entry.ms = ms
         entry.int8_macs = runner.info.built.get("macs_share", {}).get("int8", 0.0)
     show(source.stem, entries)
-    return [{**vars(entry), "path": entry.path.name} for entry in entries]
+    return [
+        {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in vars(entry).items()}
+        | {"path": entry.path.name}
+        for entry in entries
+    ]
 
 
 def ours(
