@@ -8,6 +8,7 @@ What stays in memory is one row of tiles (input and output) and the engine's own
 """
 
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from srdeploy.core.extras import import_extra
 from srdeploy.core.images import opened, picture_metadata
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.runtime.image_io import check_output, resized
+from srdeploy.runtime.pipeline import Pipeline
 from srdeploy.runtime.row_writers import open_rows
 from srdeploy.runtime.upscaler import ImageReport, Upscaler, converted
 
@@ -153,10 +155,15 @@ def upscale_streamed(
     if name not in ("PNG", "TIFF"):
         raise CapabilityError(f"{name} cannot be written in a stream", expected="a .png or .tif output")
     like = resized(metadata, width=width, height=height)
-    with open_rows(output, name, (height, width, channels), dtype, like) as writer:
+
+    def pieces() -> Iterator[NDArray[Any]]:
         for band in rows:
             for begin in range(0, len(band), _WRITTEN_ROWS):
-                writer.write(converted(band[begin : begin + _WRITTEN_ROWS], dtype))
+                yield converted(band[begin : begin + _WRITTEN_ROWS], dtype)
+
+    # Deflating takes about as long as a small network: it runs beside it.
+    with open_rows(output, name, (height, width, channels), dtype, like) as writer:
+        Pipeline(read=pieces(), compute=lambda piece: piece, write=writer.write).run()
     return report
 
 

@@ -8,7 +8,7 @@ pixels as a stage's convolutions reach, 2 to 4) and the traffic of the waiting m
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,15 +21,13 @@ from srdeploy.core.contract import INPUT, OUTPUT
 from srdeploy.core.environment import cpu_count
 from srdeploy.core.errors import CapabilityError, InputError, UsageError
 from srdeploy.core.extras import import_extra
+from srdeploy.core.runner import Runner
 from srdeploy.runtime.budget import Decision, TileSettings, format_bytes
 from srdeploy.runtime.engines.openvino_engine import shared_core
-from srdeploy.runtime.stages import Stage, cut_at_poolings, live_maps
+from srdeploy.runtime.onnx_stages import stages_from_onnx
+from srdeploy.runtime.stages import Arrays, CuttableRunner, Stage, StageRun, live_maps
 from srdeploy.runtime.tiling import Planes, TilePlan, plan_tiles
 
-Arrays = dict[str, NDArray[Any]]
-StageRun = Callable[[Mapping[str, NDArray[Any]]], Arrays]
-STAGE_ENGINES = ("onnxruntime", "openvino")
-"""Engines that run stages; built GPU engines cannot be cut."""
 _SIDE = 192
 """Side of the tiles: the overlap is so thin that larger ones save little, and these stay in the processor's cache."""
 _SHARE_OF_DISK = 0.9
@@ -37,33 +35,49 @@ _SHARE_OF_MAPS = 0.6
 """Part of the budget that waiting maps may take; the rest is for the tiles themselves."""
 
 
+def lock_step_of(runner: Runner, onnx_path: Path | None, *, threads: int | None, memory_bytes: int) -> "LockStep":
+    """Cut the network behind an engine.
+
+    Args:
+        runner: the engine; the eager network is cut itself.
+        onnx_path: the graph that the engine computes, None when it is not at hand.
+        threads: CPU threads, None for all.
+        memory_bytes: budget for maps and tiles.
+
+    Raises:
+        UsageError: the engine cannot run stages, or the network has operations that are not local.
+        InputError: the graph cannot be read.
+    """
+    if isinstance(runner, CuttableRunner):
+        return LockStep(runner.stages(), runner.open_stage, memory_bytes=memory_bytes)
+    open_stage = _STAGE_OPENERS.get(runner.info.engine)
+    if open_stage is None or onnx_path is None:
+        raise UsageError(
+            f"exact tiles of a network with channel attention on {runner.info.name}",
+            expected=f"an ONNX file on {' or '.join(_STAGE_OPENERS)}: a built engine cannot be cut",
+            next_step="use --tiles overlapped, or the bundle's model.fp32.onnx",
+        )
+    try:
+        stages = stages_from_onnx(onnx.load(onnx_path))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{onnx_path} cannot be read ({error})") from error
+    count = threads or cpu_count()
+    return LockStep(stages, lambda stage: open_stage(stage.model, count), memory_bytes=memory_bytes)
+
+
 class LockStep:
     """A network cut into stages, run in lock-step over the tiles of one picture after another."""
 
-    def __init__(self, onnx_path: Path, *, engine: str, threads: int | None, memory_bytes: int) -> None:
-        """Cut the graph.
+    def __init__(self, stages: Sequence[Stage], open_stage: Callable[[Stage], StageRun], *, memory_bytes: int) -> None:
+        """Take a network that is cut already.
 
         Args:
-            onnx_path: the graph.
-            engine: "onnxruntime" or "openvino".
-            threads: CPU threads, None for all.
+            stages: of the network, in order.
+            open_stage: makes a stage runnable; what it returns is dropped before the next stage is opened.
             memory_bytes: budget for maps and tiles.
-
-        Raises:
-            UsageError: the engine cannot run stages, or the graph has operations that are not local.
         """
-        if engine not in STAGE_ENGINES:
-            raise UsageError(
-                f"exact tiles of a network with channel attention on engine {engine!r}",
-                expected=f"an ONNX file on {' or '.join(STAGE_ENGINES)}: a built engine cannot be cut",
-                next_step="use --tiles overlapped, or the bundle's model.fp32.onnx",
-            )
-        try:
-            self.stages = cut_at_poolings(onnx.load(onnx_path))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{onnx_path} cannot be read ({error})") from error
-        self._open = _onnxruntime_stage if engine == "onnxruntime" else _openvino_stage
-        self._threads = threads or cpu_count()
+        self.stages = list(stages)
+        self._open = open_stage
         self._memory = memory_bytes
 
     @property
@@ -131,7 +145,7 @@ class LockStep:
     ) -> Iterator[Planes]:
         means: Arrays = {}
         for number, stage in enumerate(self.stages):
-            run = self._open(stage.model, self._threads)
+            run = self._open(stage)
             rows = _StageRows(stage, run, plan, read_rows if number == 0 else None, maps, means, scale, done)
             if stage.pooled is None:
                 yield from rows.outputs()
@@ -141,8 +155,7 @@ class LockStep:
 
     def map_bytes_per_pixel(self) -> int:
         """Return the bytes that waiting maps take per pixel of the picture, at most."""
-        widest = max((_channels(stage) for stage in self.stages), default=1)
-        return 4 * widest * live_maps(self.stages)
+        return 4 * max(stage.channels for stage in self.stages) * live_maps(self.stages)
 
     def _check_space(self, size: tuple[int, int], folder: Path) -> None:
         needed = size[0] * size[1] * self.map_bytes_per_pixel()
@@ -348,7 +361,8 @@ def _openvino_stage(model: onnx.ModelProto, threads: int) -> StageRun:
     return run
 
 
-def _channels(stage: Stage) -> int:
-    """Return the channels of a stage's widest waiting map."""
-    declared = {value.name: value.type.tensor_type.shape.dim[1].dim_value for value in stage.model.graph.output}
-    return max((declared[name] for name in stage.maps_out), default=1) or 64
+_STAGE_OPENERS: dict[str, Callable[[onnx.ModelProto, int], StageRun]] = {
+    "onnxruntime": _onnxruntime_stage,
+    "openvino": _openvino_stage,
+}
+"""Engines that run stages of an ONNX graph; built GPU engines cannot be cut."""

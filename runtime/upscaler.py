@@ -27,7 +27,7 @@ from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.runner import Runner, RunnerInfo, run_image
 from srdeploy.runtime.budget import Decision, TileSettings, decide, default_memory, needs_tiles
 from srdeploy.runtime.guards import Guard, Tally, check_input, check_rows
-from srdeploy.runtime.lock_step import STAGE_ENGINES, LockStep
+from srdeploy.runtime.lock_step import LockStep, lock_step_of
 from srdeploy.runtime.planes import ArraySource, Chroma, Conversion, Floats, PixelSource
 from srdeploy.runtime.tiling import Planes, seam_score, stitch
 
@@ -347,9 +347,7 @@ class Upscaler:
                 yield conversion.pixels(planes, chroma)
 
     def _can_cut(self) -> bool:
-        """Tell whether this engine's graph can be run in stages."""
-        if self._onnx is None or self.info.engine not in STAGE_ENGINES:
-            return False
+        """Tell whether this engine's network can be run in stages."""
         try:
             self._lock_step()
         except UsageError:
@@ -358,14 +356,8 @@ class Upscaler:
 
     def _lock_step(self) -> LockStep:
         if self._stages is None:
-            if self._onnx is None:
-                raise UsageError(
-                    f"exact tiles on {self.info.name}",
-                    expected="an ONNX file: channel attention sees the whole image, and built engines cannot be cut",
-                    next_step="use --tiles overlapped, or the model.fp32.onnx",
-                )
             memory = self._settings.memory_bytes or self._free_memory
-            self._stages = LockStep(self._onnx, engine=self.info.engine, threads=self._threads, memory_bytes=memory)
+            self._stages = lock_step_of(self._runner, self._onnx, threads=self._threads, memory_bytes=memory)
         return self._stages
 
     def _run(self, tiles: Planes) -> Planes:

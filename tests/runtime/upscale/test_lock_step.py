@@ -11,16 +11,21 @@ from onnx import TensorProto, helper
 
 from srdeploy.core.errors import CapabilityError, UsageError
 from srdeploy.core.runner import Runner, run_image
+from srdeploy.models.load import LoadedCheckpoint
 from srdeploy.runtime.budget import TileSettings
-from srdeploy.runtime.lock_step import LockStep
-from srdeploy.runtime.stages import cut_at_poolings, live_maps
+from srdeploy.runtime.eager_stages import stages_from_network
+from srdeploy.runtime.engines.registry import open_engine
+from srdeploy.runtime.lock_step import lock_step_of
+from srdeploy.runtime.onnx_stages import stages_from_onnx
+from srdeploy.runtime.stages import Stage, live_maps
 from srdeploy.runtime.upscaler import Upscaler
 
 Draw = Callable[..., NDArray[np.uint8]]
+MakeCheckpoint = Callable[..., LoadedCheckpoint]
 
 
 def test_network_is_cut_at_every_pooling(rcan_onnx: Path) -> None:
-    stages = cut_at_poolings(onnx.load(rcan_onnx))
+    stages = stages_from_onnx(onnx.load(rcan_onnx))
 
     assert len(stages) == 2 * 2 + 1  # one pooling per block, and the end
     assert stages[0].maps_in == ("input",)
@@ -32,13 +37,14 @@ def test_network_is_cut_at_every_pooling(rcan_onnx: Path) -> None:
         onnx.checker.check_model(stage.model, full_check=True)
 
 
-@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("engine", ["eager", "onnxruntime", "openvino"])
 @pytest.mark.parametrize("memory", [1 << 30, 1000], ids=["maps in memory", "maps in files"])
 def test_lock_step_equals_the_eager_whole_image(
     engine: str, memory: int, rcan_onnx: Path, make_runner: Callable[..., Runner]
 ) -> None:
     image = np.random.default_rng(0).random((1, 3, 43, 59), dtype=np.float32)
-    lock = LockStep(rcan_onnx, engine=engine, threads=1, memory_bytes=memory)
+    runner = make_runner("rcan") if engine == "eager" else open_engine(rcan_onnx, engine=engine, threads=1)
+    lock = lock_step_of(runner, rcan_onnx, threads=1, memory_bytes=memory)
     decision = lock.decide(43, 59, TileSettings(mode="exact", side=24))
     assert decision is not None
 
@@ -46,8 +52,36 @@ def test_lock_step_equals_the_eager_whole_image(
 
     assert decision.plan.tiles == 12
     assert decision.maps_in_memory == (memory > 1000)
-    with make_runner("rcan") as runner:
-        np.testing.assert_allclose(np.concatenate(bands, axis=2), run_image(runner, image), atol=1e-5)
+    with make_runner("rcan") as reference:
+        np.testing.assert_allclose(np.concatenate(bands, axis=2), run_image(reference, image), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rcan x3", "rcan on 255 with mean shift"])
+def test_eager_network_is_cut_itself_where_no_graph_is_at_hand(
+    name: str, make_runner: Callable[..., Runner], picture: Draw
+) -> None:
+    image = picture(41, 67)
+    with Upscaler(make_runner(name)) as whole, Upscaler(make_runner(name), TileSettings(side=32)) as up:
+        expected, _ = whole.upscale(image, dtype=np.float32)
+        actual, report = up.upscale(image, dtype=np.float32)
+
+    assert report.decision.lock_step
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def test_eager_network_and_its_graph_are_cut_alike(rcan_onnx: Path, make_checkpoint: MakeCheckpoint) -> None:
+    eager = stages_from_network(make_checkpoint("rcan").reference, 3)
+    graph = stages_from_onnx(onnx.load(rcan_onnx))
+
+    def facts(stage: Stage) -> tuple[int, ...]:
+        return len(stage.maps_in), len(stage.means_in), len(stage.maps_out), stage.radius, stage.channels
+
+    assert [facts(stage) for stage in eager] == [facts(stage) for stage in graph]
+
+
+def test_eager_network_that_looks_at_blocks_of_pixels_is_refused(make_checkpoint: MakeCheckpoint) -> None:
+    with pytest.raises(UsageError, match="lock-step|depend on the picture"):
+        stages_from_network(make_checkpoint("rcan unshuffled").reference, 3)
 
 
 @pytest.mark.parametrize("shape", [(50, 62, 3), (50, 62, 4), (33, 80, 1), (1, 90, 3)], ids=str)
@@ -73,7 +107,8 @@ def test_maps_that_do_not_fit_fall_back_to_overlapped_tiles_unless_asked(rcan_on
 
 
 def test_maps_that_no_disk_holds_are_refused(rcan_onnx: Path) -> None:
-    lock = LockStep(rcan_onnx, engine="onnxruntime", threads=1, memory_bytes=1000)
+    with open_engine(rcan_onnx, threads=1) as runner:
+        lock = lock_step_of(runner, rcan_onnx, threads=1, memory_bytes=1000)
     decision = lock.decide(10**6, 10**6, TileSettings(mode="exact"))
     assert decision is not None
 
@@ -81,14 +116,13 @@ def test_maps_that_no_disk_holds_are_refused(rcan_onnx: Path) -> None:
         next(lock.bands(lambda begin, end: np.zeros((1, 3, end - begin, 10**6), np.float32), decision, scale=2))
 
 
-def test_built_engine_and_runner_without_graph_are_refused(make_runner: Callable[..., Runner], rcan_onnx: Path) -> None:
+def test_engine_without_its_graph_is_refused(rcan_onnx: Path) -> None:
+    runner = open_engine(rcan_onnx, threads=1)
     with (
-        Upscaler(make_runner("rcan"), TileSettings(mode="exact", side=24)) as up,
-        pytest.raises(UsageError, match="exact tiles on eager fp32.*cannot be cut"),
+        Upscaler(runner, TileSettings(mode="exact", side=24)) as up,
+        pytest.raises(UsageError, match="exact tiles.*on onnxruntime fp32.*cannot be cut"),
     ):
         up.decide(50, 50)
-    with pytest.raises(UsageError, match="built engine cannot be cut"):
-        LockStep(rcan_onnx, engine="tensorrt", threads=1, memory_bytes=1 << 30)
 
 
 @pytest.mark.parametrize(
@@ -115,4 +149,4 @@ def test_what_is_not_local_is_refused(operation: str, attributes: dict[str, obje
     )
 
     with pytest.raises(UsageError, match=f"{operation}.*lock-step"):
-        cut_at_poolings(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]))
+        stages_from_onnx(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]))
