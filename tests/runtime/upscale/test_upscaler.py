@@ -4,6 +4,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +18,14 @@ from srdeploy.core.manifest import Source
 from srdeploy.core.precision import Precision
 from srdeploy.core.runner import Runner, run_image
 from srdeploy.core.shapes import ShapeProfile
+from srdeploy.models.load import Evidence, LoadedCheckpoint
+from srdeploy.models.spec import NetworkConfig, network_of, spec_of
+from srdeploy.models.srdensenet import SrDenseNetConfig, srdensenet_all, srdensenet_h, srdensenet_hl
 from srdeploy.runtime.budget import TileSettings, decide, parse_bytes
 from srdeploy.runtime.bundle import BundleEngine, write_bundle_manifest
+from srdeploy.runtime.engines.eager import open_eager
 from srdeploy.runtime.engines.registry import open_engine
-from srdeploy.runtime.upscaler import Upscaler
+from srdeploy.runtime.upscaler import ImageReport, Upscaler
 
 Draw = Callable[..., NDArray[np.uint8]]
 RunnerFactory = Callable[..., Runner]
@@ -44,6 +49,40 @@ def test_tiles_by_the_receptive_radius_equal_the_whole_image(
     assert max(shape[:2]) <= 31 or report.decision.plan.tiles > 1
     # 1e-5: FP32 sums in another order where kernels differ between shapes; alpha divides, so it amplifies a little
     np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("make_config", [srdensenet_all, srdensenet_hl, srdensenet_h], ids=["all", "hl", "h"])
+def test_tiles_of_the_papers_sizes_equal_the_whole_image_and_thinner_overlaps_would_not(
+    make_config: Callable[[], SrDenseNetConfig],
+) -> None:
+    checkpoint = _lively_checkpoint(make_config())
+    image = np.random.default_rng(0).integers(0, 256, (10, 160, 1), dtype=np.uint8)
+
+    def upscaled(settings: TileSettings) -> tuple[NDArray[Any], ImageReport]:
+        with Upscaler(open_eager(checkpoint, threads=1), settings) as up:
+            return up.upscale(image, dtype=np.float32)
+
+    expected, _ = upscaled(TileSettings())
+    exact, report = upscaled(TileSettings(side=148))
+    thin, _ = upscaled(TileSettings(mode="overlapped", side=148, overlap=16))
+
+    assert report.decision.exact
+    assert (report.decision.plan.tiles, report.decision.plan.halo) == (2, 66)
+    np.testing.assert_allclose(exact, expected, atol=1e-5)
+    assert np.abs(thin - expected).max() > 1e-5
+
+
+def _lively_checkpoint(config: NetworkConfig) -> LoadedCheckpoint:
+    """Return weights that keep activations at one level, so that even the farthest pixel of the radius counts."""
+    torch.manual_seed(0)
+    network = network_of(config).eval()
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
+            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            assert module.bias is not None
+            torch.nn.init.zeros_(module.bias)
+    evidence = Evidence("test", "test network", "seeded weights", "none", (), {}, ())
+    return LoadedCheckpoint(Path("seeded.pth"), "0" * 64, "test", config, spec_of(config), network, evidence)
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
