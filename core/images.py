@@ -34,6 +34,10 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "PPM", "GIF")
 _MODES = {"1": "L", "L": "L", "LA": "LA", "La": "LA", "RGB": "RGB", "RGBX": "RGB", "YCbCr": "RGB"} | dict.fromkeys(
     ("RGBA", "RGBa", "PA"), "RGBA"
 )
+_SIGNATURES = (
+    b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+",
+    b"BM", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6",
+)  # fmt: skip
 _EXIF_HEADER = b"Exif\0\0"
 _XMP_KEYWORD = "XML:com.adobe.xmp"
 _open_lock = threading.Lock()
@@ -42,6 +46,7 @@ Pixels = NDArray[np.uint8] | NDArray[np.uint16]
 Kind = Literal["gray", "gray+alpha", "rgb", "rgb+alpha"]
 
 _KINDS: tuple[Kind, ...] = ("gray", "gray+alpha", "rgb", "rgb+alpha")
+_X_RESOLUTION = 282
 _EXIF_TAGS = (270, 271, 272, 274, 305, 306, 315, 33432)
 """What of a TIFF's own directory is about the picture, not about its storage: description, camera, orientation, ..."""
 _EXIF_FOLDERS = (34665, 34853)  # EXIF and GPS directories
@@ -116,6 +121,16 @@ def find_images(source: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(source).parts)
 
 
+def is_picture(path: Path) -> bool:
+    """Tell by its first bytes whether a file claims to be a picture, however damaged, animated or strange."""
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(12)
+    except OSError:
+        return False
+    return start.startswith(_SIGNATURES) or (start[:4] == b"RIFF" and start[8:] == b"WEBP")
+
+
 def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Picture:
     """Decode one image file, with its metadata.
 
@@ -151,6 +166,8 @@ def _picture(image: Image.Image, pixels: Pixels, exif: bytes | None) -> Picture:
     """Put pixels and what an opened image says about them together."""
     info: dict[Any, Any] = dict(image.info)
     dpi = info.get("dpi")
+    if image.format == "TIFF" and _X_RESOLUTION not in image.tag_v2:  # type: ignore[attr-defined]
+        dpi = None  # Pillow makes 1 dot per inch of a file that states none
     return Picture(
         pixels=pixels,
         format="jpeg" if image.format == "MPO" else str(image.format).lower(),
@@ -253,6 +270,12 @@ def opened(path: Path, *, max_pixels: int | None = MAX_PIXELS) -> Iterator[Image
     except InputError:
         raise
     except UnidentifiedImageError as error:
+        if is_picture(path):
+            raise InputError(
+                f"{path} is a picture of a kind that is not read here, or damaged at its beginning",
+                expected="gray or RGB of 8 or 16 bits",
+                next_step="convert it in an image editor first; floating-point TIFF is written (--float), not read",
+            ) from error
         raise InputError(
             f"{path} is not an image that can be read", expected="PNG, JPEG, WebP, TIFF, BMP, PPM or GIF content"
         ) from error

@@ -101,11 +101,11 @@ class Conversion:
                 return colour
             alpha = np.full((*colour.shape[:2], 1), self.constant_alpha, np.float32)
             return np.concatenate([colour, alpha], axis=2)
-        alpha = np.clip(self._gray(planes[1]), 0, 1)
-        # Premultiplied colour lies in 0..alpha by definition; the network may step outside by a little.
-        visible = np.clip(colour, 0, alpha)
-        plain = np.divide(visible, alpha, out=np.zeros_like(visible), where=alpha > _OPAQUE_STEP)
-        return np.concatenate([plain, alpha], axis=2)
+        alpha = self._gray(planes[1])
+        # Both overshoot at an edge, and by the same factor: so divide before anything is clamped. Alpha clamped first
+        # would leave the colour's overshoot as a bright rim.
+        plain = np.divide(colour, alpha, out=np.zeros_like(colour), where=alpha > _OPAQUE_STEP)
+        return np.concatenate([plain.clip(0, 1), alpha.clip(0, 1)], axis=2)
 
     def _colour_planes(self, colour: Floats) -> Floats:
         """(H, W, 1 or 3) to (C, H, W)."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from srdeploy.core.errors import InputError, UsageError
 from srdeploy.core.extras import import_extra, is_installed
-from srdeploy.core.images import opened
+from srdeploy.core.images import is_picture
 
 SUFFIXES = (".mp4", ".m4v", ".mkv", ".mov", ".webm", ".avi", ".ts", ".m2ts", ".mpg", ".mpeg", ".nut", ".y4m", ".flv")
 """Names that count as videos."""
@@ -75,12 +75,9 @@ class Frame:
 
 
 def is_video(path: Path) -> bool:
-    """Tell whether a file is a video: by content where PyAV is installed, else by name. Pictures are not."""
-    try:
-        with opened(path, max_pixels=None):
-            return False
-    except InputError:
-        pass
+    """Tell whether a file is a video: by content where PyAV is installed, else by name. Animated pictures are not."""
+    if is_picture(path):
+        return False
     if path.suffix.lower() in SUFFIXES:
         return True
     if not is_installed("av"):

@@ -75,6 +75,13 @@ def test_photo_formats_keep_metadata(suffix: str, tmp_path: Path) -> None:
         assert back.dpi == (300.0, 150.0)
 
 
+@pytest.mark.parametrize(("dtype", "channels"), [(np.uint8, 3), (np.uint16, 3), (np.uint16, 1)])
+def test_tiff_that_states_no_resolution_gets_none(dtype: type, channels: int, tmp_path: Path) -> None:
+    write_image(tmp_path / "a.tif", np.zeros((3, 4, channels), dtype))
+
+    assert read_image(tmp_path / "a.tif").dpi is None
+
+
 def test_quality_makes_smaller_files(tmp_path: Path) -> None:
     pixels = RANDOM.integers(0, 256, (64, 64, 3), dtype=np.uint8)
     for suffix in (".jpg", ".webp"):

@@ -25,6 +25,7 @@ from srdeploy.runtime.budget import TileSettings, decide, parse_bytes
 from srdeploy.runtime.bundle import BundleEngine, write_bundle_manifest
 from srdeploy.runtime.engines.eager import open_eager
 from srdeploy.runtime.engines.registry import open_engine
+from srdeploy.runtime.planes import ArraySource, Chroma, Conversion
 from srdeploy.runtime.upscaler import ImageReport, Upscaler
 
 Draw = Callable[..., NDArray[np.uint8]]
@@ -180,6 +181,20 @@ def test_every_kind_of_pixel_comes_back_as_it_went_in(
     np.testing.assert_allclose(
         result, image.repeat(2, axis=0).repeat(2, axis=1), atol=1e-6 if dtype == np.float32 else 0
     )
+
+
+def test_overshoot_at_an_edge_of_alpha_makes_no_bright_rim() -> None:
+    """Networks sharpen: premultiplied colour and alpha both step beyond their ends, by the same factor."""
+    edge = np.array([1.0, 1.25, 0.5, 0.01, -0.1, 0.0], np.float32)
+    colour = np.array([0.6, 0.2, 0.9], np.float32)
+    planes = np.stack([colour[:, None] * edge, np.repeat(edge[None], 3, axis=0)])[:, :, None]  # (2, 3, 1, 6)
+    conversion = Conversion(colours="rgb", channels=4, scale=1, trim=0, alpha=True)
+
+    pixels = conversion.pixels(planes, Chroma(ArraySource(np.zeros((1, 6, 4), np.uint8)), conversion))[0]
+
+    np.testing.assert_allclose(pixels[:4, :3], np.tile(colour, (4, 1)), rtol=1e-6)
+    np.testing.assert_array_equal(pixels[4:], 0)
+    np.testing.assert_array_equal(pixels[:, 3], edge.clip(0, 1))
 
 
 def test_colour_under_transparent_pixels_makes_no_fringe(make_runner: RunnerFactory) -> None:

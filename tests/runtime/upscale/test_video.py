@@ -397,10 +397,18 @@ def test_videos_are_known_by_content(tmp_path: Path, picture: Callable[..., Any]
     clip(tmp_path / "a.mp4", frames=2).rename(tmp_path / "video.dat")
     Image.fromarray(picture(8, 8)).save(tmp_path / "picture.mp4", format="PNG")
     (tmp_path / "text.txt").write_text("neither")
+    frames = [Image.fromarray(picture(8, 8, seed=seed)) for seed in range(3)]
+    for name in ("moving.gif", "moving.png", "moving.webp", "pages.tif"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    frames[0].convert("CMYK").save(tmp_path / "cmyk.tif")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "picture.mp4").read_bytes()[:20])
 
     assert is_video(tmp_path / "video.dat")
     assert not is_video(tmp_path / "picture.mp4")
     assert not is_video(tmp_path / "text.txt")
+    # FFmpeg would open all of these; they are pictures, and refused as what they are
+    for name in ("moving.gif", "moving.png", "moving.webp", "pages.tif", "cmyk.tif", "cut.png"):
+        assert not is_video(tmp_path / name)
 
 
 def test_memory_does_not_grow_with_the_length(up: Upscaler, tmp_path: Path) -> None:
