@@ -242,8 +242,12 @@ def quantized(output: NDArray[np.floating[Any]], dtype: Any) -> NDArray[Any]:
     if planes.size and not (np.isfinite(planes.min()) and np.isfinite(planes.max())):
         raise GateError("the network's output holds NaN or infinite values", expected="numbers near 0..1")
     peak = np.iinfo(dtype).max
-    scaled = np.clip(planes, 0, 1).astype(np.float64 if dtype == np.uint16 else np.float32) * peak
-    return np.ascontiguousarray(np.rint(scaled, out=scaled).astype(dtype).transpose(1, 2, 0))
+    pixels = np.empty((*planes.shape[1:], len(planes)), dtype)
+    for channel, plane in enumerate(planes):  # plane by plane: three times quicker than turning the whole
+        scaled = np.clip(plane, 0, 1).astype(np.float64 if dtype == np.uint16 else np.float32, copy=False)
+        scaled *= peak
+        pixels[..., channel] = np.rint(scaled, out=scaled)
+    return pixels
 
 
 @contextmanager

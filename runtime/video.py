@@ -12,6 +12,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -181,9 +182,9 @@ class Parts:
         """Frames in the finished segments."""
         return sum(len(segment.pts) for segment in self.segments)
 
-    def next_path(self) -> Path:
-        """Return where the next segment belongs. Matroska holds every codec."""
-        return self.folder / f"{len(self.segments):06d}.mkv"
+    def path(self, number: int) -> Path:
+        """Return where a segment belongs. Matroska holds every codec."""
+        return self.folder / f"{number:06d}.mkv"
 
     def add(self, segment: Segment) -> None:
         """Record a finished segment."""
@@ -203,7 +204,7 @@ class Parts:
         for line in text.splitlines():
             try:
                 entry = json.loads(line)
-                path = self.next_path()
+                path = self.path(len(self.segments))
                 whole = (
                     entry["key"] == self._key
                     and entry["file"] == path.name
@@ -217,6 +218,43 @@ class Parts:
                 return
             self._lines.append(line)
             self.segments.append(segment)
+
+
+@dataclass
+class _OpenSegment:
+    """A segment that is being written."""
+
+    path: Path
+    writer: VideoWriter
+    file: contextlib.ExitStack
+    pts: list[int] = field(default_factory=list)
+    last_duration: int = 0
+
+    def write(self, frame: Frame) -> None:
+        """Encode one frame."""
+        self.writer.write(frame)
+        self.pts.append(frame.pts)
+        self.last_duration = frame.duration
+
+    def finish(self) -> Segment:
+        """Encode what the encoder still holds and give the file its name; on failure nothing is left of it."""
+        with self.file:
+            try:
+                self.writer.close()
+            except BaseException:
+                self._abort()
+                raise
+        return Segment(self.path, tuple(self.pts), self.last_duration)
+
+    def drop(self) -> None:
+        """Throw an unfinished segment away."""
+        self._abort()
+        with contextlib.suppress(_Dropped), self.file:
+            raise _Dropped
+
+    def _abort(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk was met before, and closing meets it again
+            self.writer.abort()
 
 
 @dataclass
@@ -245,10 +283,9 @@ class _VideoJob:
         self.report.notes = self.encoding.notes
         self.report.mode = self.up.decide(info.height, info.width).reason
         self.parts = Parts(self.output.with_name(self.output.name + ".parts"), self._key(self.encoding))
-        self.writer: VideoWriter | None = None
-        self.pts: list[int] = []
-        self.last_duration = 0
-        self.segment = contextlib.ExitStack()
+        self.begun = len(self.parts.segments)
+        self.segment: _OpenSegment | None = None
+        self.finishing: Future[None] | None = None
 
     def run(self, progress: Progress) -> VideoReport:
         """Make the segments that are missing."""
@@ -259,12 +296,14 @@ class _VideoJob:
         with progress.task("upscaling frames", total=total) as advance:
             advance(self.parts.frames)
             rate = _Rate(advance)
-            try:
-                Pipeline(self._read(), self._compute, lambda frame: self._write(frame, rate)).run()
-                if self.writer is not None:
-                    self._end_segment()
-            finally:
-                self._drop_segment()
+            with ThreadPoolExecutor(max_workers=1, thread_name_prefix="srdeploy-finish") as finisher:
+                try:
+                    Pipeline(self._read(), self._compute, lambda frame: self._write(frame, finisher, rate)).run()
+                    self._end_segment(finisher)
+                    self._wait_for_finishing()
+                finally:
+                    if self.segment is not None:
+                        self.segment.drop()
         if not self.parts.segments:
             raise InputError(f"{self.reader.path} holds no frame", expected="a video")
         self.report.frames = self.parts.frames
@@ -288,36 +327,35 @@ class _VideoJob:
         self.report.stage_seconds["compute"] += time.monotonic() - started
         return Frame(np.ascontiguousarray(pixels), frame.pts, frame.duration)
 
-    def _write(self, frame: Frame, rate: "_Rate") -> None:
+    def _write(self, frame: Frame, finisher: ThreadPoolExecutor, rate: "_Rate") -> None:
         started = time.monotonic()
-        if self.writer is None:
-            path = self.segment.enter_context(atomic_file(self.parts.next_path(), force=True))
-            self.writer = VideoWriter(path, self.reader.info, self.encoding, self.size)
-        self.writer.write(frame)
-        self.pts.append(frame.pts)
-        self.last_duration = frame.duration
-        if len(self.pts) == self.options.segment_frames:
-            self._end_segment()
+        if self.segment is None:
+            self.segment = self._begin_segment()
+        self.segment.write(frame)
+        if len(self.segment.pts) == self.options.segment_frames:
+            self._end_segment(finisher)
         self.report.stage_seconds["encode"] += time.monotonic() - started
         rate.step()
 
-    def _end_segment(self) -> None:
-        assert self.writer is not None
-        path = self.parts.next_path()
-        self.writer.close()
-        self.writer = None
-        self.segment.close()  # the file gets its name
-        self.parts.add(Segment(path, tuple(self.pts), self.last_duration))
-        self.pts = []
+    def _begin_segment(self) -> _OpenSegment:
+        path = self.parts.path(self.begun)
+        with contextlib.ExitStack() as file:
+            temporary = file.enter_context(atomic_file(path, force=True))
+            writer = VideoWriter(temporary, self.reader.info, self.encoding, self.size)
+            self.begun += 1
+            return _OpenSegment(path, writer, file.pop_all())
 
-    def _drop_segment(self) -> None:
-        """Throw an unfinished segment away."""
-        if self.writer is not None:
-            with contextlib.suppress(OSError):  # a full disk was met before, and closing meets it again
-                self.writer.abort()
-            self.writer = None
-            with contextlib.suppress(_Dropped), self.segment:
-                raise _Dropped
+    def _end_segment(self, finisher: ThreadPoolExecutor) -> None:
+        """Finish a segment beside the next one: an encoder holds dozens of frames back until it is told the end."""
+        self._wait_for_finishing()
+        if self.segment is not None:
+            segment, self.segment = self.segment, None
+            self.finishing = finisher.submit(lambda: self.parts.add(segment.finish()))
+
+    def _wait_for_finishing(self) -> None:
+        finishing, self.finishing = self.finishing, None
+        if finishing is not None:
+            finishing.result()
 
     def _key(self, encoding: Encoding) -> str:
         parts = [sha256_of_file(self.reader.path), self.up.identity, encoding.codec, encoding.pix_fmt]
