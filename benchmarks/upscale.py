@@ -1,6 +1,6 @@
 """Tiles side by side with what people use, and video end to end beside its slowest stage.
 
-    python benchmarks/upscale.py [--picture PHOTO] [--tile 128] [--rounds 3] [-o benchmarks/results/upscale]
+    python benchmarks/upscale.py [--part pictures|video] [--picture PHOTO] [--tile 128] [--rounds 3]
 
 Pictures. One network (the demo RCAN x2, whose channel attention makes tiles differ from the whole image) and one photo:
 
@@ -13,10 +13,10 @@ one whole picture, opening excluded. Memory is the peak of the process above wha
 the PSNR to the whole image by the same library, so that it judges the tiles alone; the seam score is explained in
 `srdeploy.runtime.tiling.seam_score_at`, and its value on the whole image at the same places is the neutral point.
 
-Video. Decoding, the network and encoding are timed alone over the same frames, then `upscale_video` end to end; the
-last figure should come within 10 % of the slowest stage. Engine-only is the bare runner without conversions and guards.
+Lock-step on the three engines that can be cut, with whole images by the same engine beside it, is what exactness costs.
 
-What limits both: on a busy machine stages steal time from each other. Read the ratios, and run it on a quiet one.
+Video: see `upscale_video.py`, which `--part video` runs. What limits both: on a busy machine others steal time. Read
+the ratios, and run it on a quiet one.
 """
 
 import argparse
@@ -27,17 +27,35 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import upscale_video
 
-from srdeploy.core.environment import machine, package_versions
+from srdeploy.core.environment import package_versions
+from srdeploy.runtime.conditions import conditions
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "examples" / "rcan_x2_demo.pt"
-CONTESTANTS = ("whole", "lock-step", "overlapped", "onnxruntime 16 px", "spandrel whole", "spandrel loop")
+CONTESTANTS = (
+    "whole",
+    "lock-step",
+    "overlapped",
+    "plain onnxruntime, 16 px",
+    "spandrel whole",
+    "spandrel loop",
+    "openvino whole",
+    "openvino lock-step",
+    "eager whole",
+    "eager lock-step",
+)
+REFERENCES = {
+    "spandrel loop": "spandrel whole",
+    "openvino lock-step": "openvino whole",
+    "eager lock-step": "eager whole",
+}
+"""Which whole image judges the tiles; ours on ONNX Runtime where nothing is said."""
 
 
 def main() -> None:
@@ -47,34 +65,44 @@ def main() -> None:
     parser.add_argument("--tile", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--frames", type=int, default=96)
-    parser.add_argument("-o", "--output", type=Path, default=ROOT / "benchmarks" / "results" / "upscale")
+    parser.add_argument("--part", choices=("pictures", "video"), help="one of the two; default: both")
+    parser.add_argument("-o", "--output", type=Path, default=ROOT / "benchmarks" / "results", help="a folder")
     parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.contestant:
         print(json.dumps(_contest(arguments)))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        arguments.folder = Path(folder)
-        _export(arguments.folder / "model.onnx")
-        rows = _pictures(arguments)
-        video = _video(arguments)
+    made = {"pictures": _picture_document, "video": _video_document}
+    for part in [arguments.part] if arguments.part else list(made):
+        with tempfile.TemporaryDirectory() as folder:
+            arguments.folder = Path(folder)
+            _export(arguments.folder / "model.onnx")
+            document = made[part](arguments)
+        document |= {"command": " ".join(["python", *sys.argv]), "conditions": conditions()}
+        document["versions"] = package_versions(["srdeploy", "torch", "onnxruntime", "openvino", "spandrel", "av"])
+        path = arguments.output / f"upscale_{part}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = document.pop("markdown")
+        path.write_text(json.dumps(document, indent=2) + "\n")
+        path.with_suffix(".md").write_text(text)
+        print(text)
+
+
+def _picture_document(arguments: argparse.Namespace) -> dict[str, Any]:
     document = {
         "picture": arguments.picture.name,
         "tile": arguments.tile,
         "rounds": arguments.rounds,
         "threads": arguments.threads,
-        "pictures": rows,
-        "video": video,
-        "machine": machine(),
-        "versions": package_versions(["srdeploy", "torch", "onnxruntime", "spandrel", "av", "numpy"]),
+        "pictures": _pictures(arguments),
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.with_suffix(".json").write_text(json.dumps(document, indent=2) + "\n")
-    text = _markdown(document)
-    arguments.output.with_suffix(".md").write_text(text)
-    print(text)
+    return document | {"markdown": _markdown(document)}
+
+
+def _video_document(arguments: argparse.Namespace) -> dict[str, Any]:
+    cases = upscale_video.cases(arguments.folder, arguments.folder / "model.onnx", arguments.picture, arguments.rounds)
+    return {"rounds": arguments.rounds, "video": cases, "markdown": upscale_video.markdown(cases)}
 
 
 def _export(path: Path) -> None:
@@ -105,10 +133,10 @@ def _pictures(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             rows.append({"contestant": name, "failed": failed})
             continue
         output = np.load(arguments.folder / f"{name}.npy")
-        reference = np.load(arguments.folder / f"{'spandrel whole' if 'spandrel' in name else 'whole'}.npy")
+        reference = np.load(arguments.folder / f"{REFERENCES.get(name, 'whole')}.npy")
         error = float(np.mean((output.astype(np.float64) - reference) ** 2))
         height, width = output.shape[0] // 2, output.shape[1] // 2
-        pad = {"onnxruntime 16 px": 16, "spandrel loop": 10}.get(name)
+        pad = {"plain onnxruntime, 16 px": 16, "spandrel loop": 10}.get(name)
         if pad is None:
             plan = plan_tiles(height, width, window=(arguments.tile, arguments.tile), halo=16)
             seams = [list(plan.rows.seams), list(plan.columns.seams)]
@@ -160,17 +188,24 @@ def _contest(arguments: argparse.Namespace) -> dict[str, Any]:
 def _prepared(name: str, model: Path, tile: int, threads: int) -> Callable[[np.ndarray], np.ndarray]:
     if name.startswith("spandrel"):
         return _spandrel(tile if name == "spandrel loop" else None, threads)
-    if name == "onnxruntime 16 px":
+    if name == "plain onnxruntime, 16 px":
         return _plain_onnxruntime(model, tile, threads)
+    from srdeploy.models.load import Choices, load_checkpoint
     from srdeploy.runtime.budget import TileSettings
+    from srdeploy.runtime.engines.eager import open_eager
     from srdeploy.runtime.upscaler import Upscaler
 
-    settings = {
+    modes = {
         "whole": TileSettings(mode="whole"),
         "lock-step": TileSettings(mode="exact", side=tile),
         "overlapped": TileSettings(mode="overlapped", side=tile),
-    }[name]
-    up = Upscaler.open(model, settings, threads=threads)
+    }
+    settings = modes[name.split()[-1]]
+    if name.startswith("eager"):
+        up = Upscaler(open_eager(load_checkpoint(CHECKPOINT, Choices(value_range=1.0)), threads=threads), settings)
+    else:
+        engine = "openvino" if name.startswith("openvino") else None
+        up = Upscaler.open(model, settings, engine=engine, threads=threads)
     return lambda pixels: up(pixels)
 
 
@@ -189,7 +224,7 @@ def _spandrel(tile: int | None, threads: int) -> Callable[[np.ndarray], np.ndarr
 
     try:
         import torchvision  # noqa: F401
-    except ImportError:
+    except (ImportError, RuntimeError):  # missing, or made for another build of torch
         _stand_in_for_torchvision()
     import spandrel
 
@@ -245,79 +280,6 @@ def _stand_in_for_torchvision() -> None:
         sys.modules[name] = module
 
 
-def _video(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Time the stages alone and end to end, interleaved; medians over the rounds."""
-    from srdeploy.core.runner import run_image
-    from srdeploy.runtime.upscaler import Upscaler
-    from srdeploy.runtime.video import VideoOptions, upscale_video
-    from srdeploy.runtime.video_io import VideoReader, VideoWriter, choose_encoding
-
-    source = arguments.folder / "clip.mkv"
-    _clip(source, arguments.picture, arguments.frames)
-    reader = VideoReader(source)
-    frames = list(reader.frames())
-    reader.close()
-    size = (2 * reader.info.height, 2 * reader.info.width)
-    encoding = choose_encoding(reader.info, source, size=size, codec=None, quality=None)
-    seconds: dict[str, list[float]] = {"decode": [], "compute": [], "encode": [], "engine only": [], "end to end": []}
-    with Upscaler.open(arguments.folder / "model.onnx", threads=arguments.threads) as up:
-        batch = _batch(frames[0].pixels.astype(np.float32) / 255)
-        made = [type(frame)(up(frame.pixels), frame.pts, frame.duration) for frame in frames]
-
-        def decode() -> None:
-            again = VideoReader(source)
-            for _ in again.frames():
-                pass
-            again.close()
-
-        def encode() -> None:
-            writer = VideoWriter(arguments.folder / "alone.mkv", reader.info, encoding, size)
-            for frame in made:
-                writer.write(frame)
-            writer.close()
-
-        stages = {
-            "decode": decode,
-            "compute": lambda: [up.upscale(frame.pixels) for frame in frames],
-            "encode": encode,
-            "engine only": lambda: [run_image(up.runner, batch) for _ in frames],
-            "end to end": lambda: upscale_video(
-                up, source, arguments.folder / "out.mkv", VideoOptions(force=True, segment_frames=arguments.frames)
-            ),
-        }
-        for _ in range(arguments.rounds):
-            for name, stage in stages.items():
-                started = time.perf_counter()
-                stage()
-                seconds[name].append(time.perf_counter() - started)
-    rates = {name: len(frames) / statistics.median(values) for name, values in seconds.items()}
-    slowest = min(("decode", "compute", "encode"), key=lambda name: rates[name])
-    return {
-        "frames": len(frames),
-        "size": [reader.info.height, reader.info.width],
-        "frames_per_second": rates,
-        "slowest_stage": slowest,
-        "end_to_end_share_of_slowest": rates["end to end"] / rates[slowest],
-    }
-
-
-def _clip(path: Path, picture: Path, count: int) -> None:
-    """A pan over the photograph: 192 x 144, 24 frames a second."""
-    import av
-
-    from srdeploy.core.images import rgb8
-
-    pixels = rgb8(picture)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(24), options={"crf": "18"})
-        stream.width, stream.height, stream.pix_fmt = 192, 144, "yuv420p"
-        for number in range(count):
-            left = number % max(1, pixels.shape[1] - 192)
-            view = np.ascontiguousarray(pixels[:144, left : left + 192])
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(view, format="rgb24").reformat(format="yuv420p")))
-        container.mux(stream.encode(None))
-
-
 def _markdown(document: dict[str, Any]) -> str:
     from srdeploy.cli.console import markdown_table
 
@@ -338,7 +300,6 @@ def _markdown(document: dict[str, Any]) -> str:
                 seam,
             ]
         )
-    video = document["video"]
     headers = [
         "contestant",
         "seconds",
@@ -349,16 +310,9 @@ def _markdown(document: dict[str, Any]) -> str:
     ]
     lines = [
         f"Picture {document['picture']}, tiles of {document['tile']}, {document['threads']} thread(s), median of "
-        f"{document['rounds']} rounds on {document['machine']['processor']}.",
+        f"{document['rounds']} rounds.",
         "",
         markdown_table(headers, rows),
-        "",
-        f"Video, {video['frames']} frames of {video['size'][1]}x{video['size'][0]}, frames per second:",
-        "",
-        markdown_table(list(video["frames_per_second"]), [[f"{v:.1f}" for v in video["frames_per_second"].values()]]),
-        "",
-        f"End to end reaches {100 * video['end_to_end_share_of_slowest']:.0f} % of the slowest stage alone "
-        f"({video['slowest_stage']}).",
         "",
     ]
     return "\n".join(lines)
