@@ -64,10 +64,13 @@ def command(model: Path, source: Path, output: Path, **options: Any) -> None:
         info = up.info
         progress.note(f"{info.name} on {info.device}, {info.numeric_mode}; x{up.contract.scale}, {up.contract.colours}")
         if source.is_dir():
+            _refuse("a folder of images", {"--codec": options["codec"]})
             document = _folder(up, source, output, written, options["suffix"], progress)
         elif _is_video(source):
+            _refuse("a video", {"--float": options["as_float"], "--format": options["suffix"]})
             document = _video(up, source, output, written, options["codec"], progress)
         else:
+            _refuse("an image", {"--codec": options["codec"], "--format": options["suffix"]})
             document = _image(up, source, output, written, progress)
         document = {"model": str(model), "engine": info.name, "versions": dict(info.versions), **document}
     failures = document.pop("failures", None)
@@ -76,6 +79,15 @@ def command(model: Path, source: Path, output: Path, **options: Any) -> None:
     if failures is not None:
         failures.raise_failures()
     next_command("srdeploy", "inspect", str(model))
+
+
+def _refuse(what: str, given: dict[str, Any]) -> None:
+    """Refuse options that do not apply: nothing that was asked for is dropped in silence."""
+    from srdeploy.core.errors import UsageError
+
+    for name, value in given.items():
+        if value:
+            raise UsageError(f"{name} does not apply to {what}", next_step="leave it out")
 
 
 def _image(up: Any, source: Path, output: Path, written: Any, progress: RichProgress) -> dict[str, Any]:

@@ -15,11 +15,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from srdeploy.core.artifact import atomic_file, sha256_of_bytes, sha256_of_file
+from srdeploy.core.artifact import atomic_file, refuse_existing, sha256_of_bytes, sha256_of_file
 from srdeploy.core.errors import InputError, OutputError, SrdeployError, UsageError
 from srdeploy.core.images import Picture, find_images, read_image
 from srdeploy.core.progress import SILENT, Progress
-from srdeploy.runtime.image_io import FORMATS, write_image
+from srdeploy.runtime.image_io import FORMATS, check_quality, write_image
 from srdeploy.runtime.pictures import (
     OutputOptions,
     check_fits,
@@ -116,6 +116,7 @@ def upscale_folder(
     """
     options = options or OutputOptions()
     refuse_same(source, output)
+    check_quality(Path("each" + (suffix or ".jpg")), options.quality)
     targets = _targets(source, output, suffix)
     report = FolderReport()
     started = time.monotonic()
@@ -192,6 +193,7 @@ class _FolderJob:
                     self._report.skipped.append(self._name(item))
                     self._advance()
                     continue
+                refuse_existing(output, self._may_replace(item))
                 if not is_streamed(source, self._up):
                     item.picture = read_image(source)
                     check_fits(item.picture, self._up, output, self._options)
@@ -206,7 +208,7 @@ class _FolderJob:
         try:
             if item.picture is None:
                 self._note_start(item)
-                options = OutputOptions(self._options.as_float, self._options.quality, self._may_replace(item))
+                options = OutputOptions(self._options.as_float, force=self._may_replace(item))
                 item.report = upscale_file(self._up, item.source, item.output, options)
             else:
                 item.pixels, item.report = upscale_picture(self._up, item.picture, self._options)

@@ -5,6 +5,7 @@ block is passed on byte for byte, except that the pixel dimensions in it, if any
 resolution (pixels per inch) stays as it was, so a picture twice as wide in pixels prints twice as wide.
 """
 
+import io
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
-from srdeploy.core.errors import OutputError, UsageError
+from srdeploy.core.errors import UsageError
 from srdeploy.core.images import Picture
 from srdeploy.runtime.row_writers import open_rows
 from srdeploy.runtime.tiff_tags import add_exif
@@ -26,6 +27,21 @@ _MAX_SIDE = {"JPEG": 65_500, "WEBP": 16_383, "PNG": 2**31 - 1, "TIFF": 2**31 - 1
 _EXIF_HEADER = b"Exif\0\0"
 _SHORT, _LONG = 3, 4
 _XMP_KEYWORD = "XML:com.adobe.xmp"
+
+
+def check_quality(path: Path, quality: int | None) -> None:
+    """Refuse a quality that the output's format does not have.
+
+    Raises:
+        UsageError: PNG and TIFF lose nothing, and JPEG and WebP begin at 1.
+    """
+    name = FORMATS.get(path.suffix.lower())
+    if quality is None or name is None:
+        return
+    if name in ("PNG", "TIFF"):
+        raise UsageError(f"--quality {quality} for {name}, which loses nothing", expected="a .jpg or .webp output")
+    if not 1 <= quality <= 100:
+        raise UsageError(f"--quality {quality} for {name}", expected="1 to 100")
 
 
 def check_output(path: Path, *, size: tuple[int, int], channels: int, dtype: Any) -> str:
@@ -133,22 +149,19 @@ def _save_with_pillow(path: Path, pixels: NDArray[Any], name: str, like: Picture
         options = _pillow_metadata(like, name, width=pixels.shape[1], height=pixels.shape[0])
     if name == "JPEG":
         # Chroma at full resolution: the network made it, subsampling would throw three quarters of it away.
-        options |= {"quality": quality or JPEG_QUALITY, "subsampling": 0}
+        options |= {"quality": JPEG_QUALITY if quality is None else quality, "subsampling": 0}
     elif name == "WEBP":
-        options |= {"quality": quality} if quality else {"lossless": True, "exact": True}
+        options |= {"lossless": True, "exact": True} if quality is None else {"quality": quality}
     elif name == "TIFF":
         options |= {"compression": "tiff_adobe_deflate"}
         exif = options.pop("exif", None)
-    try:
+    if name != "TIFF":
         image.save(path, format=name, **options)
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        # libtiff gives its own numbers, and no reason, when it cannot write on
-        raise OutputError(
-            f"cannot write {path}: {error}", next_step="free some space, or choose another folder"
-        ) from error
-    if name == "TIFF" and exif:
+        return
+    encoded = io.BytesIO()  # on a full disk libtiff would print lines of its own, and give no reason
+    image.save(encoded, format=name, **options)
+    path.write_bytes(encoded.getbuffer())
+    if exif:
         add_exif(path, exif)
 
 

@@ -355,7 +355,7 @@ def _openvino_stage(model: onnx.ModelProto, threads: int) -> StageRun:
     names = [value.name for value in model.graph.output]
 
     def run(feeds: Mapping[str, NDArray[Any]]) -> Arrays:
-        request.infer(dict(feeds))
+        request.infer(dict(feeds), share_inputs=True)
         return {name: request.get_tensor(name).data.copy() for name in names}
 
     return run

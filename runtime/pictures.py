@@ -11,7 +11,7 @@ from srdeploy.core.errors import UsageError
 from srdeploy.core.images import MAX_PIXELS, Picture, opened, read_image
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.runtime.huge import check_header, upscale_streamed
-from srdeploy.runtime.image_io import check_output, write_image
+from srdeploy.runtime.image_io import check_output, check_quality, write_image
 from srdeploy.runtime.upscaler import ImageReport, Upscaler
 
 
@@ -71,6 +71,7 @@ def upscale_file(
     """
     options = options or OutputOptions()
     refuse_same(source, output)
+    check_quality(output, options.quality)
     with atomic_file(output, force=options.force) as temporary:
         if is_streamed(source, up):
             return upscale_streamed(up, source, temporary, as_float=options.as_float, progress=progress)

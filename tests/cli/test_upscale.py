@@ -129,10 +129,12 @@ def test_broken_engine_is_exit_6_without_output_and_repaired_by_a_fallback(
         (["model.onnx", "empty", "-o", "out"], 3, "holds no image"),
         (["model.onnx", "empty", "-o", "out", "--format", "xyz"], 2, "--format xyz"),
         (["photo.png", "photo.png", "-o", "out.png"], 3, "photo.png"),
+        (["model.onnx", "photo.png", "-o", "out.png", "--codec", "libx264"], 2, "--codec does not apply to an image"),
+        (["model.onnx", "photo.png", "-o", "out.png", "--quality", "9"], 2, "PNG, which loses nothing"),
     ],
     ids=[
         "no model", "no source", "same path", "format", "memory", "precision", "engine", "device", "tiles", "empty",
-        "folder format", "model is a picture",
+        "folder format", "model is a picture", "codec of a picture", "quality of a PNG",
     ],
 )  # fmt: skip
 def test_refusals_have_their_code_and_one_line(

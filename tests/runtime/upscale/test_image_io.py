@@ -211,6 +211,17 @@ class TestFiles:
 
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
+    @pytest.mark.parametrize(("name", "quality"), [("out.png", 50), ("out.tif", 50), ("out.jpg", 0), ("out.webp", 101)])
+    def test_quality_that_a_format_does_not_have_is_refused(
+        self, name: str, quality: int, up: Upscaler, tmp_path: Path
+    ) -> None:
+        write_image(tmp_path / "in.png", RANDOM.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+
+        with pytest.raises(UsageError, match=f"--quality {quality}"):
+            upscale_file(up, tmp_path / "in.png", tmp_path / name, OutputOptions(quality=quality))
+
+        assert not (tmp_path / name).exists()
+
     def test_force_replaces(self, up: Upscaler, tmp_path: Path) -> None:
         write_image(tmp_path / "in.png", RANDOM.integers(0, 256, (4, 4, 3), dtype=np.uint8))
         (tmp_path / "out.png").write_bytes(b"old")
@@ -220,8 +231,11 @@ class TestFiles:
         assert read_image(tmp_path / "out.png").pixels.shape == (8, 8, 3)
 
     @pytest.mark.tmpfs
-    @pytest.mark.parametrize("wide", [False, True], ids=["pillow", "libvips"])
-    def test_full_disk_is_one_line_and_nothing_is_left(self, wide: bool, up: Upscaler, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("wide", [False, True], ids=["pillow", "own writer"])
+    @pytest.mark.parametrize("name", ["out.png", "out.tif"])
+    def test_full_disk_is_one_line_and_nothing_is_left(
+        self, name: str, wide: bool, up: Upscaler, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
         source = tmp_path / "in.png"
         dtype = np.uint16 if wide else np.uint8
         write_image(source, RANDOM.integers(0, 256, (300, 300, 3)).astype(dtype))
@@ -232,12 +246,13 @@ class TestFiles:
             pytest.skip("a tmpfs cannot be mounted here")
         try:
             with pytest.raises(OutputError, match="no space left"):
-                upscale_file(up, source, disk / "out.png")
+                upscale_file(up, source, disk / name)
             left = list(disk.iterdir())
         finally:
             subprocess.run(["umount", disk], check=True)
 
         assert left == []
+        assert capfd.readouterr() == ("", "")  # libraries that write in C have nothing to say either
 
     def test_cmyk_is_refused(self, up: Upscaler, tmp_path: Path) -> None:
         Image.new("CMYK", (8, 8)).save(tmp_path / "in.jpg")
