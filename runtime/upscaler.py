@@ -109,6 +109,7 @@ class Upscaler:
         # Asked once: frames of a video must not change from whole to tiles because memory was free or not for a moment.
         self._free_memory = default_memory()
         self._lock = threading.RLock()
+        self._closed = False
 
     @classmethod
     def open(
@@ -167,7 +168,13 @@ class Upscaler:
 
     @property
     def runner(self) -> Runner:
-        """The opened engine."""
+        """The opened engine.
+
+        Raises:
+            UsageError: the upscaler is closed.
+        """
+        if self._closed:
+            raise UsageError("the upscaler is closed", next_step="use it inside its with block")
         return self._runner
 
     @property
@@ -285,8 +292,25 @@ class Upscaler:
         run = self._lock_step_bands if decision.lock_step else self._bands
         return run(source, conversion, report, progress), report
 
+    def run_planes(self, planes: Planes) -> Planes:
+        """Run what is the network's input already, as a whole: (N, C, H, W) to (N, C, H', W'), every picture checked.
+
+        Raises:
+            InputError, GateError: as calling the upscaler.
+        """
+        check_input(planes)
+        return Guard(self._run, self.info.name, self._fallback_run(), Tally())(planes)
+
+    def run_tensors(self, feeds: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+        """Run tensors on the engine's device, unchecked; for engines that take them there."""
+        runner: Any = self.runner
+        with self._lock:
+            outputs: dict[str, torch.Tensor] = runner.run_tensors(feeds)
+        return outputs
+
     def close(self) -> None:
-        """Free the engines."""
+        """Free the engines; the upscaler cannot be used any more."""
+        self._closed = True
         self._resources.close()
 
     def __enter__(self) -> Self:
@@ -357,12 +381,12 @@ class Upscaler:
     def _lock_step(self) -> LockStep:
         if self._stages is None:
             memory = self._settings.memory_bytes or self._free_memory
-            self._stages = lock_step_of(self._runner, self._onnx, threads=self._threads, memory_bytes=memory)
+            self._stages = lock_step_of(self.runner, self._onnx, threads=self._threads, memory_bytes=memory)
         return self._stages
 
     def _run(self, tiles: Planes) -> Planes:
         with self._lock:
-            return run_image(self._runner, np.ascontiguousarray(tiles))
+            return run_image(self.runner, np.ascontiguousarray(tiles))
 
     def _fallback_run(self) -> Callable[[], Callable[[Planes], Planes]] | None:
         opener = self._open_fallback

@@ -2,7 +2,7 @@
 
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -247,9 +247,51 @@ def test_torch_tensors_keep_layout_and_type(
     torch.testing.assert_close(result, image.repeat_interleave(2, -1).repeat_interleave(2, -2))
 
 
+def test_float_planes_of_a_tensor_reach_the_engine_in_their_own_memory(make_runner: RunnerFactory) -> None:
+    runner = _bilinear_runner(make_runner)
+    image = torch.rand(3, 9, 8)
+    seen: list[NDArray[np.float32]] = []
+    made: list[NDArray[np.float32]] = []
+    run = runner.run
+
+    def watched(feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        outputs = run(feeds)
+        seen.append(feeds["input"])
+        made.append(outputs["output"])
+        return outputs
+
+    runner.run = watched  # type: ignore[method-assign]
+    with Upscaler(runner) as up:
+        result = up(image)
+
+    assert np.shares_memory(seen[0], image.numpy())
+    assert np.shares_memory(made[0], result.numpy())
+
+
+def test_bad_tensors_meet_the_guard_too(nearest_onnx: Callable[..., Path]) -> None:
+    image = torch.rand(3, 9, 8)
+    image[:, 4, 4] = 0.5
+    with Upscaler.open(nearest_onnx(poison=0.5), threads=1) as up, pytest.raises(GateError, match="NaN"):
+        up(image)
+    with Upscaler.open(nearest_onnx(poison=0.5), fallback=nearest_onnx(), threads=1) as up:
+        torch.testing.assert_close(up(image)[:, ::2, ::2], image)
+    with Upscaler.open(nearest_onnx(), threads=1) as up, pytest.raises(InputError, match="NaN or infinite"):
+        up(torch.full((3, 4, 4), torch.nan))
+
+
+@pytest.mark.parametrize("image", [np.zeros((4, 4, 3), np.uint8), torch.zeros(3, 4, 4)], ids=["numpy", "torch"])
+def test_closed_upscaler_says_so(image: Any, nearest_onnx: Callable[..., Path]) -> None:
+    with Upscaler.open(nearest_onnx(), threads=1) as up:
+        pass
+
+    with pytest.raises(UsageError, match="is closed"):
+        up(image)
+
+
 @pytest.mark.parametrize(
     ("image", "words"),
     [
+        (torch.zeros(0, 3, 4, 4), "shape"),
         (np.zeros((4, 4, 5), np.uint8), "shape"),
         (np.zeros((4,), np.uint8), "shape"),
         (np.zeros((0, 4, 3), np.uint8), "shape"),
@@ -258,7 +300,7 @@ def test_torch_tensors_keep_layout_and_type(
         (torch.zeros(3, 4, 4, dtype=torch.float16), "float16"),
         ([[1, 2]], "list"),
     ],
-    ids=["channels", "axes", "empty", "double", "tensor axes", "half tensor", "list"],
+    ids=["no tensors", "channels", "axes", "empty", "double", "tensor axes", "half tensor", "list"],
 )
 def test_what_is_no_picture_is_refused(image: object, words: str, nearest_onnx: Callable[..., Path]) -> None:
     with Upscaler.open(nearest_onnx(), threads=1) as up, pytest.raises(UsageError, match=words):
