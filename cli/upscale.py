@@ -100,6 +100,8 @@ def _image(up: Any, source: Path, output: Path, written: Any, progress: RichProg
     _warn_repaired(report.tally.repaired)
     if report.seam_score is not None and not report.decision.exact:
         progress.note(f"seam score {report.seam_score:.3f} (1.0: no seam is visible)")
+    if report.fidelity_db is not None:
+        progress.note(f"tiles: {report.fidelity_db:.1f} dB between this picture and one more tile across its seams")
     height, width = report.output_size
     progress.note(f"{output}: {width}x{height} in {seconds:.2f} s")
     return {"output": str(output), "seconds": round(seconds, 3), **report.to_json()}

@@ -177,6 +177,56 @@ def stitch(
         yield band[:, :, :finished]
 
 
+class SeamProbe:
+    """One more window across the seams in the middle of a picture, to tell how much the choice of tiles matters.
+
+    Where tiles differ from the whole image (channel attention, overlaps below the receptive radius), the whole image
+    does not fit, so there is nothing to compare with. But a window that has the seams in its middle is as good as the
+    tiles around it, and sees other surroundings: the two differ about as much as either does from the whole image.
+    """
+
+    def __init__(self, plan: TilePlan, *, scale: int, trim: int, multiple: int = 1) -> None:
+        """Place the window; arguments as for `stitch` and `plan_tiles`."""
+        axes = plan.rows, plan.columns
+        self._size = plan.rows.window, plan.columns.window
+        self._place = _across(plan.rows, multiple), _across(plan.columns, multiple)
+        # Where it is judged, in output pixels: near its border the window is no better than a tile.
+        self._box = []
+        for axis, place in zip(axes, self._place, strict=True):
+            edge = axis.window // 4 if axis.seams else 0
+            begin, end = place + edge, place + axis.window - edge
+            self._box.append((scale * begin, min(scale * end, scale * axis.size - trim)))
+        self._scale = scale
+        self._input: Planes | None = None
+        self._output: Planes | None = None
+
+    def see(self, begin: int, strip: Planes) -> None:
+        """Take what is needed of input rows (G, C, rows, W) from `begin` on."""
+        (top, left), (height, width) = self._place, self._size
+        if self._input is None:
+            self._input = np.zeros((*strip.shape[:2], height, width), np.float32)
+        _copy_rows(strip[..., left : left + width], begin, self._input, top)
+
+    def take(self, begin: int, band: Planes) -> None:
+        """Take what is needed of finished output rows (G, C, rows, W') from `begin` on."""
+        (top, bottom), (left, right) = self._box
+        if self._output is None:
+            self._output = np.zeros((*band.shape[:2], bottom - top, right - left), np.float32)
+        _copy_rows(band[..., left:right], begin, self._output, top)
+
+    def fidelity_db(self, run: Callable[[Planes], Planes]) -> float | None:
+        """Run the window and return its PSNR to the finished picture, in its inner part; None when they are equal."""
+        assert self._input is not None
+        assert self._output is not None
+        inner = [
+            slice(begin - self._scale * place, end - self._scale * place)
+            for place, (begin, end) in zip(self._place, self._box, strict=True)
+        ]
+        made = np.concatenate([run(self._input[index : index + 1]) for index in range(len(self._input))])
+        error = float(np.mean((made[:, :, *inner].astype(np.float64) - self._output) ** 2))
+        return None if error == 0 else -10 * math.log10(error)
+
+
 def seam_score(image: NDArray[np.floating], plan: TilePlan, scale: int) -> float | None:
     """Tell how visible the seams of a finished picture are; see `seam_score_at`."""
     return seam_score_at(image, plan.rows.seams, plan.columns.seams, scale)
@@ -240,6 +290,22 @@ def _plan_axis(size: int, window: int, halo: int, blend: int, smallest: int, fix
     # A crossfade longer than the way to the next seam would let three windows overlap.
     nearest = min(right - left for left, right in itertools.pairwise(starts))
     return AxisPlan(size, window, starts, min(blend, nearest))
+
+
+def _across(axis: AxisPlan, multiple: int) -> int:
+    """Return where a window begins that has the middlemost seam in its middle."""
+    if not axis.seams:
+        return 0
+    seam = axis.seams[len(axis.seams) // 2]
+    begin = round((seam - axis.window / 2) / multiple) * multiple
+    return max(0, min(begin, (axis.size - axis.window) // multiple * multiple))
+
+
+def _copy_rows(source: Planes, begin: int, target: Planes, first: int) -> None:
+    """Copy the rows that two ranges share: `source` holds rows from `begin` on, `target` from `first` on."""
+    low, high = max(begin, first), min(begin + source.shape[2], first + target.shape[2])
+    if low < high:
+        target[:, :, low - first : high - first] = source[:, :, low - begin : high - begin]
 
 
 def _output_seam(seam: float, scale: int) -> int:

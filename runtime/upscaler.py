@@ -29,7 +29,7 @@ from srdeploy.runtime.budget import Decision, TileSettings, decide, default_memo
 from srdeploy.runtime.guards import Guard, Tally, check_input, check_rows
 from srdeploy.runtime.lock_step import LockStep, lock_step_of
 from srdeploy.runtime.planes import ArraySource, Chroma, Conversion, Floats, PixelSource
-from srdeploy.runtime.tiling import Planes, seam_score, stitch
+from srdeploy.runtime.tiling import Planes, SeamProbe, seam_score, stitch
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +45,8 @@ class ImageReport:
         decision: tiles or whole, and why.
         tally: tiles run, and tiles repaired on the fallback.
         seam_score: see `srdeploy.runtime.tiling.seam_score`; None without seams or where the output was not kept.
+        fidelity_db: see `srdeploy.runtime.tiling.SeamProbe`; None where tiles equal the whole image or
+            reach beyond it, and for engines that take nothing but full batches.
     """
 
     size: tuple[int, int]
@@ -52,6 +54,7 @@ class ImageReport:
     decision: Decision
     tally: Tally = field(default_factory=Tally)
     seam_score: float | None = None
+    fidelity_db: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values."""
@@ -68,6 +71,7 @@ class ImageReport:
             "equals_whole_image": self.decision.exact,
             "tiles_run_again": dict(self.tally.repaired),
             "seam_score": None if self.seam_score is None else round(self.seam_score, 4),
+            "fidelity_db": None if self.fidelity_db is None else round(self.fidelity_db, 2),
         }
 
 
@@ -326,22 +330,37 @@ class Upscaler:
     ) -> Iterator[Floats]:
         chroma = Chroma(source, conversion)
         plan = report.decision.plan
+        guard = Guard(self._run, self.info.name, self._fallback_run(), report.tally)
+        probe = None
+        padded = plan.rows.padding or plan.columns.padding
+        if not (report.decision.exact or plan.whole or padded or report.decision.fill_batches):
+            multiple = int(self.contract.configuration.get("unshuffle", 1) or 1)
+            probe = SeamProbe(plan, scale=conversion.scale, trim=conversion.trim, multiple=multiple)
 
         def read_rows(begin: int, end: int) -> Planes:
-            return conversion.planes(source.rows(begin, end))
+            strip = conversion.planes(source.rows(begin, end))
+            if probe is not None:
+                probe.see(begin, strip)
+            return strip
 
+        begin = 0
         with progress.task("upscaling", total=plan.tiles * conversion.groups) as advance:
             for planes in stitch(
                 plan,
                 scale=conversion.scale,
                 trim=conversion.trim,
                 read_rows=read_rows,
-                run=Guard(self._run, self.info.name, self._fallback_run(), report.tally),
+                run=guard,
                 batch=report.decision.batch,
                 fill_batches=report.decision.fill_batches,
                 done=lambda tiles: advance(tiles),
             ):
+                if probe is not None:
+                    probe.take(begin, planes)
+                begin += planes.shape[2]
                 yield conversion.pixels(planes, chroma)
+        if probe is not None:
+            report.fidelity_db = probe.fidelity_db(Guard(self._run, self.info.name, self._fallback_run(), Tally()))
 
     def _lock_step_bands(
         self, source: PixelSource, conversion: Conversion, report: ImageReport, progress: Progress
