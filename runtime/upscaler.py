@@ -22,6 +22,7 @@ from srdeploy.core.artifact import sha256_of_file
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import InputError, UsageError
 from srdeploy.core.images import quantized
+from srdeploy.core.manifest import manifest_path
 from srdeploy.core.precision import Precision
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.runner import Runner, RunnerInfo, run_image
@@ -141,7 +142,7 @@ class Upscaler:
             InputError, CapabilityError, UsageError: as `srdeploy.runtime.engines.registry.open_engine` and
                 `srdeploy.runtime.bundle.choose_engine`.
         """
-        from srdeploy.runtime.engines.registry import open_engine
+        from srdeploy.runtime.engines.registry import is_engine, open_engine
 
         path = Path(path)
         if not path.exists():
@@ -149,10 +150,16 @@ class Upscaler:
         if path.is_dir():
             path, engine, bundled = _from_bundle(path, engine, precision)
             fallback = fallback or bundled
+        elif path.suffix != ".onnx" and not manifest_path(path).exists():
+            raise InputError(
+                f"{path} is no ONNX file, and has no readable manifest {manifest_path(path).name} beside it as engines do",
+                expected="an engine, an ONNX file or a bundle",
+                next_step=f"if it is a checkpoint: srdeploy export {path} -o model.onnx",
+            )
         runner = open_engine(path, engine=engine, device=device, threads=threads)
         # Lock-step cuts the graph that the engine computes. A built FP32 engine computes what the FP32 graph says; one
         # of another precision does not, and stays uncut.
-        onnx = path if path.suffix == ".onnx" else None
+        onnx = path if path.suffix == ".onnx" and not is_engine(path) else None
         if fallback is not None and runner.info.contract.precision is Precision.FP32:
             onnx = fallback
         same = fallback is not None and path == fallback and runner.info.engine == "onnxruntime"

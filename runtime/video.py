@@ -128,8 +128,10 @@ def upscale_video(
         job = _VideoJob(up, reader, output, options)
         try:
             report = job.run(progress)
-        except KeyboardInterrupt:
-            if job.parts.frames:
+        except BaseException as error:
+            if not job.parts.frames:
+                job.parts.remove()
+            elif isinstance(error, KeyboardInterrupt):
                 progress.note(f"{job.parts.frames} frames are kept in {job.parts.folder}; the same command goes on")
             raise
         with progress.task("joining segments, copying audio and subtitles"):

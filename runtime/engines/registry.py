@@ -162,7 +162,7 @@ def open_engine(
     """
     if path.is_dir():
         raise UsageError(f"{path} is a folder", expected="an ONNX file or an engine")
-    is_onnx = path.suffix == ".onnx" and not _is_engine(path)
+    is_onnx = path.suffix == ".onnx" and not is_engine(path)
     if not is_onnx:
         return _open_built(path, engine, device, threads, parity, outputs)
     chosen = family(engine or "onnxruntime")
@@ -298,7 +298,7 @@ def _refuse_overflow(path: Path, contract: ModelContract, chosen: Family, parity
         )
 
 
-def _is_engine(path: Path) -> bool:
+def is_engine(path: Path) -> bool:
     """Tell whether an .onnx file is a built engine: ONNX Runtime's are ONNX files too."""
     if not manifest_path(path).is_file():
         return False

@@ -14,7 +14,8 @@ from srdeploy.core.runner import Runner, run_image
 from srdeploy.models.load import LoadedCheckpoint
 from srdeploy.runtime.budget import TileSettings
 from srdeploy.runtime.eager_stages import stages_from_network
-from srdeploy.runtime.engines.registry import open_engine
+from srdeploy.runtime.engines.options import BuildOptions
+from srdeploy.runtime.engines.registry import build_engine, open_engine
 from srdeploy.runtime.lock_step import lock_step_of
 from srdeploy.runtime.onnx_stages import stages_from_onnx
 from srdeploy.runtime.stages import Stage, live_maps
@@ -114,6 +115,18 @@ def test_maps_that_no_disk_holds_are_refused(rcan_onnx: Path) -> None:
 
     with pytest.raises(CapabilityError, match="feature maps.*TMPDIR"):
         next(lock.bands(lambda begin, end: np.zeros((1, 3, end - begin, 10**6), np.float32), decision, scale=2))
+
+
+def test_built_engine_is_not_taken_for_its_graph(rcan_onnx: Path, tmp_path: Path) -> None:
+    """ONNX Runtime's engines are ONNX files too, of operations that are its own business."""
+    built = tmp_path / "rcan.ort.onnx"
+    build_engine(rcan_onnx, built, engine="onnxruntime", options=BuildOptions(use_cache=False))
+    settings = TileSettings(mode="exact", side=24)
+
+    with Upscaler.open(built, settings, threads=1) as up, pytest.raises(UsageError, match="built engine cannot be cut"):
+        up.decide(50, 50)
+    with Upscaler.open(built, settings, threads=1, fallback=rcan_onnx) as up:
+        assert up.decide(50, 50).lock_step
 
 
 def test_engine_without_its_graph_is_refused(rcan_onnx: Path) -> None:

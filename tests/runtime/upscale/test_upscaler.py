@@ -404,6 +404,13 @@ def test_bundle_opens_its_best_engine_with_the_fp32_graph_as_fallback(
         np.testing.assert_array_equal(result, plain(image))
 
 
+def test_checkpoint_is_told_to_be_exported_first(tmp_path: Path) -> None:
+    (tmp_path / "rcan.pt").write_bytes(b"weights")
+
+    with pytest.raises(InputError, match="no ONNX file.*no readable manifest.*srdeploy export"):
+        Upscaler.open(tmp_path / "rcan.pt")
+
+
 def test_missing_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no\.onnx does not exist"):
         Upscaler.open(tmp_path / "no.onnx")

@@ -318,7 +318,7 @@ def test_what_is_no_sound_video_is_refused(
     with pytest.raises(InputError, match=words):
         upscale_video(up, path, tmp_path / "b.mp4")
 
-    assert not (tmp_path / "b.mp4").exists()
+    assert list(tmp_path.iterdir()) == [path]  # no folder for segments either: there is none
 
 
 def test_video_cut_in_the_middle_is_refused_after_the_last_whole_frame(up: Upscaler, tmp_path: Path) -> None:
