@@ -122,7 +122,7 @@ class Conversion:
         if self.colours == "rgb":
             return plane.transpose(1, 2, 0)
         ycbcr = np.concatenate([plane.transpose(1, 2, 0), around.rows(plane.shape[1])], axis=2)
-        return rgb_from_ycbcr(ycbcr.astype(np.float64)).astype(np.float32)
+        return rgb_from_ycbcr(ycbcr)
 
     def _gray(self, plane: Floats) -> Floats:
         """(C, H, W) to (H, W, 1): the mean of three equal-input channels, or luma back to full swing."""

@@ -152,7 +152,7 @@ class Upscaler:
             fallback = fallback or bundled
         elif path.suffix != ".onnx" and not manifest_path(path).exists():
             raise InputError(
-                f"{path} is no ONNX file, and has no readable manifest {manifest_path(path).name} beside it as engines do",
+                f"{path} is no ONNX file, and no readable manifest {manifest_path(path).name} lies beside it",
                 expected="an engine, an ONNX file or a bundle",
                 next_step=f"if it is a checkpoint: srdeploy export {path} -o model.onnx",
             )
