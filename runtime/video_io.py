@@ -26,6 +26,11 @@ SUFFIXES = (".mp4", ".m4v", ".mkv", ".mov", ".webm", ".avi", ".ts", ".m2ts", ".m
 _BT709, _UNSPECIFIED, _FCC, _BT470BG, _SMPTE170M, _SMPTE240M, _BT2020 = 1, 2, 4, 5, 6, 7, 9
 _MPEG, _JPEG = 1, 2
 _SWSCALE_MATRIX = {_BT709: 1, _FCC: 4, _BT470BG: 5, _SMPTE170M: 5, _SMPTE240M: 7, _BT2020: 9}
+_LUMA_WEIGHTS = {
+    _BT709: (0.2126, 0.0722), _FCC: (0.30, 0.11), _BT470BG: (0.299, 0.114), _SMPTE170M: (0.299, 0.114),
+    _SMPTE240M: (0.212, 0.087), _BT2020: (0.2627, 0.0593),
+}  # fmt: skip
+"""Red and blue in luma, by matrix."""
 _HD_LINES = 720
 _FULL_RANGE_FORMATS = {"yuvj420p": "yuv420p", "yuvj422p": "yuv422p", "yuvj444p": "yuv444p"}
 
@@ -333,12 +338,19 @@ class VideoWriter:
         """Encode one frame of RGB."""
         info = self._info
         wide = frame.pixels.dtype == np.uint16
-        made = self._av.VideoFrame.from_ndarray(frame.pixels, format="rgb48le" if wide else "rgb24")
         rgb_out = self._encoding.pix_fmt.startswith(("rgb", "gbr", "bgr"))
+        matrix = None if rgb_out else _SWSCALE_MATRIX[info.matrix]
+        by_hand = self._range() == _JPEG and not rgb_out and not wide
+        if by_hand:
+            planes = full_range_yuv(frame.pixels, info.matrix)
+            made = self._av.VideoFrame.from_ndarray(planes, format="yuv444p")
+        else:
+            made = self._av.VideoFrame.from_ndarray(frame.pixels, format="rgb48le" if wide else "rgb24")
         stored = made.reformat(
             format=self._encoding.pix_fmt,
+            src_colorspace=matrix if by_hand else None,
             src_color_range=_JPEG,
-            dst_colorspace=None if rgb_out else _SWSCALE_MATRIX[info.matrix],
+            dst_colorspace=matrix,
             dst_color_range=self._range(),
             interpolation=_accurate(self._av),
             threads=1,
@@ -367,6 +379,25 @@ class VideoWriter:
     def _range(self) -> int:
         rgb_out = self._encoding.pix_fmt.startswith(("rgb", "gbr", "bgr"))
         return _JPEG if rgb_out else self._info.range
+
+
+def full_range_yuv(pixels: NDArray[np.uint8], matrix: int) -> NDArray[np.uint8]:
+    """Convert RGB to full-range YUV, rounded: swscale cuts chroma off there, half a step too low on average.
+
+    Args:
+        pixels: (H, W, 3).
+        matrix: H.273 number.
+
+    Returns:
+        (3, H, W): Y, U, V.
+    """
+    red, blue = _LUMA_WEIGHTS[matrix]
+    luma = np.array([red, 1 - red - blue, blue])
+    rows = [luma, ((0, 0, 1) - luma) / (2 * (1 - blue)), ((1, 0, 0) - luma) / (2 * (1 - red))]
+    yuv = np.array(rows, np.float32) @ pixels.reshape(-1, 3).T.astype(np.float32)  # (3, H * W)
+    yuv[1:] += 128
+    planes: NDArray[np.uint8] = np.rint(yuv).clip(0, 255).astype(np.uint8)
+    return planes.reshape(3, *pixels.shape[:2])
 
 
 def _wanted_formats(info: VideoInfo, *, odd: bool) -> list[str]:

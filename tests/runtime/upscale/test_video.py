@@ -17,7 +17,7 @@ from srdeploy.core.errors import InputError, OutputError, SrdeployError, UsageEr
 from srdeploy.runtime.pipeline import Pipeline
 from srdeploy.runtime.upscaler import Upscaler
 from srdeploy.runtime.video import VideoOptions, upscale_video
-from srdeploy.runtime.video_io import VideoReader, is_video
+from srdeploy.runtime.video_io import Encoding, Frame, VideoReader, VideoWriter, is_video
 
 av = pytest.importorskip("av")
 RATE = Fraction(30000, 1001)
@@ -160,6 +160,30 @@ def test_only_the_size_changes(source: str, target: str, options: dict[str, Any]
         assert np.abs(large[::2, ::2] - small).mean() < 0.01 * peak
         assert abs(large.mean() - small.mean()) < 0.004 * peak
     assert not (tmp_path / f"{target}.parts").exists()
+
+
+@pytest.mark.parametrize("full_range", [True, False], ids=["full range", "limited range"])
+@pytest.mark.parametrize("matrix", [1, 6])
+def test_colours_are_stored_rounded_and_not_cut(matrix: int, full_range: bool, tmp_path: Path) -> None:
+    """Half a step of chroma lost in every frame is a tint."""
+    reader = VideoReader(clip(tmp_path / "a.mkv", matrix=matrix, full_range=full_range))
+    reader.close()
+    rgb = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    writer = VideoWriter(tmp_path / "b.mkv", reader.info, Encoding("ffv1", "yuv444p", {}), (32, 48))
+    writer.write(Frame(rgb, 0))
+    writer.close()
+    with av.open(str(tmp_path / "b.mkv")) as container:
+        stored = next(container.decode(video=0)).to_ndarray().reshape(3, 32, 48)
+
+    red, blue = {1: (0.2126, 0.0722), 6: (0.299, 0.114)}[matrix]
+    unit = rgb / 255
+    luma = unit @ [red, 1 - red - blue, blue]
+    chroma = [(unit[..., 2] - luma) / (2 * (1 - blue)), (unit[..., 0] - luma) / (2 * (1 - red))]
+    spans = (255, 255) if full_range else (219, 224)
+    expected = [luma * spans[0] + (0 if full_range else 16), *(values * spans[1] + 128 for values in chroma)]
+    difference = stored - np.clip(expected, 0, 255)
+    assert np.abs(difference).max() < 1.01
+    assert np.abs(difference.mean(axis=(1, 2))).max() < 0.1
 
 
 def test_unstated_matrix_is_written_as_it_was_taken(up: Upscaler, tmp_path: Path) -> None:
