@@ -183,6 +183,8 @@ class VideoReader:
     def _rgb(self, frame: Any) -> NDArray[Any]:
         info = self.info
         wide = info.bits > 8
+        if wide and not info.rgb:
+            return rgb_from_yuv(self._yuv(frame), info.matrix, full_range=info.range == _JPEG, bits=info.bits)
         converted = frame.reformat(
             format="rgb48le" if wide else "rgb24",
             src_colorspace=_SWSCALE_MATRIX[info.matrix],
@@ -193,6 +195,25 @@ class VideoReader:
         )
         pixels: NDArray[Any] = converted.to_ndarray()
         return pixels
+
+    def _yuv(self, frame: Any) -> NDArray[np.uint16]:
+        """Return a frame of more than 8 bits as (3, H, W) planes of its own depth, chroma at full resolution."""
+        info = self.info
+        matrix = _SWSCALE_MATRIX[info.matrix]
+        converted = frame.reformat(
+            format=f"yuv444p{info.bits}le",
+            src_colorspace=matrix,
+            dst_colorspace=matrix,
+            src_color_range=info.range,
+            dst_color_range=info.range,
+            interpolation=_accurate(self._av),
+            threads=1,
+        )
+        planes = [
+            np.frombuffer(plane, np.uint16).reshape(-1, plane.line_size // 2)[: info.height, : info.width]
+            for plane in converted.planes
+        ]
+        return np.stack(planes)
 
     def _info(self) -> VideoInfo:
         stream, context = self.stream, self.stream.codec_context
@@ -340,16 +361,16 @@ class VideoWriter:
         wide = frame.pixels.dtype == np.uint16
         rgb_out = self._encoding.pix_fmt.startswith(("rgb", "gbr", "bgr"))
         matrix = None if rgb_out else _SWSCALE_MATRIX[info.matrix]
-        by_hand = self._range() == _JPEG and not rgb_out and not wide
-        if by_hand:
-            planes = full_range_yuv(frame.pixels, info.matrix)
-            made = self._av.VideoFrame.from_ndarray(planes, format="yuv444p")
-        else:
-            made = self._av.VideoFrame.from_ndarray(frame.pixels, format="rgb48le" if wide else "rgb24")
+        by_hand = not rgb_out and (wide or self._range() == _JPEG)
+        made = (
+            self._yuv(frame.pixels)
+            if by_hand
+            else self._av.VideoFrame.from_ndarray(frame.pixels, format="rgb48le" if wide else "rgb24")
+        )
         stored = made.reformat(
             format=self._encoding.pix_fmt,
             src_colorspace=matrix if by_hand else None,
-            src_color_range=_JPEG,
+            src_color_range=self._range() if by_hand else _JPEG,
             dst_colorspace=matrix,
             dst_color_range=self._range(),
             interpolation=_accurate(self._av),
@@ -362,6 +383,19 @@ class VideoWriter:
             stored.duration = frame.duration
         for packet in self._stream.encode(stored):
             self._container.mux(packet)
+
+    def _yuv(self, pixels: NDArray[Any]) -> Any:
+        """Return RGB as a frame of the stored depth with chroma at full resolution."""
+        form = self._av.VideoFormat(self._encoding.pix_fmt)
+        bits = max(component.bits for component in form.components)
+        height, width, _ = pixels.shape
+        made = self._av.VideoFrame(width, height, "yuv444p" if bits == 8 else f"yuv444p{bits}le")
+        values = yuv_from_rgb(pixels, self._info.matrix, full_range=self._range() == _JPEG, bits=bits)
+        for plane, rows in zip(made.planes, values, strict=True):
+            padded = np.zeros((plane.height, plane.line_size // rows.itemsize), rows.dtype)
+            padded[:, :width] = rows
+            plane.update(padded)
+        return made
 
     def close(self) -> None:
         """Write what the encoder still holds, and end the file."""
@@ -381,23 +415,45 @@ class VideoWriter:
         return _JPEG if rgb_out else self._info.range
 
 
-def full_range_yuv(pixels: NDArray[np.uint8], matrix: int) -> NDArray[np.uint8]:
-    """Convert RGB to full-range YUV, rounded: swscale cuts chroma off there, half a step too low on average.
+def yuv_from_rgb(pixels: NDArray[Any], matrix: int, *, full_range: bool, bits: int) -> NDArray[Any]:
+    """Convert RGB to YUV, rounded. swscale is as exact for limited range in 8 bits, and for nothing else.
+
+    It cuts full-range chroma off, half a step too low on average, and is wrong by up to four steps of 10 bits.
 
     Args:
-        pixels: (H, W, 3).
+        pixels: (H, W, 3) uint8 or uint16.
         matrix: H.273 number.
+        full_range: Y, U and V use all values.
+        bits: of the result.
 
     Returns:
-        (3, H, W): Y, U, V.
+        (3, H, W) uint8, or uint16 for more than 8 bits.
     """
+    rows, offsets = _yuv_arithmetic(matrix, full_range, bits)
+    rgb = pixels.reshape(-1, 3).T.astype(np.float32) / np.float32(np.iinfo(pixels.dtype).max)  # (3, H * W)
+    yuv = rows.astype(np.float32) @ rgb + offsets.astype(np.float32)
+    planes: NDArray[Any] = np.rint(yuv).clip(0, 2**bits - 1).astype(np.uint8 if bits == 8 else np.uint16)
+    return planes.reshape(3, *pixels.shape[:2])
+
+
+def rgb_from_yuv(planes: NDArray[np.uint16], matrix: int, *, full_range: bool, bits: int) -> NDArray[np.uint16]:
+    """Convert YUV of more than 8 bits, (3, H, W), to RGB (H, W, 3) uint16, clamped and rounded."""
+    rows, offsets = _yuv_arithmetic(matrix, full_range, bits)
+    rgb = np.linalg.inv(rows).astype(np.float32) @ (planes.reshape(3, -1) - offsets.astype(np.float32))
+    pixels: NDArray[np.uint16] = np.rint(rgb.clip(0, 1) * np.float32(65535)).astype(np.uint16)
+    return np.ascontiguousarray(pixels.T).reshape(*planes.shape[1:], 3)
+
+
+def _yuv_arithmetic(matrix: int, full_range: bool, bits: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return rows and offsets: YUV in steps of `bits` = rows @ RGB in 0..1 + offsets."""
     red, blue = _LUMA_WEIGHTS[matrix]
     luma = np.array([red, 1 - red - blue, blue])
-    rows = [luma, ((0, 0, 1) - luma) / (2 * (1 - blue)), ((1, 0, 0) - luma) / (2 * (1 - red))]
-    yuv = np.array(rows, np.float32) @ pixels.reshape(-1, 3).T.astype(np.float32)  # (3, H * W)
-    yuv[1:] += 128
-    planes: NDArray[np.uint8] = np.rint(yuv).clip(0, 255).astype(np.uint8)
-    return planes.reshape(3, *pixels.shape[:2])
+    rows = np.array([luma, ((0, 0, 1) - luma) / (2 * (1 - blue)), ((1, 0, 0) - luma) / (2 * (1 - red))])
+    step = 2 ** (bits - 8)
+    middle = 128 * step
+    if full_range:
+        return rows * (2**bits - 1), np.array([[0], [middle], [middle]], np.float64)
+    return rows * (step * np.array([[219], [224], [224]])), np.array([[16 * step], [middle], [middle]], np.float64)
 
 
 def _wanted_formats(info: VideoInfo, *, odd: bool) -> list[str]:

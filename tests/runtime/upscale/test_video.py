@@ -164,26 +164,38 @@ def test_only_the_size_changes(source: str, target: str, options: dict[str, Any]
 
 @pytest.mark.parametrize("full_range", [True, False], ids=["full range", "limited range"])
 @pytest.mark.parametrize("matrix", [1, 6])
-def test_colours_are_stored_rounded_and_not_cut(matrix: int, full_range: bool, tmp_path: Path) -> None:
-    """Half a step of chroma lost in every frame is a tint."""
-    reader = VideoReader(clip(tmp_path / "a.mkv", matrix=matrix, full_range=full_range))
+@pytest.mark.parametrize("bits", [8, 10])
+def test_colours_are_stored_and_read_to_half_a_step(bits: int, matrix: int, full_range: bool, tmp_path: Path) -> None:
+    """Half a step of chroma lost in every frame is a tint; four steps are what 10 bits are there to avoid."""
+    source = clip(tmp_path / "a.mkv", pix_fmt="yuv420p" if bits == 8 else "yuv420p10le", matrix=matrix,
+                  full_range=full_range)  # fmt: skip
+    reader = VideoReader(source)
     reader.close()
-    rgb = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
-    writer = VideoWriter(tmp_path / "b.mkv", reader.info, Encoding("ffv1", "yuv444p", {}), (32, 48))
+    kind = np.uint8 if bits == 8 else np.uint16
+    rgb = np.random.default_rng(0).integers(0, np.iinfo(kind).max, (32, 48, 3), dtype=kind, endpoint=True)
+    writer = VideoWriter(
+        tmp_path / "b.mkv", reader.info, Encoding("ffv1", "yuv444p" if bits == 8 else "yuv444p10le", {}), (32, 48)
+    )
     writer.write(Frame(rgb, 0))
     writer.close()
     with av.open(str(tmp_path / "b.mkv")) as container:
-        stored = next(container.decode(video=0)).to_ndarray().reshape(3, 32, 48)
+        frame = next(container.decode(video=0))
+        stored = np.stack([np.frombuffer(p, kind).reshape(32, -1)[:, :48] for p in frame.planes]).astype(float)
 
     red, blue = {1: (0.2126, 0.0722), 6: (0.299, 0.114)}[matrix]
-    unit = rgb / 255
+    unit, step = rgb / np.iinfo(kind).max, 2 ** (bits - 8)
     luma = unit @ [red, 1 - red - blue, blue]
     chroma = [(unit[..., 2] - luma) / (2 * (1 - blue)), (unit[..., 0] - luma) / (2 * (1 - red))]
-    spans = (255, 255) if full_range else (219, 224)
-    expected = [luma * spans[0] + (0 if full_range else 16), *(values * spans[1] + 128 for values in chroma)]
-    difference = stored - np.clip(expected, 0, 255)
-    assert np.abs(difference).max() < 1.01
+    spans = (2**bits - 1,) * 2 if full_range else (219 * step, 224 * step)
+    black = 0 if full_range else 16 * step
+    expected = [luma * spans[0] + black, *(values * spans[1] + 128 * step for values in chroma)]
+    difference = stored - np.clip(expected, 0, 2**bits - 1)
+    assert np.abs(difference).max() < 0.6  # rounding, and a little of swscale where it does the work
     assert np.abs(difference.mean(axis=(1, 2))).max() < 0.1
+    # half a step of Y, U and V each: at most two and a half steps of a colour
+    back = pixels(tmp_path / "b.mkv")[0] / np.iinfo(kind).max
+    assert np.abs(back - unit).max() * 255 * step < 2.6
+    assert abs((back - unit).mean()) * 255 * step < 0.1
 
 
 def test_unstated_matrix_is_written_as_it_was_taken(up: Upscaler, tmp_path: Path) -> None:
