@@ -24,6 +24,7 @@ def document_of(path: Path, stated: CheckpointOptions, progress: Progress) -> di
         UsageError: options that do not fit the checkpoint.
     """
     from srdeploy.runtime.bundle import is_bundle
+    from srdeploy.runtime.engines.registry import is_engine
 
     if path.is_dir():
         if not is_bundle(path):
@@ -31,7 +32,7 @@ def document_of(path: Path, stated: CheckpointOptions, progress: Progress) -> di
         return bundle_document(path)
     if not path.exists():
         raise InputError(f"{path} does not exist", expected="a checkpoint, ONNX file, engine or bundle")
-    if _is_engine(path):
+    if is_engine(path):
         return engine_document(path)
     if path.suffix == ".onnx":
         return onnx_document(path)
@@ -166,16 +167,6 @@ def bundle_document(path: Path) -> dict[str, Any]:
 def largest_square(elements_per_pixel: int) -> int:
     """Return the side of the largest square LR image whose largest tensor stays below 2^31 elements."""
     return math.isqrt((ELEMENT_LIMIT - 1) // elements_per_pixel)
-
-
-def _is_engine(path: Path) -> bool:
-    """Tell whether a sidecar of an engine lies beside a file."""
-    if not manifest_path(path).is_file():
-        return False
-    try:
-        return read_manifest(path).kind == "engine"
-    except InputError:
-        return False
 
 
 def _contract_document(contract: ModelContract | None) -> dict[str, Any]:
