@@ -157,11 +157,14 @@ def _bundle(document: Mapping[str, Any]) -> None:
     _contract(document)
 
 
+_WEIGHT_BITS = {7: ", weights of 7 bits: for every processor", 8: ", weights of 8 bits: x86 CPUs need VNNI"}
+
+
 def _contract(document: Mapping[str, Any]) -> None:
     contract = document["contract"]
     made_from = contract["provenance"].get("checkpoint", {})
     rows = [
-        ("precision", contract["precision"]),
+        ("precision", contract["precision"] + _WEIGHT_BITS.get(contract["weight_bits"], "")),
         ("checkpoint", f"{made_from.get('name', '-')} ({contract['checkpoint_sha256'][:16]}…)"),
     ]
     if "title" in made_from:

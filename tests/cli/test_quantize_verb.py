@@ -130,3 +130,18 @@ def test_help_ends_with_a_worked_example(capsys: pytest.CaptureFixture[str]) -> 
     assert run(["quantize", "--help"]) == 0
 
     assert "srdeploy quantize model.onnx --precision int8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("bits", "words"), [("7", "for every processor"), ("8", "x86 CPUs need VNNI")])
+def test_the_bits_of_weights_are_chosen_and_shown(
+    bits: str, words: str, model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "int8.onnx"
+    asked = ["--precision", "int8", "--images", str(images), "--crop-size", "16", "--weight-bits", bits]
+
+    assert run(["quantize", str(model), *asked, "-o", str(output)]) == 0
+    capsys.readouterr()
+    assert run(["inspect", str(output)]) == 0
+
+    shown = capsys.readouterr()
+    assert words in " ".join((shown.out + shown.err).split())

@@ -1,0 +1,108 @@
+"""What the search for a bound pays for exact layers, and which change it makes first."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from srdeploy.calibration.choose import Change
+from srdeploy.calibration.dataset import CalibrationSet
+from srdeploy.calibration.options import Cost, QuantizeOptions
+from srdeploy.calibration.quantize import QuantizeResult, artifacts_folder, quantize
+from srdeploy.calibration.workbench import Decisions
+from srdeploy.core.precision import Precision, Target
+from srdeploy.core.runner import Runner
+from srdeploy.runtime.engines.registry import open_engine
+
+GROUP = ("up", "tail")
+
+
+def opener(path: Path) -> Runner:
+    return open_engine(path, engine="openvino", threads=1, parity=True)
+
+
+@pytest.mark.parametrize(
+    ("split_cost", "float_cost", "first"),
+    [
+        pytest.param(0.1, 0.3, "split", id="two 8-bit convolutions are quicker than a float one, as with VNNI"),
+        pytest.param(0.2, 0.1, "float", id="a float one is quicker, as without"),
+    ],
+)
+def test_the_change_that_removes_most_error_per_cost_comes_first(
+    split_cost: float, float_cost: float, first: str
+) -> None:
+    split, full = Change(GROUP, True, 1e-5, split_cost), Change(GROUP, False, 1e-5, float_cost)
+
+    best = max(split, full, key=lambda change: change.worth({GROUP: 1e-5}))
+
+    assert best is (split if first == "split" else full)
+
+
+def test_once_split_there_is_little_left_to_win() -> None:
+    full = Change(GROUP, False, 1e-5, 0.3)
+
+    assert full.worth({GROUP: 1e-6}) == pytest.approx(full.worth({GROUP: 1e-5}) / 10)
+
+
+def test_a_layer_is_either_split_or_float() -> None:
+    plain = Decisions(keep={"head": "asked for"}, splits=("end",))
+
+    split = Change(GROUP, True, 1e-5, 0.1).applied(plain, "")
+    full = Change(GROUP, False, 1e-5, 0.3).applied(split, "too much error")
+
+    assert split.splits == ("end", *GROUP)
+    assert dict(split.keep) == {"head": "asked for"}
+    assert full.splits == ("end",)
+    assert dict(full.keep) == {"head": "asked for", "up": "too much error", "tail": "too much error"}
+
+
+@pytest.fixture
+def bounded(
+    network_paths: dict[str, Path], calibrations: dict[str, CalibrationSet], tmp_path: Path
+) -> Callable[[str, Cost], QuantizeResult]:
+    """Quantizes the tiny residual network so exactly that some layers have to change, judged by OpenVINO."""
+
+    def run(name: str, cost: Cost, bound: float | None = None) -> QuantizeResult:
+        return quantize(
+            network_paths["residual"],
+            tmp_path / name,
+            precision=Precision.INT8,
+            target=Target.OPENVINO,
+            calibration=calibrations["residual"],
+            options=QuantizeOptions(strength=0.5, method="minmax", min_fidelity=bound, cost=cost),
+            open_engine=opener,
+        )
+
+    plain = run("plain.onnx", "macs")
+    assert plain.verdict is not None
+    return partial(run, bound=plain.verdict.fidelity_db + 3)
+
+
+def test_costs_are_measured_on_the_engine_and_kept_with_the_decision(
+    bounded: Callable[[str, Cost], QuantizeResult],
+) -> None:
+    result = bounded("int8.onnx", "latency")
+
+    groups = json.loads((artifacts_folder(result.output) / "sensitivity.json").read_text())["groups"]
+    worst = max(groups, key=lambda group: group["image_mse"])
+    changed = [group for group in groups if group["decision"] != "int8"]
+    kept = {layer for group in groups if group["decision"] == "fp32" for layer in group["layers"]}
+    assert result.verdict is not None
+    assert result.choice is not None
+    assert result.verdict.fidelity_db > result.choice.points[0].verdict.fidelity_db + 2.9
+    assert worst["latency_share_float"] >= 0.001
+    assert changed
+    assert kept <= set(result.floats)
+
+
+def test_paying_in_multiply_adds_gives_the_same_graph_every_time(
+    bounded: Callable[[str, Cost], QuantizeResult],
+) -> None:
+    first, second = bounded("one.onnx", "macs"), bounded("two.onnx", "macs")
+
+    groups = json.loads((artifacts_folder(first.output) / "sensitivity.json").read_text())["groups"]
+    assert first.output.read_bytes() == second.output.read_bytes()
+    assert any(group["decision"] != "int8" for group in groups)
+    assert all(group["latency_share_float"] is None for group in groups)
