@@ -272,7 +272,7 @@ def _bounded(
     timed = open_engine if options.cost != "macs" else None
     sensitivities = _with_costs(bench, judge, decisions, sensitivities, timed, deadline, journal, progress)
     points = [first]
-    current = decisions
+    done: list[Change] = []
     left = {entry.layers: entry.error for entry in sensitivities}
     total = max(sum(left.values()), 1e-30)
     changes = [change for entry in sensitivities for change in entry.changes]
@@ -281,7 +281,7 @@ def _bounded(
             best = max(changes, key=lambda change: change.worth(left))
             changes.remove(best)
             advance()
-            current = best.applied(current, f"its 8-bit error is {100 * best.error / total:.1f} % of the image's")
+            done.append(best)
             left[best.layers] = best.error * (SPLIT_LEAVES if best.split else 0.0)
             others = [change for change in changes if change.layers != best.layers]
             if best.split:  # the way from there to float is what is left to pay
@@ -293,10 +293,15 @@ def _bounded(
             changes = others
             if changes and not options.hopeful(first.verdict, sum(left.values()) / total):
                 continue
-            points.append(_point(bench, judge, current, open_engine))
+            points.append(_point(bench, judge, _changed(decisions, done, total), open_engine))
             advance(0, note=f"{points[-1].verdict.drop_db:.4f} dB")
             if options.satisfied(points[-1].verdict):
-                return Choice(current, tuple(trials), tuple(points), tuple(sensitivities))
+                needed = needed_changes(done, first.verdict, points[-1].verdict, options)
+                if len(needed) < len(done) and time.monotonic() < deadline:
+                    points.append(_point(bench, judge, _changed(decisions, needed, total), open_engine))
+                    done = needed if options.satisfied(points[-1].verdict) else done
+                taken = _changed(decisions, done, total)
+                return Choice(taken, tuple(trials), tuple(points), tuple(sensitivities))
             if time.monotonic() > deadline:
                 break
     best_point = max(points, key=lambda point: point.verdict.fidelity_db)
@@ -307,6 +312,45 @@ def _bounded(
         expected=options.bound(),
         next_step="allow a larger drop, give it more time with --time-budget, or use --precision fp16",
     )
+
+
+def _changed(decisions: Decisions, changes: Iterable[Change], total: float) -> Decisions:
+    """Return decisions with changes made; layers that become float get their part of the `total` error as reason."""
+    for change in changes:
+        decisions = change.applied(decisions, f"its 8-bit error is {100 * change.error / total:.1f} % of the image's")
+    return decisions
+
+
+def needed_changes(done: Sequence[Change], first: Verdict, reached: Verdict, options: QuantizeOptions) -> list[Change]:
+    """Return those of the changes made that the bound needs.
+
+    The last change is often a large one, and makes cheaper ones before it superfluous. Error powers add up, so what
+    taking a change back costs is known well enough to try it; the dearest are taken back first.
+
+    Args:
+        done: in the order made; together they keep the bound.
+        first: what was measured before the first of them.
+        reached: what was measured after the last of them.
+        options: the bound.
+    """
+    total = sum({change.layers: change.error for change in done}.values())
+    lost = 10 ** (-first.fidelity_db / 10) - 10 ** (-reached.fidelity_db / 10)  # error power that all of them removed
+    gained = first.drop_db - reached.drop_db
+    kept, verdict = list(done), reached
+    for change in sorted(done, key=lambda change: -change.cost):
+        others = [other for other in kept if other is not change]
+        siblings = [other for other in others if other.layers == change.layers]
+        if any(not other.split for other in siblings):  # a split under a float layer costs nothing any more
+            continue
+        before, after = SPLIT_LEAVES if siblings else 1.0, SPLIT_LEAVES if change.split else 0.0
+        part = change.error * (before - after) / max(total, 1e-30)
+        power = 10 ** (-verdict.fidelity_db / 10) + part * lost
+        without = replace(
+            verdict, fidelity_db=-10 * math.log10(power), drop_db=verdict.drop_db + part * max(gained, 0.0)
+        )
+        if options.satisfied(without):
+            kept, verdict = others, without
+    return kept
 
 
 def _with_costs(

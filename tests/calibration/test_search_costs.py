@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from srdeploy.calibration.choose import Change
+from srdeploy.calibration.choose import Change, needed_changes
 from srdeploy.calibration.dataset import CalibrationSet
+from srdeploy.calibration.judge import Verdict
 from srdeploy.calibration.options import Cost, QuantizeOptions
 from srdeploy.calibration.quantize import QuantizeResult, artifacts_folder, quantize
 from srdeploy.calibration.workbench import Decisions
@@ -106,3 +107,28 @@ def test_paying_in_multiply_adds_gives_the_same_graph_every_time(
     assert first.output.read_bytes() == second.output.read_bytes()
     assert any(group["decision"] != "int8" for group in groups)
     assert all(group["latency_share_float"] is None for group in groups)
+
+
+def test_changes_that_a_later_one_made_superfluous_are_taken_back() -> None:
+    # 50 dB at first; the three bring 10 %, 30 % and 60 % of the error that was removed to reach 60 dB.
+    small, middle, large = (
+        Change((name,), False, error, cost)
+        for name, error, cost in [("a", 1e-6, 0.02), ("b", 3e-6, 0.05), ("c", 6e-6, 0.2)]
+    )
+    first, reached = Verdict(50.0, 49.0, 0.1, 30.0, True, 4), Verdict(60.0, 59.0, 0.01, 30.0, True, 4)
+
+    def needed(**bound: float) -> list[Change]:
+        return needed_changes([small, middle, large], first, reached, QuantizeOptions(**bound))  # type: ignore[arg-type]
+
+    assert needed(min_fidelity=60.0) == [small, middle, large]
+    assert needed(min_fidelity=56.5) == [middle, large]  # 57.2 dB without the first
+    assert needed(min_fidelity=54.0) == [small, large]  # 54.3 dB without the second, the dearer one
+    assert needed(min_fidelity=53.0) == [large]  # 53.4 dB without both
+    assert needed(max_psnr_drop=0.04) == [small, large]
+
+
+def test_a_split_is_not_taken_back_from_under_a_float_layer() -> None:
+    split, full = Change(GROUP, True, 1e-5, 0.1), Change(GROUP, False, 1e-5, 0.2)
+    first, reached = Verdict(50.0, 49.0, 0.1, 30.0, True, 4), Verdict(65.0, 59.0, 0.01, 30.0, True, 4)
+
+    assert needed_changes([split, full], first, reached, QuantizeOptions(min_fidelity=55.0)) == [split]
