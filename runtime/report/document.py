@@ -210,11 +210,14 @@ def _verdict(lines: Sequence[Mapping[str, Any]], benches: Sequence[BenchResult])
         status = "failed" if counts["failed"] else "not-verified"
     else:
         status = "partial" if counts["left-out"] else "passed"
-    best = _best(lines)
+    best, unsettled = _best(lines)
     tally = {"failed": "failed", "left-out": "left out", "not-run": "not run here", "measured": "measured, not judged"}
     others = [f"{counts[key]} {words}" for key, words in tally.items() if counts[key]]
     sentences = [", ".join([f"{counts['passed']} of {len(lines)} engines passed", *others])]
-    if best is not None:
+    if unsettled:
+        names = ", ".join(unsettled)
+        sentences.append(f"No quickest is named, since the time of {names} did not settle: measure again with bench")
+    elif best is not None:
         sentence = f"Quickest of them: {best.name}, {best.latency_ms:.3g} ms"
         if best.speedup is not None and benches:
             sentence += f", {best.speedup:.2f}x {benches[0].rows[0].runner.name}"
@@ -251,11 +254,16 @@ def _settled(lines: Sequence[Mapping[str, Any]]) -> bool:
     return any(latency["stable"] for line in lines for latency in line["latency"].values())
 
 
-def _best(lines: Sequence[Mapping[str, Any]]) -> _Best | None:
-    candidates = []
+def _best(lines: Sequence[Mapping[str, Any]]) -> tuple[_Best | None, list[str]]:
+    """Return the quickest engine that passed, or the names of those that may be quicker and whose time is unknown."""
+    candidates, unstable = [], {}
     for line in lines:
         latency = line["latency"].get("end-to-end")
-        if line["status"] == "passed" and latency and latency["stable"]:
+        if line["status"] != "passed" or not latency:
+            continue
+        if not latency["stable"]:
+            unstable[line["name"]] = latency["median_ms"]
+        else:
             candidates.append(
                 _Best(
                     line["name"],
@@ -265,7 +273,9 @@ def _best(lines: Sequence[Mapping[str, Any]]) -> _Best | None:
                     line["psnr_drop_db"],
                 )
             )
-    return min(candidates, key=lambda entry: entry.latency_ms, default=None)
+    best = min(candidates, key=lambda entry: entry.latency_ms, default=None)
+    quicker = [] if best is None else [name for name, median in unstable.items() if median < best.latency_ms]
+    return (None if quicker else best), quicker
 
 
 def _model(contract: ModelContract, checkpoint: Mapping[str, Any] | None) -> dict[str, Any]:

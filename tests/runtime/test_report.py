@@ -176,6 +176,22 @@ def test_a_machine_too_busy_to_measure_is_said_first() -> None:
     assert "1 of 1 engines passed. No latency settled on this machine" in document["verdict"]["headline"]
 
 
+@pytest.mark.parametrize(("unsettled_ms", "named"), [(30.0, False), (70.0, True)], ids=["quicker", "slower"])
+def test_no_engine_is_called_the_quickest_beside_a_quicker_one_whose_time_did_not_settle(
+    unsettled_ms: float, named: bool
+) -> None:
+    names = ("openvino fp32", "onnxruntime fp32")
+    entries = [EngineEntry(name, name.split()[0], Precision.FP32, verify=judged(Enlarger(name))) for name in names]
+    rows = (row("eager fp32", 90.0), row(names[0], unsettled_ms, stable=False), row(names[1], 50.0))
+
+    verdict = report_document(
+        title="t", contract=contract(), engines=entries, bench=BenchResult((1, 3, 60, 80), Effort(), rows)
+    )["verdict"]
+
+    assert (verdict["best"] == "onnxruntime fp32") is named
+    assert ("No quickest is named, since the time of openvino fp32" in verdict["headline"]) is not named
+
+
 def test_the_page_shows_memory_floors_coverage_and_records(document: dict[str, Any], tmp_path: Path) -> None:
     html = write_report(document, tmp_path / "report").read_text()
 
