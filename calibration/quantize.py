@@ -23,7 +23,7 @@ from srdeploy.calibration.typed import Island, emulated_graph, float_tensors, is
 from srdeploy.calibration.workbench import Workbench
 from srdeploy.core.artifact import atomic_files, sha256_of_bytes
 from srdeploy.core.contract import ModelContract
-from srdeploy.core.environment import int8_sums_saturate, package_versions
+from srdeploy.core.environment import int8_weights_overflow, package_versions
 from srdeploy.core.errors import BuildError, GateError, UsageError
 from srdeploy.core.manifest import Manifest, Source, manifest_path
 from srdeploy.core.precision import Precision, Target
@@ -270,7 +270,7 @@ def _quantized_graph(
         progress.note("going on with what an earlier, interrupted run measured")
     bench = Workbench(model, recipe, precision, calibration, progress, ranges, journal)
     # An engine that is known to compute this graph wrongly here cannot judge it.
-    foreign = target in CPU_TARGETS and recipe.weight_bits > 7 and int8_sums_saturate()
+    foreign = target in CPU_TARGETS and int8_weights_overflow(recipe.weight_bits)
     runnable = open_engine if target in CPU_TARGETS and not foreign else None
     choice = choose(bench, contract, options, runnable, calibration.samples, calibration.judges, journal, progress)
     quantized, placement = bench.build(choice.decisions)

@@ -10,7 +10,6 @@ from srdeploy.core.artifact import sha256_of_file
 from srdeploy.core.contract import PREFIX, ModelContract
 from srdeploy.core.errors import InputError
 from srdeploy.core.manifest import manifest_path, read_manifest
-from srdeploy.core.precision import Precision
 from srdeploy.core.progress import Progress
 
 ELEMENT_LIMIT = 2**31
@@ -176,7 +175,7 @@ def _contract_document(contract: ModelContract | None) -> dict[str, Any]:
     return {
         "contract": {
             "precision": contract.precision.value,
-            "weight_bits": contract.weight_bits if contract.precision is Precision.INT8 else None,
+            "weight_bits": contract.weight_bits,
             "checkpoint_sha256": contract.checkpoint_sha256,
             "configuration": dict(contract.configuration),
             "provenance": dict(contract.provenance),

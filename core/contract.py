@@ -60,8 +60,10 @@ class ModelContract:
         return 3 if self.colours == "rgb" else 1
 
     @property
-    def weight_bits(self) -> int:
-        """Bits that the weights of an INT8 graph use: 7 where it was made to run without VNNI, else 8."""
+    def weight_bits(self) -> int | None:
+        """Bits that the weights of an INT8 graph use: 7 where it was made to run without VNNI, else 8; else None."""
+        if self.precision is not Precision.INT8:
+            return None
         return int(self.provenance.get("quantization", {}).get("weight_bits", 8))
 
     def output_shape(self, shape: tuple[int, ...]) -> Shape:

@@ -67,6 +67,11 @@ def int8_sums_saturate() -> bool:
     return not {"avx512_vnni", "avx_vnni"}.intersection(machine()["cpu_flags"])
 
 
+def int8_weights_overflow(bits: int | None) -> bool:
+    """Tell whether CPU engines compute INT8 layers with weights of so many bits wrongly here; None: no such layers."""
+    return bits is not None and bits > 7 and int8_sums_saturate()
+
+
 def memory_bytes() -> int | None:
     """Return the machine's memory in bytes, None where the system does not say."""
     try:

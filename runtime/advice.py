@@ -1,6 +1,6 @@
 """What to try when an engine misses its gate, by what went wrong."""
 
-from srdeploy.core.environment import int8_sums_saturate
+from srdeploy.core.environment import int8_weights_overflow
 from srdeploy.core.precision import Precision
 from srdeploy.runtime.parity import VerifyResult
 
@@ -28,8 +28,7 @@ def advice(result: VerifyResult) -> str:
         return "the graph computes other sizes than the network: export it again"
     if all(case.passed for case in result.images) and any(not case.passed for case in result.grid):
         return "it is right on whole images and wrong on some shapes: a size was baked into the graph; export it again"
-    overflows = precision is Precision.INT8 and contract.weight_bits > 7 and int8_sums_saturate()
-    if overflows and result.candidate.device == "cpu":
+    if result.candidate.device == "cpu" and int8_weights_overflow(contract.weight_bits):
         return "this processor lacks VNNI, and sums of 8-bit weights overflow on it: quantize with --weight-bits 7"
     if precision is not Precision.FP32 and result.worst_case.difference.fidelity_db < 25.0:
         return (

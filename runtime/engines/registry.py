@@ -11,10 +11,9 @@ from typing import Any
 
 from srdeploy.core.artifact import atomic_files
 from srdeploy.core.contract import ModelContract
-from srdeploy.core.environment import int8_sums_saturate
+from srdeploy.core.environment import int8_weights_overflow
 from srdeploy.core.errors import CapabilityError, InputError, OutputError, SrdeployError, UsageError
 from srdeploy.core.manifest import Manifest, manifest_path, read_manifest
-from srdeploy.core.precision import Precision
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.runner import Runner
 from srdeploy.runtime.engines.cache import KEY_SCHEMA, EngineCache, Lookup
@@ -289,8 +288,7 @@ def _refuse_device(chosen: Family, device: str) -> None:
 
 def _refuse_overflow(path: Path, contract: ModelContract, chosen: Family, parity: bool) -> None:
     """Refuse an INT8 graph that CPU engines compute wrongly here, tens of decibels off, without a word."""
-    overflows = contract.precision is Precision.INT8 and contract.weight_bits > 7 and int8_sums_saturate()
-    if overflows and chosen.name in CPU_FAMILIES and not parity:
+    if chosen.name in CPU_FAMILIES and not parity and int8_weights_overflow(contract.weight_bits):
         raise CapabilityError(
             f"{path} has 8-bit weights, and this processor lacks VNNI: {chosen.name} adds their products in 16 bits, "
             "which overflow",
@@ -299,7 +297,7 @@ def _refuse_overflow(path: Path, contract: ModelContract, chosen: Family, parity
 
 
 def is_engine(path: Path) -> bool:
-    """Tell whether an .onnx file is a built engine: ONNX Runtime's are ONNX files too."""
+    """Tell whether a file is a built engine: its sidecar says so, as ONNX Runtime's engines are ONNX files too."""
     if not manifest_path(path).is_file():
         return False
     try:

@@ -102,7 +102,7 @@ def test_gpus_keep_8_bits_on_every_processor() -> None:
 def test_8_bits_for_other_processors_are_judged_without_an_engine_that_overflows(
     bright: Path, calibrations: Calibrations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("srdeploy.calibration.quantize.int8_sums_saturate", lambda: True)
+    monkeypatch.setattr("srdeploy.core.environment.int8_sums_saturate", lambda: True)
 
     result = quantized(bright, Target.OPENVINO, "8", calibrations)
 
@@ -119,7 +119,7 @@ def test_8_bits_overflow_without_vnni_and_are_refused(
     target: Target, bright: Path, calibrations: Calibrations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As if the processor's flags had not told: the comparison with the graph's own arithmetic finds it all the same.
-    monkeypatch.setattr("srdeploy.calibration.quantize.int8_sums_saturate", lambda: False)
+    monkeypatch.setattr("srdeploy.core.environment.int8_sums_saturate", lambda: False)
 
     with pytest.raises(BuildError, match="otherwise than it is written"):
         quantized(bright, target, "8", calibrations)

@@ -151,7 +151,7 @@ def _result(precision: Precision, problem: str | None, fidelity: float, grid_fid
     ids=["fp16-nan", "nan", "shape", "baked-size", "engine-wrong", "int8", "bf16"],
 )
 def test_advice_fits_what_went_wrong(result: VerifyResult, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("srdeploy.runtime.advice.int8_sums_saturate", lambda: False)
+    monkeypatch.setattr("srdeploy.core.environment.int8_sums_saturate", lambda: False)
 
     assert words in advice(result)
 
@@ -160,7 +160,7 @@ def test_advice_fits_what_went_wrong(result: VerifyResult, words: str, monkeypat
 def test_overflowing_sums_are_named_only_where_they_overflow(
     saturate: bool, advised: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("srdeploy.runtime.advice.int8_sums_saturate", lambda: saturate)
+    monkeypatch.setattr("srdeploy.core.environment.int8_sums_saturate", lambda: saturate)
 
     words = advice(_result(Precision.INT8, None, 9, 9))
 

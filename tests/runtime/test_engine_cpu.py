@@ -426,7 +426,7 @@ def test_8_bit_weights_are_refused_where_they_overflow_and_opened_to_measure_it(
 ) -> None:
     path = small_onnx(quantized="both")
     built = build_engine(path, tmp_path / "engine.bin", engine=engine).path
-    monkeypatch.setattr("srdeploy.runtime.engines.registry.int8_sums_saturate", lambda: True)
+    monkeypatch.setattr("srdeploy.core.environment.int8_sums_saturate", lambda: True)
 
     for file in (path, built):
         with pytest.raises(CapabilityError, match="lacks VNNI") as caught:
@@ -447,7 +447,7 @@ def test_7_bit_weights_open_on_every_processor(
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, narrow.to_metadata())
     onnx.save(model, path)
-    monkeypatch.setattr("srdeploy.runtime.engines.registry.int8_sums_saturate", lambda: True)
+    monkeypatch.setattr("srdeploy.core.environment.int8_sums_saturate", lambda: True)
 
     with open_engine(path, engine=engine) as runner:
         assert runner.info.contract.weight_bits == 7
