@@ -6,7 +6,7 @@ published schema (report.schema.json in this package) and writes report.json, re
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -147,17 +147,6 @@ def jsonable(value: Any) -> Any:
     return str(value)
 
 
-@dataclass
-class _Best:
-    """The quickest engine that passed, for the headline."""
-
-    name: str
-    latency_ms: float
-    speedup: float | None
-    fidelity_db: float
-    drop_db: float | None = field(default=None)
-
-
 def _engine_line(entry: EngineEntry, bench: BenchResult | None) -> dict[str, Any]:
     verify = entry.verify
     rows: dict[str, Row] = {}
@@ -210,72 +199,47 @@ def _verdict(lines: Sequence[Mapping[str, Any]], benches: Sequence[BenchResult])
         status = "failed" if counts["failed"] else "not-verified"
     else:
         status = "partial" if counts["left-out"] else "passed"
-    best, unsettled = _best(lines)
+    best, unsettled = _quickest(lines, "passed")
+    measured, unsettled_too = _quickest(lines, "measured") if best is None and not unsettled else (None, [])
     tally = {"failed": "failed", "left-out": "left out", "not-run": "not run here", "measured": "measured, not judged"}
     others = [f"{counts[key]} {words}" for key, words in tally.items() if counts[key]]
     sentences = [", ".join([f"{counts['passed']} of {len(lines)} engines passed", *others])]
-    if unsettled:
-        names = ", ".join(unsettled)
+    if names := ", ".join(unsettled or unsettled_too):
         sentences.append(f"No quickest is named, since the time of {names} did not settle: measure again with bench")
-    elif best is not None:
-        sentence = f"Quickest of them: {best.name}, {best.latency_ms:.3g} ms"
-        if best.speedup is not None and benches:
-            sentence += f", {best.speedup:.2f}x {benches[0].rows[0].runner.name}"
-        sentence += f", fidelity {best.fidelity_db:.1f} dB"
-        if best.drop_db is not None:
-            sentence += f", PSNR change {-best.drop_db:+.3f} dB"
-        sentences.append(sentence)
-    elif quickest := _quickest_measured(lines):
-        name, latency = quickest
-        sentence = f"Quickest of those measured: {name}, {latency['median_ms']:.3g} ms"
+    elif quickest := best or measured:
+        latency = quickest["latency"]["end-to-end"]
+        group = "them" if best else "those measured"
+        sentence = f"Quickest of {group}: {quickest['name']}, {latency['median_ms']:.3g} ms"
         if latency["ratio"] is not None:
             sentence += f", {latency['ratio']:.2f}x {benches[0].rows[0].runner.name}"
+        if best:
+            sentence += f", fidelity {best['fidelity_min_db']:.1f} dB"
+            if best["psnr_drop_db"] is not None:
+                sentence += f", PSNR change {-best['psnr_drop_db']:+.3f} dB"
         sentences.append(sentence)
     elif any(line["latency"] for line in lines) and not _settled(lines):
         sentences.append("No latency settled on this machine while it was measured, so none is stated")
     return {
         "status": status,
         "headline": ". ".join(sentences) + ".",
-        "best": None if best is None else best.name,
+        "best": None if best is None else best["name"],
         "reasons": [f"{line['name']}: {reason}" for line in lines for reason in line["reasons"]],
     }
-
-
-def _quickest_measured(lines: Sequence[Mapping[str, Any]]) -> tuple[str, Mapping[str, Any]] | None:
-    found = [
-        (line["name"], line["latency"]["end-to-end"])
-        for line in lines
-        if line["status"] == "measured" and line["latency"].get("end-to-end", {}).get("stable")
-    ]
-    return min(found, key=lambda entry: float(entry[1]["median_ms"]), default=None)
 
 
 def _settled(lines: Sequence[Mapping[str, Any]]) -> bool:
     return any(latency["stable"] for line in lines for latency in line["latency"].values())
 
 
-def _best(lines: Sequence[Mapping[str, Any]]) -> tuple[_Best | None, list[str]]:
-    """Return the quickest engine that passed, or the names of those that may be quicker and whose time is unknown."""
-    candidates, unstable = [], {}
-    for line in lines:
-        latency = line["latency"].get("end-to-end")
-        if line["status"] != "passed" or not latency:
-            continue
-        if not latency["stable"]:
-            unstable[line["name"]] = latency["median_ms"]
-        else:
-            candidates.append(
-                _Best(
-                    line["name"],
-                    latency["median_ms"],
-                    latency["ratio"],
-                    line["fidelity_min_db"],
-                    line["psnr_drop_db"],
-                )
-            )
-    best = min(candidates, key=lambda entry: entry.latency_ms, default=None)
-    quicker = [] if best is None else [name for name, median in unstable.items() if median < best.latency_ms]
-    return (None if quicker else best), quicker
+def _quickest(lines: Sequence[Mapping[str, Any]], status: Status) -> tuple[Mapping[str, Any] | None, list[str]]:
+    """Return the quickest engine of a status, or the names of those that may be quicker and whose time is unknown."""
+    timed = [line for line in lines if line["status"] == status and "end-to-end" in line["latency"]]
+    timed.sort(key=lambda line: float(line["latency"]["end-to-end"]["median_ms"]))
+    stable = [line["latency"]["end-to-end"]["stable"] for line in timed]
+    if not any(stable):
+        return None, []
+    first = stable.index(True)
+    return (None, [line["name"] for line in timed[:first]]) if first else (timed[0], [])
 
 
 def _model(contract: ModelContract, checkpoint: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -165,6 +165,18 @@ def test_what_was_only_measured_is_not_called_not_run() -> None:
     assert document["verdict"]["best"] is None
 
 
+def test_of_engines_only_measured_none_is_called_the_quickest_either_beside_one_that_did_not_settle() -> None:
+    names = ("openvino fp32", "onnxruntime fp32")
+    entries = [EngineEntry(name, name.split()[0], Precision.FP32, measured=True) for name in names]
+    rows = (row("eager fp32", 90.0), row(names[0], 30.0, stable=False), row(names[1], 50.0))
+
+    verdict = report_document(
+        title="t", contract=contract(), engines=entries, bench=BenchResult((1, 3, 60, 80), Effort(), rows)
+    )["verdict"]
+
+    assert "No quickest is named, since the time of openvino fp32" in verdict["headline"]
+
+
 def test_a_machine_too_busy_to_measure_is_said_first() -> None:
     entry = EngineEntry("openvino fp32", "openvino", Precision.FP32, verify=judged(Enlarger("openvino fp32")))
     rows = (row("eager fp32", 90.0, stable=False), row("openvino fp32", 30.0, stable=False))
