@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
+import onnx
+
 from srdeploy.calibration.dataset import Sample
 from srdeploy.calibration.graph import Layer
 from srdeploy.calibration.journal import Journal
@@ -28,6 +30,7 @@ from srdeploy.calibration.workbench import Decisions, Workbench
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import BuildError, GateError, UsageError
 from srdeploy.core.progress import SILENT, Progress
+from srdeploy.core.runner import Runner
 
 STRENGTHS = (0.5, 0.7)
 AUTOMATIC_METHODS: tuple[Method, ...] = ("mse", "percentile")  # entropy lost everywhere it was measured
@@ -108,19 +111,28 @@ class Sensitivity:
     macs_share: float
     changes: tuple[Change, ...] = ()
 
+    @property
+    def fidelity_db(self) -> float:
+        """The error in decibels."""
+        return -10 * math.log10(max(self.error, 1e-15))
+
+    def decision(self, decisions: Decisions) -> str:
+        """Return what became of the layers: "fp32", "split" or "int8"."""
+        if set(decisions.keep).issuperset(self.layers):
+            return "fp32"
+        return "split" if set(decisions.splits).issuperset(self.layers) else "int8"
+
     def to_json(self, decisions: Decisions) -> dict[str, Any]:
         """Return the entry of `sensitivity.json`."""
-        kept, split = set(decisions.keep), set(decisions.splits)
         measured = {change.split: round(change.cost, 5) for change in self.changes if change.measured}
-        decision = "fp32" if kept.issuperset(self.layers) else "split" if split.issuperset(self.layers) else "int8"
         return {
             "layers": list(self.layers),
             "image_mse": self.error,
-            "fidelity_db": round(-10 * math.log10(max(self.error, 1e-15)), 2),
+            "fidelity_db": round(self.fidelity_db, 2),
             "macs_share": round(self.macs_share, 5),
             "latency_share_split": measured.get(True),
             "latency_share_float": measured.get(False),
-            "decision": decision,
+            "decision": self.decision(decisions),
         }
 
 
@@ -203,9 +215,7 @@ def choose(
     tuning = Judge(bench.graph.model, tuning_samples(samples), contract)
     decisions, trials = _tuned(bench, tuning, options, deadline, journal, progress)
     judge = Judge(bench.graph.model, judges, contract)
-    first = _point(bench, judge, decisions, open_engine)
-    if open_engine is not None:
-        _check_as_written(bench, judge, decisions, open_engine)
+    first = _point(bench, judge, decisions, open_engine, check=True)
     if options.satisfied(first.verdict):
         return Choice(decisions, tuple(trials), (first,))
     return _bounded(bench, tuning, judge, decisions, trials, first, options, open_engine, deadline, journal, progress)
@@ -465,13 +475,18 @@ def _error(entry: Sensitivity) -> float:
     return entry.error
 
 
-def _point(bench: Workbench, judge: Judge, decisions: Decisions, open_engine: OpenEngine | None) -> Point:
+def _point(
+    bench: Workbench, judge: Judge, decisions: Decisions, open_engine: OpenEngine | None, *, check: bool = False
+) -> Point:
+    """Measure a graph; `check` whether the engine computes it as written before anything else is asked of it."""
     model, placement = bench.build(decisions)
     latency = None
     if open_engine is None:
         verdict = judge.graph(model)
     else:
         with opened(model, open_engine) as runner:
+            if check:
+                _check_as_written(judge.only(1), model, runner)
             verdict = judge.runner(runner)
             (latency,) = judge.latencies_ms(runner)
     return Point(
@@ -479,24 +494,20 @@ def _point(bench: Workbench, judge: Judge, decisions: Decisions, open_engine: Op
     )
 
 
-def _check_as_written(bench: Workbench, judge: Judge, decisions: Decisions, open_engine: OpenEngine) -> None:
+def _check_as_written(judge: Judge, model: onnx.ModelProto, runner: Runner) -> None:
     """Refuse an engine that computes a graph otherwise than it is written; a search would only hide that.
 
     Raises:
-        BuildError: on the first judged image the engine is far from the graph's own arithmetic.
+        BuildError: on the judged images the engine is far from the graph's own arithmetic.
     """
-    model, _ = bench.build(decisions)
-    one = judge.only(1)
-    written = one.graph(model)
-    with opened(model, open_engine) as runner:
-        computed = one.runner(runner)
-        if computed.fidelity_db < written.fidelity_db - AS_WRITTEN_DB:
-            raise BuildError(
-                f"{runner.info.engine} computes this INT8 graph otherwise than it is written: a fidelity of "
-                f"{computed.fidelity_db:.2f} dB where its arithmetic gives {written.fidelity_db:.2f} dB",
-                expected=f"a difference of at most {AS_WRITTEN_DB:g} dB",
-                next_step="try --weight-bits 7, --deconvolution rewrite or another --target",
-            )
+    written, computed = judge.graph(model), judge.runner(runner)
+    if computed.fidelity_db < written.fidelity_db - AS_WRITTEN_DB:
+        raise BuildError(
+            f"{runner.info.engine} computes this INT8 graph otherwise than it is written: a fidelity of "
+            f"{computed.fidelity_db:.2f} dB where its arithmetic gives {written.fidelity_db:.2f} dB",
+            expected=f"a difference of at most {AS_WRITTEN_DB:g} dB",
+            next_step="try --weight-bits 7, --deconvolution rewrite or another --target",
+        )
 
 
 def _check_kept(bench: Workbench, options: QuantizeOptions) -> None:

@@ -9,7 +9,6 @@ the road goes on; everything else ends it, and no bundle is written.
     bundling.py    the stage that closes the folder: report, reproduce.sh, manifest
 """
 
-import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -367,12 +366,11 @@ def _sensitivity(choice: "Choice | None") -> list[dict[str, Any]]:
     """Return the report's entries: how good the image stays when only these layers are quantized."""
     if choice is None:
         return []
-    kept = set(choice.decisions.keep)
     return [
         {
             "layer": entry.layers[0] if len(entry.layers) == 1 else f"{entry.layers[0]} to {entry.layers[-1]}",
-            "fidelity_db": -10 * math.log10(max(entry.error, 1e-15)),
-            "kept": "fp32" if kept.issuperset(entry.layers) else None,
+            "fidelity_db": entry.fidelity_db,
+            "kept": "fp32" if entry.decision(choice.decisions) == "fp32" else None,
         }
         for entry in choice.sensitivities
     ]
