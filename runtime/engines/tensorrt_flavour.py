@@ -12,6 +12,7 @@ Version facts, from the bindings of TensorRT 10.16, 11.4 and TensorRT-RTX 1.7.1:
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from srdeploy.core.environment import package_versions
@@ -122,6 +123,20 @@ def why_no_gpu() -> str | None:
     if torch.version.cuda is None:
         return f"no NVIDIA GPU can be used: PyTorch {torch.__version__} was built without CUDA"
     return "no NVIDIA GPU was found: the driver is missing, too old or sees none"
+
+
+def refuse_without_gpu(path: Path, flavour: Flavour, target: object) -> None:
+    """Refuse to open an engine where no GPU is; `target` says in words what it was built for.
+
+    Raises:
+        CapabilityError: no NVIDIA GPU can be used here.
+    """
+    reason = why_no_gpu()
+    if reason:
+        raise CapabilityError(
+            f"{path} is a {flavour.title} engine for {target}, and {reason}",
+            next_step="run it on a machine with such a GPU, or build for openvino or onnxruntime to run here",
+        )
 
 
 def flavour_named(name: str) -> Flavour:

@@ -19,7 +19,7 @@ from srdeploy.runtime.engines.graph import Graph
 from srdeploy.runtime.engines.options import BuildOptions, BuiltEngine
 from srdeploy.runtime.engines.sidecar import Engine
 from srdeploy.runtime.engines.tensorrt_build import build_plan
-from srdeploy.runtime.engines.tensorrt_flavour import Flavour, gpu, why_no_gpu
+from srdeploy.runtime.engines.tensorrt_flavour import Flavour, gpu, refuse_without_gpu, why_no_gpu
 
 REFUSED_OPTIONS: Mapping[str, str] = {
     "compute_capabilities": "it builds for the GPU of this machine (see --hardware-compatibility)",
@@ -46,12 +46,7 @@ def open_built(
     """
     trt = FLAVOUR.load()
     check_release(engine, trt.__version__)
-    reason = why_no_gpu()
-    if reason:
-        raise CapabilityError(
-            f"{engine.path} is a TensorRT engine for {engine.target.get('words')}, and {reason}",
-            next_step="run it on a machine with such a GPU, or build for openvino or onnxruntime to run here",
-        )
+    refuse_without_gpu(engine.path, FLAVOUR, engine.target.get("words"))
     check_target(engine, gpu(device))
     from srdeploy.runtime.engines.tensorrt_full_runtime import open_full
 

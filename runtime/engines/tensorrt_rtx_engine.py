@@ -15,7 +15,7 @@ from srdeploy.runtime.engines.graph import Graph
 from srdeploy.runtime.engines.options import BuildOptions, BuiltEngine
 from srdeploy.runtime.engines.sidecar import Engine
 from srdeploy.runtime.engines.tensorrt_build import build_plan
-from srdeploy.runtime.engines.tensorrt_flavour import Flavour, gpu, parse_capability, why_no_gpu
+from srdeploy.runtime.engines.tensorrt_flavour import Flavour, gpu, parse_capability, refuse_without_gpu, why_no_gpu
 
 REFUSED_OPTIONS: Mapping[str, str] = {
     "optimization_level": "it accepts the level and builds the same engine at each",
@@ -47,12 +47,7 @@ def open_built(
     """
     trt = FLAVOUR.load()
     check_header(engine, trt.__version__)
-    reason = why_no_gpu()
-    if reason:
-        raise CapabilityError(
-            f"{engine.path} is a TensorRT-RTX engine for {_target_words(engine)}, and {reason}",
-            next_step="run it on a machine with such a GPU, or build for openvino or onnxruntime to run here",
-        )
+    refuse_without_gpu(engine.path, FLAVOUR, _target_words(engine))
     check_target(engine, gpu(device))
     from srdeploy.runtime.engines.tensorrt_rtx_runtime import open_rtx
 
