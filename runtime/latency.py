@@ -399,19 +399,16 @@ class _NamedTimed(_Named):
 
 def _first_run(runner: Runner, feeds: Mapping[str, NDArray[Any]]) -> Memory:
     """Run once, for the first time, and tell what memory that took as far as this process can see it."""
+    device: list[int] = []
     if runner.info.device == "cpu":
         peak = run_memory(partial(runner.run, feeds))
-        return Memory(
-            peak, LOWER_BOUND if peak is not None else "nothing showed in the measuring process", None, ON_CPU
-        )
-    if not isinstance(runner, MeteredRunner):
+    elif isinstance(runner, MeteredRunner):
+        peak = run_memory(lambda: device.append(runner.run_metered(feeds)))
+    else:
         runner.run(feeds)
         return replace(NOT_MEASURED, device_words="not visible from the measuring process")
-    device: list[int] = []
-    peak = run_memory(lambda: device.append(runner.run_metered(feeds)))
-    return Memory(
-        peak, LOWER_BOUND if peak is not None else "nothing showed in the measuring process", device[0], ALLOCATOR
-    )
+    words = LOWER_BOUND if peak is not None else "nothing showed in the measuring process"
+    return Memory(peak, words, *((device[0], ALLOCATOR) if device else (None, ON_CPU)))
 
 
 def _warm_up(function: Callable[[], float], effort: Effort) -> None:
