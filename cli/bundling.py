@@ -164,6 +164,7 @@ def _write_report(
         },
         calibration=calibration.to_json(),
         sensitivity=next((entries for entries in work.sensitivity.values() if entries), []),
+        searches=work.searches,
         stages=[{"name": name, "seconds": work.seconds[name], "note": work.notes[name]} for name in work.seconds],
         commands=commands,
     )

@@ -190,6 +190,7 @@ class Work:
     notes: dict[str, str] = field(default_factory=dict)
     left_out: list[tuple[LeftOut, int]] = field(default_factory=list)
     sensitivity: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    searches: list[dict[str, Any]] = field(default_factory=list)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[list[str]]:
@@ -351,6 +352,8 @@ def _quantize(work: Work, onnx: str, engine: str, precision: Precision, calibrat
         shutil.rmtree(artifacts_folder(output), ignore_errors=True)
         raise GateError("the bound is kept only with every layer in FP32", expected="an INT8 graph")
     work.sensitivity[onnx] = _sensitivity(result.choice)
+    if result.choice is not None and int8 and work.request.max_psnr_drop is not None:
+        work.searches.append(_search(onnx, work.request.max_psnr_drop, result.choice))
     # One folder for all graphs: their calibration set is one and the same.
     places = {name: f"calibration/{'' if name == 'set' else output.stem + '.'}{name}.json" for name in result.artifacts}
     for name, path in result.artifacts.items():
@@ -374,6 +377,13 @@ def _sensitivity(choice: "Choice | None") -> list[dict[str, Any]]:
         }
         for entry in choice.sensitivities
     ]
+
+
+def _search(onnx: str, bound_db: float, choice: "Choice") -> dict[str, Any]:
+    """Return the report's entry: the graphs that were measured on the way to the bound, and which of them was taken."""
+    taken = (tuple(choice.decisions.keep), choice.decisions.splits)
+    points = [point.to_json() | {"taken": (point.keep, point.splits) == taken} for point in choice.points]
+    return {"graph": onnx, "bound_db": bound_db, "points": points}
 
 
 def _build_all(

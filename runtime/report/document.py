@@ -73,6 +73,7 @@ def report_document(
     checkpoint: Mapping[str, Any] | None = None,
     calibration: Mapping[str, Any] | None = None,
     sensitivity: Sequence[Mapping[str, Any]] = (),
+    searches: Sequence[Mapping[str, Any]] = (),
     studies: Mapping[str, Any] | None = None,
     stages: Sequence[Mapping[str, Any]] = (),
     commands: Sequence[str] = (),
@@ -92,6 +93,9 @@ def report_document(
             it was measured; shown key by key.
         sensitivity: one entry per layer, {"layer": name, "drop_db" or "fidelity_db": number, "kept": precision that
             the layer was kept in, or None}; plotted in the given order.
+        searches: one entry per graph that a bound was searched for, {"graph", "bound_db", "points"}; a point has
+            "int8_macs_share", "latency_ms" (or None), "fidelity_db", "drop_db", "layers_kept_float", "layers_split" and
+            "taken".
         studies: further measurements by name, as `srdeploy.runtime.studies` gives them ("throughput", "scaling").
         stages: one entry per stage of the road, {"name", "seconds", "note"}.
         commands: the exact commands that reproduce the run, one line each.
@@ -118,6 +122,7 @@ def report_document(
         "images": image_entries([(entry.name, entry.verify) for entry in engines if entry.verify], pictures),
         "calibration": None if calibration is None else dict(calibration),
         "sensitivity": [dict(entry) for entry in sensitivity],
+        "searches": [dict(entry) for entry in searches],
         "studies": dict(studies or {}),
         "stages": [dict(stage) for stage in stages],
         "commands": list(commands),

@@ -90,6 +90,7 @@ def _values(document: Document, sources: Mapping[str, str], markup: Any) -> dict
         "benches": [_bench(bench, markup) for bench in document["bench"]],
         "studies": _studies(document, markup),
         "sensitivity": markup(sensitivity) if sensitivity else None,
+        "searches": [_search(search, markup) for search in document.get("searches", ())],
         "calibration": _calibration(document["calibration"]) if document["calibration"] else None,
         "model_facts": _model_facts(document),
         "model_tables": _records(document["model"]["checkpoint"]),
@@ -109,6 +110,7 @@ def _sections(values: Mapping[str, Any], document: Document) -> list[tuple[str, 
         ("worst", "Worst crops", values["worst"]),
         ("latency", "Latency", values["benches"]),
         ("scaling", "Scaling", values["studies"]),
+        ("search", "Bound", values["searches"]),
         ("sensitivity", "Sensitivity", values["sensitivity"]),
         ("verification", "Verification", True),
         ("calibration", "Calibration", values["calibration"]),
@@ -117,6 +119,22 @@ def _sections(values: Mapping[str, Any], document: Document) -> list[tuple[str, 
         ("reproduce", "Reproduce", document["commands"]),
     ]
     return [("verdict", "Verdict"), ("engines", "Engines")] + [(a, words) for a, words, present in optional if present]
+
+
+def _search(search: Mapping[str, Any], markup: Any) -> dict[str, Any]:
+    """Return what the page shows of a search: its plot, and a row per graph."""
+    drawing = plots.search_points(search)
+    rows = [
+        {
+            **point,
+            "number": index + 1,
+            "milliseconds": "–" if point["latency_ms"] is None else ms_words(point["latency_ms"]),
+            "kept": ", ".join(point["layers_kept_float"]) or "–",
+            "split": ", ".join(point["layers_split"]) or "–",
+        }
+        for index, point in enumerate(search["points"])
+    ]
+    return {**search, "drawing": markup(drawing) if drawing else None, "rows": rows}
 
 
 def _figures(document: Document) -> list[tuple[str, str, str]]:

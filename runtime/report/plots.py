@@ -98,6 +98,33 @@ def sensitivity_bars(document: Document, limit: int = 30) -> str | None:
     return plot.svg()
 
 
+def search_points(search: Mapping[str, Any]) -> str | None:
+    """Draw the loss of every graph that was measured on the way to a bound; None for a single graph.
+
+    The loss stands over latency where the target's engine ran, else over the share of multiply-adds left in float.
+    """
+    points = search["points"]
+    if len(points) < 2:
+        return None
+    timed = all(point["latency_ms"] is not None for point in points)
+    across = [point["latency_ms"] if timed else 100 * (1 - point["int8_macs_share"]) for point in points]
+    losses = [float(point["drop_db"]) for point in points]
+    bound = search["bound_db"]
+    plot = Plot(
+        f"Loss of the graphs tried for {search['graph']}",
+        Axis("latency, milliseconds (a guide)" if timed else "multiply-adds left in float, %", *padded_linear(across)),
+        Axis("loss of Y PSNR, dB", *padded_linear([*losses, bound], 0.15, 0.1 * bound)),
+        height=300,
+    )
+    plot.line([(plot.x.low, bound), (plot.x.high, bound)], kind="dashed")
+    plot.text(plot.x.high, bound, f"bound, {bound:g} dB ", anchor="end", kind="note below")
+    for index, (point, position, loss) in enumerate(zip(points, across, losses, strict=True)):
+        label = f"{index + 1}: {100 * point['int8_macs_share']:.1f} % INT8" + (", taken" if point["taken"] else "")
+        hint = f"{label}, {loss:.4f} dB, fidelity {float(point['fidelity_db']):.2f} dB"
+        plot.point(position, loss, series=0, label=label, hint=hint, hollow=not point["taken"])
+    return plot.svg()
+
+
 def scaling_lines(study: Mapping[str, Any]) -> str | None:
     """Draw latency over image size on logarithmic axes, with the floors that the machine's measured peaks set."""
     lines = [entry for entry in study.get("runners", ()) if entry["points"]]

@@ -78,6 +78,12 @@ def row(name: str, median: float, *, stable: bool = True) -> Row:
     return Row(info, "end-to-end", statistics_of(times), stable, None if stable else "too noisy", times)
 
 
+def searched(share: float, latency: float | None, drop: float, taken: bool = False) -> dict[str, Any]:
+    kept = [] if share == 1.0 else ["body.end"]
+    return {"int8_macs_share": share, "latency_ms": latency, "fidelity_db": 55.0, "drop_db": drop,
+            "layers_kept_float": kept, "layers_split": ["merged_tail"] if taken else [], "taken": taken}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def document() -> dict[str, Any]:
     """A report with everything in it: passed, failed on NaN, left out, not run, studies, sensitivity."""
@@ -105,6 +111,8 @@ def document() -> dict[str, Any]:
             "coverage": {"black": 1.0, "green": 0.055},
         },
         sensitivity=[{"layer": f"groups.0.blocks.{i}.conv1", "drop_db": 0.1 / (i + 1), "kept": None} for i in range(5)],
+        searches=[{"graph": "model.int8.onnx", "bound_db": 0.02, "points": [
+            searched(1.0, 11.0, 0.05), searched(0.9, 12.0, 0.01), searched(0.96, 11.5, 0.018, taken=True)]}],
         studies={
             "throughput": {"note": "one at a time", "runners": [{"name": "openvino int8", "points": [
                 {"batch": 1, "images_per_second": 90.0}, {"batch": 4, "images_per_second": 120.0}]}]},
@@ -351,7 +359,8 @@ def test_the_page_in_a_browser(document: dict[str, Any], tmp_path: Path, browser
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(16, 19, 24)"
     assert dark is (scheme == "dark")
     drawn = [plot.bounding_box() for plot in page.locator("svg.plot").all()]
-    assert len(drawn) == 7  # two trade-offs, latency, scaling, throughput, streams, sensitivity
+    assert len(drawn) == 8  # two trade-offs, latency, scaling, throughput, streams, search, sensitivity
+    assert [row.text_content() for row in page.locator("#search tbody th").all()] == ["1", "2", "3taken"]
     assert all(box is not None and box["width"] > 300 and box["height"] > 100 for box in drawn)
     pictures = page.locator("img").all()
     assert all(image.evaluate("image => image.complete && image.naturalWidth > 0") for image in pictures)
@@ -410,7 +419,17 @@ def test_a_bare_report_has_no_empty_sections(tmp_path: Path) -> None:
     absent = EngineEntry("x fp16", "x", Precision.FP16, reason="no GPU")
     html = write_report(report_document(title="t", contract=contract(), engines=[absent]), tmp_path / "r").read_text()
 
-    for section in ("tradeoff", "images", "worst", "latency", "scaling", "sensitivity", "calibration", "reproduce"):
+    for section in (
+        "tradeoff",
+        "images",
+        "worst",
+        "latency",
+        "scaling",
+        "search",
+        "sensitivity",
+        "calibration",
+        "reproduce",
+    ):
         assert f'id="{section}"' not in html
     assert "No engine ran on this machine" in html
 
