@@ -37,7 +37,7 @@ import onnx
 from srdeploy.calibration.dataset import CalibrationSet, make_calibration_set
 from srdeploy.calibration.graph import read_model
 from srdeploy.calibration.judge import Judge
-from srdeploy.calibration.options import QuantizeOptions
+from srdeploy.calibration.options import Cost, QuantizeOptions
 from srdeploy.calibration.quantize import quantize
 from srdeploy.cli.console import RichProgress, markdown_table
 from srdeploy.core.bicubic import imresize
@@ -81,6 +81,7 @@ def main() -> None:
         default=[],
         help="once per checkpoint, in their order; default 57",
     )
+    parser.add_argument("--cost", choices=["latency", "macs"], default="latency", help="what our search pays in")
     parser.add_argument("--crops", type=int, default=48)
     parser.add_argument("--size", type=int, default=64, help="height and width of the latency input")
     parser.add_argument("--repeats", type=int, default=15)
@@ -118,7 +119,7 @@ def compare(source: Path, checkpoint: Path, arguments: argparse.Namespace, bound
     opener = opener_for(arguments.threads)
     entries = [Entry("FP32", source)]
     methods: dict[str, Callable[[Path], None]] = {
-        "ours": lambda path: ours(source, path, calibration, bound, opener),
+        "ours": lambda path: ours(source, path, calibration, bound, arguments.cost, opener),
         "nncf": lambda path: by_nncf(source, path, calibration),
         "onnxruntime": lambda path: by_onnxruntime(source, path, calibration),
     }
@@ -162,10 +163,16 @@ def compare(source: Path, checkpoint: Path, arguments: argparse.Namespace, bound
 
 
 def ours(
-    source: Path, output: Path, calibration: CalibrationSet, fidelity: float | None, opener: Callable[[Path], Runner]
+    source: Path,
+    output: Path,
+    calibration: CalibrationSet,
+    fidelity: float | None,
+    cost: Cost,
+    opener: Callable[[Path], Runner],
 ) -> None:
     # Without a quality to search for (random weights) the plain decisions that trained networks lead to are taken.
-    options = QuantizeOptions(min_fidelity=fidelity) if fidelity else QuantizeOptions(strength=0.5, method="minmax")
+    plain = QuantizeOptions(strength=0.5, method="minmax")
+    options = QuantizeOptions(min_fidelity=fidelity, cost=cost) if fidelity else plain
     quantize(
         source,
         output,

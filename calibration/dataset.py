@@ -148,6 +148,12 @@ def make_calibration_set(
     )
 
 
+def windows_of(samples: Sequence[Sample], count: int, side: int = 64) -> list[Sample]:
+    """Return a few samples, evenly over a set, each cut to a small window and without its truth."""
+    step = max(1, len(samples) // count)
+    return [Sample(sample.name, sample.pixels[:, :, :side, :side]) for sample in samples[::step][:count]]
+
+
 def _usable_photos(images: Path, bad: list[tuple[str, str]], progress: Progress) -> list[Photo]:
     photos: dict[str, Photo] = {}
     with progress.task(f"reading images from {images.name}") as advance:

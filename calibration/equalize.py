@@ -5,6 +5,9 @@ So a channel may leave its producer multiplied by s and enter its readers divide
 channels of a tensor span a similar range, one scale per tensor wastes no codes on quiet channels: activations are
 quantized per channel for free (Nagel et al. 2019, "Data-free quantization through weight equalization and bias
 correction"; the migration strength between activations and weights is that of Xiao et al. 2023, "SmoothQuant").
+
+All that meets in a residual stream shares its scales, although every reader would need others. Where an engine
+multiplies while it quantizes, each reader gets scales of its own: see streams.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,8 +17,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from srdeploy.calibration.graph import GLOBAL_POOLS, Graph, attribute
+from srdeploy.calibration.graph import GLOBAL_POOLS, Graph, attribute, corrects_edges
 from srdeploy.calibration.observe import Observation
+from srdeploy.calibration.streams import own_scales
 from srdeploy.core.contract import INPUT, OUTPUT
 
 _HOMOGENEOUS = ("Relu", "LeakyRelu", "PRelu", "Identity", *GLOBAL_POOLS)
@@ -88,8 +92,14 @@ class ChannelClasses:
             self.of[result] = self.of[image]
         elif node.op_type == "Mul" and len(data) == 1 and self._scalar(node, graph):
             self.of[result] = self.of[data[0]]
+        elif own_scales(node) is not None and data:
+            self.of[result] = self._new(self.of[data[0]].size)
         elif node.op_type == "DepthToSpace" and data:
             self._shuffle(node, data[0], result)
+        elif node.op_type == "Slice" and corrects_edges(node):
+            self.of[result] = self.of[data[0]]
+        elif node.op_type == "Shape":
+            pass  # sizes do not change with scales
         else:
             # Not known to keep channels apart: what goes in keeps its scale, what comes out is not followed.
             for name in data:
@@ -132,7 +142,7 @@ def equalized(
         The graph, and per tensor the factor of each channel, (C,): by it the observations of the new graph follow.
     """
     classes = ChannelClasses(graph)
-    factors = _factors(graph, classes, seen, tensors, strength)
+    factors = _factors(graph, classes, seen, tensors, strength) * _signs(graph, classes, seen)
     model = onnx.ModelProto()
     model.CopyFrom(graph.model)
     arrays = {layer.weight: graph.array(layer.weight).astype(np.float64) for layer in graph.layers}
@@ -145,10 +155,30 @@ def equalized(
             weight /= factors[classes.roots(layer.input)][None, :, None, None]
         if layer.bias:
             arrays[layer.bias] *= out
+    for node in model.graph.node:
+        name = own_scales(node)
+        if name is not None and node.output[0] in classes.of:
+            factor = factors[classes.roots(node.output[0])] / factors[classes.roots(node.input[0])]
+            arrays[name] = graph.array(name).astype(np.float64) * factor.reshape(1, -1, 1, 1)
     for tensor in model.graph.initializer:
         if tensor.name in arrays:
             tensor.CopyFrom(numpy_helper.from_array(arrays[tensor.name].astype(np.float32), tensor.name))
     return model, {name: factors[classes.roots(name)] for name in classes.of}
+
+
+def _signs(graph: Graph, classes: ChannelClasses, seen: Mapping[str, Observation]) -> NDArray[np.float64]:
+    """Return -1 for the channels with scales of their own that reach further down than up, 1 for all others.
+
+    Turned over, all channels of a tensor reach further up than down, and codes with a zero point need not cover twice
+    the larger side. No other channels can be turned: ReLU and the network's sums are in their way.
+    """
+    signs = np.ones(classes.count)
+    for node in graph.model.graph.node:
+        name = node.output[0]
+        if own_scales(node) is not None and name in classes.of and name in seen:
+            signs[classes.roots(name)] = np.where(-seen[name].low > seen[name].high, -1.0, 1.0)
+    signs[0] = 1.0
+    return signs
 
 
 def _factors(
@@ -162,7 +192,7 @@ def _factors(
             np.maximum.at(activation, classes.roots(name), reach)
     weight = np.zeros(count)
     for layer in graph.layers:
-        if layer.input in classes.of and layer.role != "attention":
+        if layer.input in classes.of and layer.role not in ("attention", "edge"):
             column = np.abs(np.moveaxis(graph.array(layer.weight), layer.axis, 0))
             row = column.reshape(column.shape[0], -1).max(axis=1)
             relative = (column / np.maximum(row, 1e-12)[:, None, None, None]).max(axis=(0, 2, 3))

@@ -4,6 +4,7 @@ Quantization needs to know three things of a layer that ONNX does not say: at wh
 of the LR image), how many multiply-adds it costs per LR pixel, and what part it plays (first, trunk, attention, last).
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from srdeploy.core.artifact import sha256_of_file
-from srdeploy.core.contract import INPUT, OUTPUT, ModelContract
+from srdeploy.core.contract import EDGE, INPUT, OUTPUT, ModelContract
 from srdeploy.core.errors import InputError
 
 WEIGHTED = ("Conv", "ConvTranspose")
@@ -23,7 +24,7 @@ GLOBAL_POOLS = ("GlobalAveragePool", "ReduceMean")
 MIN_OPSET = 19
 """Q/DQ with FP16 scales and FP8 types exist from opset 19 on."""
 
-Role = Literal["first", "trunk", "attention", "last"]
+Role = Literal["first", "trunk", "attention", "edge", "last"]
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,10 @@ class Layer:
         axis: the axis of `weight` that counts output channels.
         channels_in: channels read.
         channels_out: channels written.
-        resolution: output pixels per LR pixel and axis; 0 for a layer that works on pooled 1x1 maps.
-        macs: multiply-adds per LR pixel; 0 for pooled maps, whose cost does not grow with the image.
-        role: "first" reads the image, "last" writes it, "attention" works on pooled maps, all others are "trunk".
+        resolution: output pixels per LR pixel and axis; 0 for a layer that works on pooled 1x1 maps or on strips.
+        macs: multiply-adds per LR pixel; 0 for pooled maps and strips, whose cost does not grow with the image's area.
+        role: "first" reads the image, "last" writes it, "attention" works on pooled maps, "edge" on strips along the
+            image's edges, all others are "trunk".
     """
 
     name: str
@@ -131,6 +133,23 @@ def attribute(node: onnx.NodeProto, name: str, default: object = None) -> object
     return default
 
 
+def largest_map(graph: Graph) -> int:
+    """Return the elements per LR pixel of the largest feature map that a layer reads or writes."""
+    read = (layer.channels_in * graph.resolution[layer.input] ** 2 for layer in graph.layers)
+    written = (layer.channels_out * layer.resolution**2 for layer in graph.layers)
+    return math.ceil(max(*read, *written))
+
+
+def is_plain_convolution(graph: Graph, layer: Layer) -> bool:
+    """Tell whether a layer is a convolution that is not grouped: each weight meets one input channel, in order."""
+    return layer.op == "Conv" and graph.initializers[layer.weight].dims[1] == layer.channels_in
+
+
+def corrects_edges(node: onnx.NodeProto) -> bool:
+    """Tell whether a node belongs to what corrects the edges of a merged tail (see tail.py)."""
+    return any(entry.key == EDGE for entry in node.metadata_props)
+
+
 def _refuse_unsuitable(model: onnx.ModelProto, path: Path) -> None:
     quantized = next(
         (node for node in model.graph.node if "Quantize" in node.op_type or "QLinear" in node.op_type), None
@@ -157,7 +176,7 @@ _NOT_FP32 = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorPro
 
 
 def _resolutions(model: onnx.ModelProto, initializers: Iterable[str]) -> dict[str, float]:
-    """Follow the image through the graph: tensor name -> pixels per LR pixel and axis (0: pooled to 1x1)."""
+    """Follow the image through the graph: tensor name -> pixels per LR pixel and axis (0: 1x1 maps and strips)."""
     known: dict[str, float] = {INPUT: 1.0}
     constants = set(initializers)
     for node in model.graph.node:
@@ -165,7 +184,7 @@ def _resolutions(model: onnx.ModelProto, initializers: Iterable[str]) -> dict[st
         if not inputs or node.op_type in ("Shape", "Size"):
             continue
         factor = max(inputs)
-        if node.op_type in GLOBAL_POOLS:
+        if node.op_type in GLOBAL_POOLS or corrects_edges(node):
             factor = 0.0
         elif node.op_type == "ConvTranspose":
             factor *= _strides(node)
@@ -198,7 +217,9 @@ def _layers(graph: Graph) -> tuple[Layer, ...]:
         # A deconvolution multiplies each weight once per input pixel, a convolution once per output pixel.
         pixels = (graph.resolution.get(node.input[0], 1.0) if axis else resolution) ** 2
         role: Role = "trunk"
-        if resolution == 0:
+        if corrects_edges(node):
+            role = "edge"
+        elif resolution == 0:
             role = "attention"
         elif node.output[0] in reaches_output:
             role = "last"
@@ -245,6 +266,6 @@ def _without_weights_to_output(graph: Graph) -> set[str]:
             continue
         found.add(name)
         node = graph.producer.get(name)
-        if node is not None and node.op_type not in WEIGHTED:
+        if node is not None and node.op_type not in (*WEIGHTED, "Shape"):
             pending.extend(node.input)
     return found

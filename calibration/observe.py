@@ -57,6 +57,11 @@ class Observation:
         """Smallest and largest value of the whole tensor."""
         return float(self.low.min()), float(self.high.max())
 
+    def scaled(self, factors: NDArray[np.float64]) -> "Observation":
+        """Return extremes and means of the tensor times a factor per channel, (C,) or (1,); without a histogram."""
+        ends = self.low * factors, self.high * factors  # a negative factor swaps them
+        return Observation(np.minimum(*ends), np.maximum(*ends), self.total * factors, self.images)
+
     def add(self, low: NDArray[Any], high: NDArray[Any], mean: NDArray[Any], sample: NDArray[Any]) -> None:
         """Take in one image: its extremes and mean per channel, and a sample of its values."""
         self.low = np.minimum(self.low, low)

@@ -29,6 +29,7 @@ class Recipe:
         half: the float part and all scales are FP16.
         deconvolution: "int8" (weights per output channel on axis 1), "float" or "rewrite" (exact convolutions and a
             pixel shuffle, see rewrite.py).
+        merged: the linear end of the network becomes one layer (see tail.py).
         first, last: whether the layers that read and write the image are quantized.
         min_channels: layers with fewer input or output channels stay float.
         chained: the engine computes a layer with integers only where its output is quantized as well, so outputs of
@@ -37,6 +38,8 @@ class Recipe:
             the engine looks for the pair right in front of the convolution, and moves it up through the concatenation.
         shuffled: a pixel shuffle moves bytes: what it writes is quantized before it, where that fuses with the
             convolution.
+        own_scales: the engine multiplies by a scale per channel while it quantizes, so each reader of a residual
+            stream gets scales of its own (see equalize.py).
         splits: 8-bit multiply-adds are so much faster than float ones that two of them beat leaving a layer float.
         weight_bits: 8, or 7 for weights within +-64, which processors without VNNI need.
         why: reasons, for people.
@@ -45,12 +48,14 @@ class Recipe:
     kind: Kind
     half: bool
     deconvolution: str
+    merged: bool
     first: bool
     last: bool
     min_channels: int
     chained: bool
     concat_pairs: bool
     shuffled: bool
+    own_scales: bool
     splits: bool
     why: Mapping[str, str]
     weight_bits: int = 8
@@ -60,12 +65,14 @@ _TENSORRT = Recipe(
     kind="int8",
     half=True,
     deconvolution="float",
+    merged=False,  # not measured on GPUs
     first=False,
     last=False,
     min_channels=16,
     chained=False,
     concat_pairs=True,
     shuffled=False,
+    own_scales=False,  # not measured on GPUs
     splits=False,  # INT8 is twice as fast as FP16: two passes would gain nothing
     why={
         "deconvolution": "TensorRT generations disagree about INT8 deconvolutions with scales per channel",
@@ -82,12 +89,14 @@ RECIPES: dict[Target, Recipe] = {
         kind="uint8",
         half=False,
         deconvolution="int8",
+        merged=True,
         first=True,
         last=True,
         min_channels=1,
         chained=False,
         concat_pairs=False,
         shuffled=True,
+        own_scales=True,
         splits=True,
         why={},
     ),
@@ -95,12 +104,14 @@ RECIPES: dict[Target, Recipe] = {
         kind="uint8",
         half=False,
         deconvolution="rewrite",
+        merged=True,
         first=True,
         last=False,
         min_channels=1,
         chained=True,
         concat_pairs=True,
         shuffled=True,
+        own_scales=False,  # the product would be a pass of its own
         splits=False,  # the second half would have to be quantized at its output, which is what splitting avoids
         why={
             "chained": "its output is read by the residual stream in full precision, and integer kernels round theirs",
@@ -205,6 +216,8 @@ def _why_float(layer: Layer, recipe: Recipe, precision: Precision) -> str | None
     narrow = min(layer.channels_in, layer.channels_out)
     if layer.role == "attention":
         return "channel attention works on 1x1 maps and steers every channel"
+    if layer.role == "edge":
+        return "it corrects the outermost pixels of the image: a strip, computed in no time"
     if layer.role == "first" and not recipe.first:
         return recipe.why["first"]
     if layer.role == "last" and not recipe.last:

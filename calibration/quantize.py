@@ -10,7 +10,7 @@ import onnx
 
 from srdeploy.calibration.choose import Choice, choose
 from srdeploy.calibration.dataset import CalibrationSet
-from srdeploy.calibration.graph import Graph, read_model
+from srdeploy.calibration.graph import Graph, largest_map, read_model
 from srdeploy.calibration.journal import Journal
 from srdeploy.calibration.judge import Judge, OpenEngine, Verdict, opened
 from srdeploy.calibration.observe import observe
@@ -19,12 +19,14 @@ from srdeploy.calibration.placement import RECIPES, share_of_macs
 from srdeploy.calibration.ranges import Ranges, read_ranges
 from srdeploy.calibration.readback import Readback, read_back
 from srdeploy.calibration.rewrite import deconvolutions_rewritten
+from srdeploy.calibration.streams import readers_scaled
+from srdeploy.calibration.tail import tail_merged
 from srdeploy.calibration.typed import Island, emulated_graph, float_tensors, islands_for, typed_graph
 from srdeploy.calibration.workbench import Workbench
 from srdeploy.core.artifact import atomic_files, sha256_of_bytes
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.environment import int8_weights_overflow, package_versions
-from srdeploy.core.errors import BuildError, GateError, UsageError
+from srdeploy.core.errors import BuildError, GateError, InputError, UsageError
 from srdeploy.core.manifest import Manifest, Source, manifest_path
 from srdeploy.core.precision import Precision, Target
 from srdeploy.core.progress import SILENT, Progress
@@ -51,6 +53,7 @@ class QuantizeResult:
         int8_macs: their share of the multiply-adds, 0..1.
         weight_bits: 8, or 7 for weights within +-64; None for graphs that are not INT8.
         floats: layer -> reason, for the layers of an 8-bit graph that stay float.
+        merged: layers of the network that are one layer in the graph (see tail.py).
         islands: nodes of a 16-bit graph that stay FP32, with reasons.
         readback: what the engine says it runs; None when no engine of the target runs here.
         choice: the search and all it measured; None for FP16 and BF16.
@@ -68,6 +71,7 @@ class QuantizeResult:
     int8_macs: float = 0.0
     weight_bits: int | None = None
     floats: Mapping[str, str] = field(default_factory=dict)
+    merged: tuple[str, ...] = ()
     islands: tuple[Island, ...] = ()
     readback: Readback | None = None
     choice: Choice | None = None
@@ -86,6 +90,7 @@ class QuantizeResult:
             "int8_macs_share": round(self.int8_macs, 4),
             "weight_bits": self.weight_bits,
             "float_layers": dict(self.floats),
+            "merged_layers": list(self.merged),
             "fp32_islands": [{"node": island.node, "reason": island.reason} for island in self.islands],
             "readback": self.readback.to_json() if self.readback else None,
             "search": self.choice.to_json() if self.choice else None,
@@ -97,12 +102,13 @@ class QuantizeResult:
 
 @dataclass(frozen=True)
 class _Made:
-    """A finished graph before it is written."""
+    """A finished graph before it is written; `largest_map` as in its contract, None where it is the network's."""
 
     model: onnx.ModelProto
     result: QuantizeResult
     ranges: Ranges | None = None
     journal: Journal | None = None
+    largest_map: int | None = None
 
 
 def quantize(
@@ -151,6 +157,8 @@ def quantize(
             made = _quantized_or_rewritten(
                 model, contract, sha256, precision, target, calibration, options, ranges, open_engine, progress
             )
+        if made.largest_map is not None:
+            contract = replace(contract, largest_tensor_per_pixel=made.largest_map)
         _describe(made.model, contract, precision, target, made.result, calibration, sha256)
         data = made.model.SerializeToString()
         temporaries[0].write_bytes(data)
@@ -262,13 +270,26 @@ def _quantized_graph(
     progress: Progress,
 ) -> _Made:
     recipe = options.recipe_for(RECIPES[target])
-    journal = Journal(sha256, calibration.sha256, repr(recipe), precision.value)
     if recipe.deconvolution == "rewrite":
         model, _ = deconvolutions_rewritten(model, phases=target in CPU_TARGETS)
         recipe = replace(recipe, deconvolution="int8")
+    merged: tuple[str, ...] = ()
+    if recipe.merged:
+        model, merged = tail_merged(model, apart=options.keep)
+        recipe = replace(recipe, merged=bool(merged))
+    journal = Journal(sha256, calibration.sha256, repr(recipe), precision.value)
+    if recipe.own_scales:
+        model = readers_scaled(model)
     if journal.resumed:
         progress.note("going on with what an earlier, interrupted run measured")
     bench = Workbench(model, recipe, precision, calibration, progress, ranges, journal)
+    missing = [tensor for tensor in bench.tensors if ranges is not None and tensor not in ranges.ranges]
+    if missing:
+        raise InputError(
+            f"{options.ranges} has no range of {missing[0]}: it was made for a graph laid out otherwise",
+            expected="the --target, --keep and --deconvolution of the run that wrote it",
+            next_step="leave --ranges out to collect new ones",
+        )
     # An engine that is known to compute this graph wrongly here cannot judge it.
     foreign = target in CPU_TARGETS and int8_weights_overflow(recipe.weight_bits)
     runnable = open_engine if target in CPU_TARGETS and not foreign else None
@@ -310,9 +331,11 @@ def _quantized_graph(
         readback=readback,
         choice=choice,
         latency_ms=latency,
+        merged=merged,
         notes=(*_notes(target, latency), *((FOREIGN,) if foreign else ())),
     )
-    return _Made(quantized, result, bench.ranges(choice.decisions, model_sha256=sha256), journal)
+    ranges_taken = bench.ranges(choice.decisions, model_sha256=sha256)
+    return _Made(quantized, result, ranges_taken, journal, largest_map(bench.graph) if merged else None)
 
 
 def _notes(target: Target, latency: tuple[float, float] | None) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ A search tries dozens of quantized graphs. They share the expensive part, what w
 differ in a few decisions, so the observations live here and a graph for given decisions takes a second.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -13,18 +13,29 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from srdeploy.calibration.arithmetic import QuantParams, params_for_range, quantize_weights, weight_scales
-from srdeploy.calibration.dataset import CalibrationSet
+from srdeploy.calibration.arithmetic import (
+    WEIGHT_TOPS,
+    QuantParams,
+    params_for_range,
+    quantize_weights,
+    weight_scales,
+)
+from srdeploy.calibration.dataset import CalibrationSet, windows_of
 from srdeploy.calibration.equalize import equalized
-from srdeploy.calibration.graph import Graph
+from srdeploy.calibration.graph import Graph, is_plain_convolution
 from srdeploy.calibration.journal import Journal
 from srdeploy.calibration.observe import Observation, observe
 from srdeploy.calibration.placement import Placement, Recipe, place
 from srdeploy.calibration.qdq import QuantWeight, fp8_weight, insert_qdq
 from srdeploy.calibration.ranges import Method, Ranges, range_of
+from srdeploy.calibration.rounding import compensated_codes, input_covariances
+from srdeploy.calibration.streams import scales_settled
 from srdeploy.core.contract import INPUT
 from srdeploy.core.precision import Precision
 from srdeploy.core.progress import SILENT, Progress
+
+COMPENSATION_SAMPLES = 16
+"""Images whose feature maps tell which weights make each other's errors good; more gain nothing."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,7 @@ class Decisions:
     Attributes:
         strength: of channel equalization, 0 to 1.
         method: how ranges are clipped.
+        compensate: round weights so that their errors cancel, instead of each to nearest.
         correct_bias: move the mean error of rounded weights into the bias.
         share: one scale for all that meets in a concatenation.
         keep: layers left float: name -> reason.
@@ -42,6 +54,7 @@ class Decisions:
 
     strength: float = 0.5
     method: Method = "minmax"
+    compensate: bool = False
     correct_bias: bool = True
     share: bool = True
     keep: Mapping[str, str] = field(default_factory=dict)
@@ -86,6 +99,7 @@ class Workbench:
         self._seen: dict[float, dict[str, Observation]] = {}
         self._ranges: dict[tuple[float, Method], dict[str, tuple[float, float]]] = {}
         self._codes: dict[tuple[float, str], QuantWeight] = {}
+        self._compensated: dict[tuple[float, Method], dict[str, QuantWeight]] = {}
 
     @cached_property
     def tensors(self) -> tuple[str, ...]:
@@ -147,6 +161,8 @@ class Workbench:
         splits = [
             layer.node for layer in graph.layers if layer.name in decisions.splits and layer.name in placement.layers
         ]
+        if self.recipe.own_scales:
+            base = scales_settled(base, placement.floats)
         model = insert_qdq(base, placement.sites, self.params(placement, decisions), weights, splits=splits)
         return model, placement
 
@@ -183,11 +199,7 @@ class Workbench:
     def scaled_seen(self, strength: float) -> dict[str, Observation]:
         """Return extremes and means of the equalized graph, as they follow from the pass over the graph as given."""
         factors = self.equalized(strength)[1]
-        result = {}
-        for tensor, seen in self.seen.items():
-            factor = factors.get(tensor, np.ones(1))
-            result[tensor] = replace(seen, low=seen.low * factor, high=seen.high * factor, total=seen.total * factor)
-        return result
+        return {tensor: seen.scaled(factors.get(tensor, np.ones(1))) for tensor, seen in self.seen.items()}
 
     def _remembered(self) -> dict[str, Observation]:
         assert self.stored is not None
@@ -209,8 +221,7 @@ class Workbench:
         if tensor not in table:
             if decisions.method == "minmax":  # follows from the first pass: no second one is needed
                 factors = self.equalized(decisions.strength)[1].get(tensor, np.ones(1))
-                seen = self.seen[tensor]
-                low, high = float((seen.low * factors).min()), float((seen.high * factors).max())
+                low, high = self.seen[tensor].scaled(factors).range
                 table[tensor] = (min(low, 0.0), max(high, 0.0))
             else:
                 table[tensor] = range_of(self.seen_at(decisions.strength)[tensor], decisions.method, self.recipe.kind)
@@ -227,17 +238,43 @@ class Workbench:
         return self.seen[tensor].mean * self.equalized(strength)[1].get(tensor, np.ones(1))
 
     def _weight(self, decisions: Decisions, name: str, axis: int) -> QuantWeight:
-        key = (decisions.strength, name)
-        if key not in self._codes:
+        if decisions.compensate and self.precision != Precision.FP8:
+            key = (decisions.strength, decisions.method)
+            if key not in self._compensated:
+                self._compensated[key] = dict(self._compensating(decisions))
+            if name in self._compensated[key]:
+                return self._compensated[key][name]
+        nearest = (decisions.strength, name)
+        if nearest not in self._codes:
             weights = self.equalized(decisions.strength)[0].array(name)
             if self.precision == Precision.FP8:
-                self._codes[key] = fp8_weight(weights, axis)
+                self._codes[nearest] = fp8_weight(weights, axis)
             else:
-                scales = weight_scales(weights, axis, self.recipe.weight_bits)
-                if self.recipe.half:
-                    scales = np.maximum(scales.astype(np.float16), np.float16(2.0**-20)).astype(np.float32)
-                self._codes[key] = QuantWeight(quantize_weights(weights, scales, axis), scales, axis)
-        return self._codes[key]
+                scales = self._representable(weight_scales(weights, axis, self.recipe.weight_bits))
+                self._codes[nearest] = QuantWeight(quantize_weights(weights, scales, axis), scales, axis)
+        return self._codes[nearest]
+
+    def _compensating(self, decisions: Decisions) -> Iterator[tuple[str, QuantWeight]]:
+        """Round the weights of all layers that may become 8-bit so that errors cancel; deconvolutions are left out."""
+        graph, _ = self.equalized(decisions.strength)
+        placement = place(graph, self.recipe, precision=self.precision, share=decisions.share)
+        layers = [x for x in graph.layers if x.name in placement.layers and is_plain_convolution(graph, x)]
+        batches = [sample.pixels for sample in windows_of(self._calibration.samples, COMPENSATION_SAMPLES)]
+        top = WEIGHT_TOPS[self.recipe.weight_bits]
+        for layer, covariances in input_covariances(graph, layers, batches, progress=self._progress):
+            # The activation's own rounding is noise that no weight can make good.
+            step = params_for_range(*self._range(layer.input, decisions), self.recipe.kind).scale
+            noisy = [covariance + np.eye(len(covariance)) * step**2 / 12 for covariance in covariances]
+            weights = graph.array(layer.weight)
+            scales = weight_scales(weights, layer.axis, self.recipe.weight_bits)
+            codes, scales = compensated_codes(weights, scales, noisy, top, self._representable)
+            yield layer.weight, QuantWeight(codes, scales, layer.axis)
+
+    def _representable(self, scales: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return scales as the graph can hold them, before anything is computed with them."""
+        if not self.recipe.half:
+            return scales
+        return np.maximum(scales.astype(np.float16), np.float16(2.0**-20)).astype(np.float32)
 
     def _with_corrected_biases(
         self, graph: Graph, weights: Mapping[str, QuantWeight], decisions: Decisions

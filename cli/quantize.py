@@ -172,6 +172,9 @@ def _show(result: "QuantizeResult") -> None:
             f"{len(result.int8_layers)} of {total} layers in {result.precision.value.upper()} "
             f"({100 * result.int8_macs:.1f} % of multiply-adds)"
         )
+    if result.merged:
+        names = ", ".join(result.merged)
+        progress.note(f"{names} became one exact convolution (--keep one of them to leave them apart)")
     if result.readback is not None:
         progress.note(f"{result.readback.engine} runs {result.readback.line()}")
     for island in result.islands if len(result.islands) <= 5 else ():

@@ -18,6 +18,8 @@ INPUT = "input"
 OUTPUT = "output"
 PREFIX = "srdeploy."
 SCHEMA = 1
+EDGE = "srdeploy.edge"
+"""Key of the metadata of nodes that correct the edges of an image: strips, whose cost does not grow with its area."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from srdeploy.calibration.graph import Graph
 from srdeploy.calibration.observe import observe, run_outputs
 from srdeploy.calibration.placement import RECIPES, place
 from srdeploy.calibration.rewrite import deconvolutions_rewritten, phase_kernel
+from srdeploy.calibration.streams import readers_scaled, scales_settled
 from srdeploy.core.precision import Target
 
 Networks = dict[str, Callable[..., onnx.ModelProto]]
@@ -49,6 +50,70 @@ def test_equalization_keeps_the_function_and_evens_the_channels(
             alive = reach > 1e-6
             spreads.append(np.ptp(np.log((reach * factors[tensor])[alive])) - np.ptp(np.log(reach[alive])))
         assert np.mean(spreads) < 0
+
+
+def test_readers_of_a_residual_stream_get_scales_of_their_own(
+    networks: Networks, calibrations: dict[str, CalibrationSet]
+) -> None:
+    plain = networks["residual"]()
+    graph = Graph(readers_scaled(plain))
+    tensors = [site.tensor for site in place(graph, RECIPES[Target.OPENVINO]).sites]
+    batches = list(calibrations["residual"])[:3]
+    seen = observe(graph, tensors, batches)
+
+    model, factors = equalized(graph, seen, tensors, 0.7)
+
+    # Two blocks, the end of the body and the upsampler read the stream, each through other scales.
+    scaled = [tensor for tensor in tensors if tensor.endswith("_scaled")]
+    assert len(scaled) == 4
+    assert len({tuple(np.round(factors[tensor], 6)) for tensor in scaled}) == 4
+    for before, after in zip(outputs(plain, batches), outputs(model, batches), strict=True):
+        assert np.abs(before - after).max() < 2e-5 * max(1.0, np.abs(before).max())
+
+
+def test_scales_of_a_layer_that_stays_float_go_into_its_weights(
+    networks: Networks, calibrations: dict[str, CalibrationSet]
+) -> None:
+    graph = Graph(readers_scaled(networks["residual"]()))
+    tensors = [site.tensor for site in place(graph, RECIPES[Target.OPENVINO]).sites]
+    batches = list(calibrations["residual"])[:3]
+    model, _ = equalized(graph, observe(graph, tensors, batches), tensors, 0.7)
+
+    folded = scales_settled(model, ["body.end"])
+
+    onnx.checker.check_model(folded, full_check=True)
+    products = [sum(node.name.endswith("/scaled") for node in entry.graph.node) for entry in (model, folded)]
+    assert products == [4, 3]
+    for before, after in zip(outputs(model, batches), outputs(folded, batches), strict=True):
+        assert np.abs(before - after).max() < 2e-5 * max(1.0, np.abs(before).max())
+
+
+def test_channels_that_reach_further_down_are_turned_over_and_written_with_a_sum_behind(
+    networks: Networks, calibrations: dict[str, CalibrationSet]
+) -> None:
+    graph = Graph(readers_scaled(networks["residual"]()))
+    tensors = [site.tensor for site in place(graph, RECIPES[Target.OPENVINO]).sites]
+    batches = list(calibrations["residual"])[:3]
+    seen = observe(graph, tensors, batches)
+
+    model, factors = equalized(graph, seen, tensors, 0.7)
+    settled = scales_settled(model, [])
+
+    after = observe(Graph(model), tensors, batches)
+    for tensor in (name for name in tensors if name.endswith("_scaled")):
+        assert (factors[tensor] < 0).any()
+        assert (after[tensor].high >= -after[tensor].low - 1e-6).all()
+        node = Graph(settled).producer[tensor]
+        assert node.op_type == "Add"
+        predicted = seen[tensor].scaled(factors[tensor])
+        np.testing.assert_allclose(after[tensor].low, predicted.low, atol=1e-4)
+        np.testing.assert_allclose(after[tensor].high, predicted.high, atol=1e-4)
+    for one, other in zip(outputs(model, batches), outputs(settled, batches), strict=True):
+        assert np.abs(one - other).max() < 1e-6
+
+
+def test_what_is_concatenated_gets_no_second_scale(networks: Networks) -> None:
+    assert readers_scaled(networks["dense"]()) == networks["dense"]()
 
 
 def test_image_and_gates_are_never_scaled(networks: Networks) -> None:

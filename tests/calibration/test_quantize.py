@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from onnx import TensorProto
 from srdeploy.calibration.dataset import CalibrationSet
 from srdeploy.calibration.journal import Journal
 from srdeploy.calibration.options import QuantizeOptions
-from srdeploy.calibration.quantize import artifacts_folder, quantize
+from srdeploy.calibration.quantize import QuantizeResult, artifacts_folder, quantize
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import BuildError, GateError, InputError, SrdeployError, UsageError
 from srdeploy.core.manifest import verified_manifest
@@ -82,6 +83,59 @@ def test_what_was_asked_for_in_8_bits_runs_in_8_bits(
     assert contract.provenance["quantization"]["target"] == target.value
     assert {path.name for path in artifacts_folder(output).iterdir()} == {"set.json", "ranges.json", "sensitivity.json"}
     json.dumps(result.to_json(), allow_nan=False)
+
+
+def test_the_linear_end_becomes_one_layer_unless_a_part_of_it_is_kept(
+    network_paths: Paths, calibrations: Calibrations, tmp_path: Path
+) -> None:
+    def run(name: str, keep: tuple[str, ...], target: Target = Target.OPENVINO) -> QuantizeResult:
+        return quantize(
+            network_paths["residual"],
+            tmp_path / f"{name}.onnx",
+            precision=Precision.INT8,
+            target=target,
+            calibration=calibrations["residual"],
+            options=replace(QUICK, keep=keep),
+            open_engine=openvino if target is Target.OPENVINO else None,
+        )
+
+    merged, apart, other = run("merged", ()), run("apart", ("tail",)), run("gpu", (), Target.TENSORRT)
+
+    assert merged.merged == ("up", "tail")
+    assert merged.to_json()["merged_layers"] == ["up", "tail"]
+    assert "merged_tail" in merged.int8_layers
+    assert apart.merged == other.merged == ()
+    assert "up" in apart.int8_layers
+    assert apart.floats["tail"] == "asked for with --keep"
+    sizes = [largest_tensor(tmp_path / f"{name}.onnx") for name in ("merged", "apart")]
+    assert sizes == [16, 64]  # 16 channels at LR resolution, instead of 16 at four times its pixels
+
+
+def largest_tensor(path: Path) -> int:
+    properties = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    return ModelContract.from_metadata(properties, name=str(path)).largest_tensor_per_pixel
+
+
+def test_ranges_of_a_graph_laid_out_otherwise_are_refused(
+    network_paths: Paths, calibrations: Calibrations, tmp_path: Path
+) -> None:
+    def run(name: str, **options: object) -> None:
+        quantize(
+            network_paths["residual"],
+            tmp_path / name,
+            precision=Precision.INT8,
+            target=Target.OPENVINO,
+            calibration=calibrations["residual"],
+            options=replace(QUICK, **options),  # type: ignore[arg-type]
+        )
+
+    run("first.onnx")
+    ranges = artifacts_folder(tmp_path / "first.onnx") / "ranges.json"
+
+    run("again.onnx", ranges=ranges)
+    with pytest.raises(InputError, match="no range of .*laid out otherwise"):
+        run("apart.onnx", ranges=ranges, keep=("tail",))
+    assert not (tmp_path / "apart.onnx").exists()
 
 
 @pytest.mark.parametrize("precision", [Precision.INT8, Precision.FP8])
@@ -217,7 +271,7 @@ def test_an_interrupted_search_goes_on_where_it_stopped(
         )
 
     measured: list[str] = []
-    original = choose._fidelity
+    original = choose.fidelity_of
 
     def counted(*arguments: object) -> float:
         if len(measured) == 2:
@@ -226,7 +280,7 @@ def test_an_interrupted_search_goes_on_where_it_stopped(
         measured.append("measured")
         return original(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(choose, "_fidelity", counted)
+    monkeypatch.setattr(choose, "fidelity_of", counted)
     with pytest.raises(KeyboardInterrupt):
         run()
     assert not (tmp_path / "int8.onnx").exists()

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from srdeploy.calibration.choose import Change, needed_changes
+from srdeploy.calibration.choose import needed_changes
 from srdeploy.calibration.dataset import CalibrationSet
 from srdeploy.calibration.judge import Verdict
 from srdeploy.calibration.options import Cost, QuantizeOptions
 from srdeploy.calibration.quantize import QuantizeResult, artifacts_folder, quantize
+from srdeploy.calibration.sensitivity import Change
 from srdeploy.calibration.workbench import Decisions
 from srdeploy.core.precision import Precision, Target
 from srdeploy.core.runner import Runner

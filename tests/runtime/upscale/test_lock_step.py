@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from srdeploy.calibration.tail import tail_merged
 from srdeploy.core.errors import CapabilityError, UsageError
 from srdeploy.core.runner import Runner, run_image
 from srdeploy.models.load import LoadedCheckpoint
@@ -55,6 +56,26 @@ def test_lock_step_equals_the_eager_whole_image(
     assert decision.maps_in_memory == (memory > 1000)
     with make_runner("rcan") as reference:
         np.testing.assert_allclose(np.concatenate(bands, axis=2), run_image(reference, image), atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_lock_step_of_a_graph_whose_end_is_merged_equals_the_whole_image(
+    engine: str, rcan_onnx: Path, tmp_path: Path
+) -> None:
+    merged, names = tail_merged(onnx.load(rcan_onnx))
+    assert names
+    path = tmp_path / "merged.onnx"
+    onnx.save(merged, path)
+    image = np.random.default_rng(0).random((1, 3, 43, 59), dtype=np.float32)
+    with open_engine(rcan_onnx, engine=engine, threads=1) as plain:
+        expected = run_image(plain, image)
+    lock = lock_step_of(open_engine(path, engine=engine, threads=1), path, threads=1, memory_bytes=1 << 30)
+    decision = lock.decide(43, 59, TileSettings(mode="exact", side=24))
+    assert decision is not None
+
+    bands = list(lock.bands(lambda begin, end: image[:, :, begin:end], decision, scale=2))
+
+    np.testing.assert_allclose(np.concatenate(bands, axis=2), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["rcan x3", "rcan on 255 with mean shift"])

@@ -1,0 +1,197 @@
+"""Rounds weights such that their errors cancel on what the layer really reads.
+
+Neighbouring pixels and channels of feature maps are alike, so the error that rounding one weight up makes is largely
+undone by rounding another one down. Which ones undo each other is told by the covariance of what the layer reads: the
+weights of an output channel are rounded one after the other, and each error is made good, as far as the covariance
+allows, by the weights not yet rounded. This is the method of Frantar et al., "GPTQ", ICLR 2023, and "Optimal Brain
+Compression", NeurIPS 2022 (https://arxiv.org/abs/2210.17323, https://arxiv.org/abs/2208.11580), applied to windows of
+feature maps. The mean error is left to bias correction, so the covariance is about the mean.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from srdeploy.calibration.graph import Graph, Layer
+from srdeploy.calibration.observe import run_outputs
+from srdeploy.core.contract import INPUT
+from srdeploy.core.progress import SILENT, Progress
+
+WINDOWS = 256
+"""Windows taken of every layer and image. Fewer than a layer has weights per output channel are too few in all."""
+LARGEST = 1152
+"""Weights of an output channel that make each other's errors good: 128 channels of 3x3. More are taken in parts."""
+MOMENTS_BYTES = 1 << 30
+"""Covariances kept at a time; a network with more is passed over several times."""
+DAMPING = 0.005
+"""Added to the diagonal, relative to its mean: what was not seen is not trusted wholly."""
+_SHRINKS = (1.0, 0.93, 0.86, 0.8)
+"""Steps tried, relative to the one that just holds the largest weight: a clipped weight is made good like any other."""
+_BLOCK = 64
+_SMALLEST = 1e-12
+
+
+@dataclass
+class _Moments:
+    """Sums over windows, or parts of windows; they are taken relative to an `offset` near their mean."""
+
+    offset: NDArray[np.float32]
+    products: NDArray[np.float32]
+    total: NDArray[np.float64]
+    count: int = 0
+
+    @classmethod
+    def of(cls, windows: NDArray[np.float32]) -> "_Moments":
+        size = windows.shape[1]
+        return cls(windows.mean(axis=0), np.zeros((size, size), dtype=np.float32), np.zeros(size))
+
+    def add(self, windows: NDArray[np.float32]) -> None:
+        windows = windows - self.offset
+        self.products += windows.T @ windows
+        self.total += windows.sum(axis=0, dtype=np.float64)
+        self.count += windows.shape[0]
+
+    def covariance(self) -> NDArray[np.float64]:
+        mean = self.total / self.count
+        return self.products.astype(np.float64) / self.count - np.outer(mean, mean)
+
+
+def input_covariances(
+    graph: Graph,
+    layers: Sequence[Layer],
+    batches: Sequence[NDArray[np.float32]],
+    *,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> Iterator[tuple[Layer, list[NDArray[np.float64]]]]:
+    """Yield layers with the covariances of the windows that they read.
+
+    A layer with d = in * kh * kw weights per output channel has one covariance (d, d); where that is more than LARGEST,
+    it has several, of consecutive input channels.
+
+    Args:
+        graph: the float graph.
+        layers: plain convolutions of it, see `is_plain_convolution`.
+        batches: small images (1, C, H, W): the inputs of all layers are held in memory for one of them.
+        seed: for the places of the windows.
+        progress: where to report.
+    """
+    passes = list(_passes(graph, layers))
+    with progress.task("seeing what weights do together", total=len(passes) * len(batches)) as advance:
+        for members in passes:
+            random = np.random.default_rng(seed)
+            moments: dict[str, list[_Moments]] = {}
+            tensors = [name for name in dict.fromkeys(layer.input for layer in members) if name != INPUT]
+            for batch, maps in zip(batches, _maps(graph, tensors, batches), strict=True):
+                for layer in members:
+                    values = batch if layer.input == INPUT else maps[layer.input]
+                    windows = _windows(graph, layer, values[0], random)
+                    parts = [windows[:, start:end] for start, end in _bounds(graph, layer)]
+                    entries = moments.setdefault(layer.name, [_Moments.of(part) for part in parts])
+                    for entry, part in zip(entries, parts, strict=True):
+                        entry.add(part)
+                advance()
+            for layer in members:
+                yield layer, [entry.covariance() for entry in moments.pop(layer.name)]
+
+
+def compensated_codes(
+    weights: NDArray[np.float32],
+    scales: NDArray[np.float32],
+    covariances: Sequence[NDArray[np.float64]],
+    top: int,
+    representable: Callable[[NDArray[np.float32]], NDArray[np.float32]] = lambda scales: scales,
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Round weights of a layer so that their errors cancel.
+
+    Args:
+        weights: (out, in, kh, kw).
+        scales: (out,), the scale of each output channel that holds its largest weight.
+        covariances: of the windows read, as `input_covariances` gives them.
+        top: the largest code.
+        representable: brings scales to what the graph can hold.
+
+    Returns:
+        Codes in the layout of the weights, and the scales that they belong to, some smaller than those given.
+    """
+    rows = weights.reshape(weights.shape[0], -1).astype(np.float64)
+    # All steps at once: rows of different steps are as independent as rows of different channels.
+    steps = representable(np.concatenate([scales * np.float32(shrink) for shrink in _SHRINKS]))
+    copies = np.tile(rows, (len(_SHRINKS), 1))
+    codes, power, start = np.zeros_like(copies), np.zeros(len(copies)), 0
+    for covariance in covariances:
+        part = slice(start, start := start + len(covariance))
+        codes[:, part] = _compensated(copies[:, part] / steps[:, None], covariance, top)
+        errors = codes[:, part] * steps[:, None] - copies[:, part]
+        power += np.einsum("ri,ri->r", errors @ covariance, errors)
+    chosen = power.reshape(len(_SHRINKS), -1).argmin(axis=0) * rows.shape[0] + np.arange(rows.shape[0])
+    return codes[chosen].astype(np.int8).reshape(weights.shape), steps[chosen]
+
+
+def _compensated(rows: NDArray[np.float64], covariance: NDArray[np.float64], top: int) -> NDArray[np.float64]:
+    """Round rows, in units of their step, column by column; blocks of columns keep the updates small."""
+    size = covariance.shape[0]
+    order = np.argsort(-np.diag(covariance), kind="stable")  # what is read most strongly is rounded first
+    damped = covariance + np.eye(size) * (DAMPING * np.diag(covariance).mean() + _SMALLEST)
+    inverse = np.linalg.inv(damped[np.ix_(order, order)])
+    # Row j of the factor tells how the columns after j make good what rounding column j did.
+    factor = np.linalg.cholesky((inverse + inverse.T) / 2).T
+    left = np.ascontiguousarray(rows[:, order].T)  # (columns, rows): what is walked over lies together
+    codes = np.empty_like(left)
+    for start in range(0, size, _BLOCK):
+        end = min(start + _BLOCK, size)
+        done = np.empty((end - start, left.shape[1]))
+        for column in range(start, end):
+            codes[column] = np.clip(np.rint(left[column]), -top, top)
+            done[column - start] = (left[column] - codes[column]) / factor[column, column]
+            left[column + 1 : end] -= factor[column, column + 1 : end, None] * done[column - start]
+        left[end:] -= factor[start:end, end:].T @ done
+    result = np.empty_like(rows)
+    result[:, order] = codes.T
+    return result
+
+
+def _bounds(graph: Graph, layer: Layer) -> list[tuple[int, int]]:
+    """Return where the parts of a layer's windows begin and end: equal numbers of whole channels, as far as they go."""
+    _, channels, height, width = graph.initializers[layer.weight].dims
+    taps = height * width
+    count = -(-channels // max(1, LARGEST // taps))
+    edges = [taps * (channels * index // count) for index in range(count + 1)]
+    return list(pairwise(edges))
+
+
+def _passes(graph: Graph, layers: Sequence[Layer]) -> Iterator[list[Layer]]:
+    members: list[Layer] = []
+    held = 0
+    for layer in layers:
+        size = sum(4 * (end - start) ** 2 for start, end in _bounds(graph, layer))
+        if members and held + size > MOMENTS_BYTES:
+            yield members
+            members, held = [], 0
+        members.append(layer)
+        held += size
+    if members:
+        yield members
+
+
+def _maps(
+    graph: Graph, tensors: Sequence[str], batches: Iterable[NDArray[np.float32]]
+) -> Iterator[Mapping[str, NDArray[np.float32]]]:
+    return run_outputs(graph.model, tensors, batches) if tensors else ({} for _ in batches)
+
+
+def _windows(
+    graph: Graph, layer: Layer, values: NDArray[np.float32], random: np.random.Generator
+) -> NDArray[np.float32]:
+    """Return windows of a map (C, H, W) at random places, (n, C * kh * kw); a small map is padded with zeros."""
+    height, width = graph.initializers[layer.weight].dims[2:]
+    short = [max(0, size - side) for size, side in zip((height, width), values.shape[1:], strict=True)]
+    values = np.pad(values, ((0, 0), (0, short[0]), (0, short[1])))
+    rows, columns = values.shape[1] - height + 1, values.shape[2] - width + 1
+    places = random.choice(rows * columns, min(WINDOWS, rows * columns), replace=False)
+    row, column = places // columns, places % columns
+    taps = [values[:, row + y, column + x] for y in range(height) for x in range(width)]
+    return np.stack(taps, axis=1).reshape(-1, places.size).T

@@ -1,0 +1,96 @@
+"""Scales per channel for each reader of a residual stream.
+
+A residual stream is read by many convolutions, each of which would need other scales per channel to lose least in
+8 bits (see equalize.py), and equalization can give the stream one only. Where an engine multiplies while it quantizes,
+each reader gets a product with scales of its own, at no cost; its weights are divided by them.
+"""
+
+from collections.abc import Collection
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from srdeploy.calibration.graph import Graph, is_plain_convolution
+
+_OWN = "_own_scales"
+_NEXT_TO_NOTHING = 1e-12
+
+
+def readers_scaled(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a graph in which the convolutions that read a residual stream do so through a scale per channel.
+
+    All scales are 1 until `equalized` chooses them. A stream is a tensor that is a sum or goes into one. What also goes
+    into a concatenation is left alone: it is quantized once, for all that meets there.
+    """
+    graph = Graph(model)
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    del result.graph.node[:]
+    renamed: dict[tuple[str, str], str] = {}
+    for node in model.graph.node:
+        copy = result.graph.node.add()
+        copy.CopyFrom(node)
+        copy.input[:] = [renamed.get((node.name, name), name) for name in node.input]
+        for name in node.output:
+            readers = graph.consumers.get(name, [])
+            kinds = {reader.op_type for reader in readers}
+            layers = [layer for layer in graph.layers if layer.input == name and layer.role in ("trunk", "last")]
+            stream = node.op_type == "Add" or "Add" in kinds
+            if not layers or not stream or "Concat" in kinds or not all(is_plain_convolution(graph, x) for x in layers):
+                continue
+            scaled, scales = f"{name}_scaled", f"{name}{_OWN}"
+            ones = np.ones((1, layers[0].channels_in, 1, 1), dtype=np.float32)
+            result.graph.initializer.append(numpy_helper.from_array(ones, scales))
+            result.graph.node.append(helper.make_node("Mul", [name, scales], [scaled], name=f"{name}/scaled"))
+            renamed |= {(layer.node, name): scaled for layer in layers}
+    return result
+
+
+def scales_settled(model: onnx.ModelProto, floats: Collection[str]) -> onnx.ModelProto:
+    """Return a graph with readers' scales in the form that engines compute well.
+
+    Layers in `floats`, by name, read streams directly: their weights take the scales up. A product with negative
+    factors in front of a pair is computed wrongly by OpenVINO 2026.4, in silence, where it becomes part of the
+    FakeQuantize; with a sum behind it, even of next to nothing, it becomes part of another kernel, as quick and right.
+    """
+    graph = Graph(model)
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    arrays: dict[str, NDArray[np.float32]] = {}
+    sources: dict[tuple[str, str], str] = {}
+    for layer in graph.layers:
+        node = graph.producer.get(layer.input)
+        name = own_scales(node) if node is not None else None
+        if node is None or name is None or layer.name not in floats:
+            continue
+        arrays[layer.weight] = graph.array(layer.weight) * graph.array(name).reshape(1, -1, 1, 1)
+        sources[layer.node, layer.input] = node.input[0]
+    for node in result.graph.node:
+        node.input[:] = [sources.get((node.name, name), name) for name in node.input]
+    read = {name for node in result.graph.node for name in node.input}
+    kept = []
+    for node in result.graph.node:
+        name = own_scales(node)
+        if name is None or node.output[0] in read:
+            kept.append(node)
+        if name is not None and node.output[0] in read and graph.array(name).min() < 0:
+            output, nothing = node.output[0], f"{node.output[0]}_nothing"
+            node.output[0] = f"{output}_product"
+            kept.append(helper.make_node("Add", [node.output[0], nothing], [output], name=f"{node.name}_sum"))
+            tiny = np.full_like(graph.array(name), _NEXT_TO_NOTHING)
+            result.graph.initializer.append(numpy_helper.from_array(tiny, nothing))
+    constants = {name for node in kept for name in node.input}
+    tensors = [tensor for tensor in result.graph.initializer if tensor.name in constants]
+    del result.graph.node[:], result.graph.initializer[:]
+    result.graph.node.extend(kept)
+    result.graph.initializer.extend(
+        numpy_helper.from_array(arrays[t.name], t.name) if t.name in arrays else t for t in tensors
+    )
+    return result
+
+
+def own_scales(node: onnx.NodeProto) -> str | None:
+    """Return the constant of a product that `readers_scaled` wrote, None for any other node."""
+    return node.input[1] if node.op_type == "Mul" and node.input[1].endswith(_OWN) else None
