@@ -4,7 +4,6 @@ Quantization needs to know three things of a layer that ONNX does not say: at wh
 of the LR image), how many multiply-adds it costs per LR pixel, and what part it plays (first, trunk, attention, last).
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,13 +130,6 @@ def attribute(node: onnx.NodeProto, name: str, default: object = None) -> object
         if entry.name == name:
             return onnx.helper.get_attribute_value(entry)
     return default
-
-
-def largest_map(graph: Graph) -> int:
-    """Return the elements per LR pixel of the largest feature map that a layer reads or writes."""
-    read = (layer.channels_in * graph.resolution[layer.input] ** 2 for layer in graph.layers)
-    written = (layer.channels_out * layer.resolution**2 for layer in graph.layers)
-    return math.ceil(max(*read, *written))
 
 
 def is_plain_convolution(graph: Graph, layer: Layer) -> bool:

@@ -10,7 +10,7 @@ import onnx
 
 from srdeploy.calibration.choose import Choice, choose
 from srdeploy.calibration.dataset import CalibrationSet
-from srdeploy.calibration.graph import Graph, largest_map, read_model
+from srdeploy.calibration.graph import Graph, read_model
 from srdeploy.calibration.journal import Journal
 from srdeploy.calibration.judge import Judge, OpenEngine, Verdict, opened
 from srdeploy.calibration.observe import observe
@@ -102,13 +102,12 @@ class QuantizeResult:
 
 @dataclass(frozen=True)
 class _Made:
-    """A finished graph before it is written; `largest_map` as in its contract, None where it is the network's."""
+    """A finished graph before it is written."""
 
     model: onnx.ModelProto
     result: QuantizeResult
     ranges: Ranges | None = None
     journal: Journal | None = None
-    largest_map: int | None = None
 
 
 def quantize(
@@ -157,8 +156,6 @@ def quantize(
             made = _quantized_or_rewritten(
                 model, contract, sha256, precision, target, calibration, options, ranges, open_engine, progress
             )
-        if made.largest_map is not None:
-            contract = replace(contract, largest_tensor_per_pixel=made.largest_map)
         _describe(made.model, contract, precision, target, made.result, calibration, sha256)
         data = made.model.SerializeToString()
         temporaries[0].write_bytes(data)
@@ -334,8 +331,7 @@ def _quantized_graph(
         merged=merged,
         notes=(*_notes(target, latency), *((FOREIGN,) if foreign else ())),
     )
-    ranges_taken = bench.ranges(choice.decisions, model_sha256=sha256)
-    return _Made(quantized, result, ranges_taken, journal, largest_map(bench.graph) if merged else None)
+    return _Made(quantized, result, bench.ranges(choice.decisions, model_sha256=sha256), journal)
 
 
 def _notes(target: Target, latency: tuple[float, float] | None) -> tuple[str, ...]:
