@@ -111,7 +111,7 @@ RECIPES: dict[Target, Recipe] = {
         chained=True,
         concat_pairs=True,
         shuffled=True,
-        own_scales=False,  # the product would be a pass of its own
+        own_scales=False,  # passes of their own: 5 % slower for 1.1 dB, which one float layer buys as cheaply
         splits=False,  # the second half would have to be quantized at its output, which is what splitting avoids
         why={
             "chained": "its output is read by the residual stream in full precision, and integer kernels round theirs",
