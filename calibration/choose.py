@@ -36,14 +36,13 @@ from srdeploy.calibration.sensitivity import (
 from srdeploy.calibration.workbench import Decisions, Workbench
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import BuildError, GateError, UsageError
+from srdeploy.core.precision import Precision
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.runner import Runner
 
 STRENGTHS = (0.5, 0.7)
 AUTOMATIC_METHODS: tuple[Method, ...] = ("mse", "percentile")  # entropy lost everywhere it was measured
 TUNING_SAMPLES = 8
-
-
 AS_WRITTEN_DB = 3.0
 """Engines differ from a graph's own arithmetic by codes rounded the other way, which halves the error power at most."""
 
@@ -182,7 +181,8 @@ def _tuned(
             )
         if options.method is None and bench.stored is None:
             chosen = best([(f"ranges by {m}", replace(chosen, method=m)) for m in AUTOMATIC_METHODS], chosen)
-        chosen = best([("weights' errors cancel", replace(chosen, compensate=True))], chosen)
+        if bench.precision == Precision.INT8:
+            chosen = best([("weights' errors cancel", replace(chosen, compensate=True))], chosen)
         chosen = best([("without bias correction", replace(chosen, correct_bias=False))], chosen)
     return chosen, trials
 

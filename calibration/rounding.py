@@ -80,7 +80,7 @@ def input_covariances(
         progress: where to report.
     """
     passes = list(_passes(graph, layers))
-    with progress.task("seeing what weights do together", total=len(passes) * len(batches)) as advance:
+    with progress.task("rounding weights together", total=len(passes) * len(batches)) as advance:
         for members in passes:
             random = np.random.default_rng(seed)
             moments: dict[str, list[_Moments]] = {}

@@ -45,7 +45,7 @@ class Decisions:
     Attributes:
         strength: of channel equalization, 0 to 1.
         method: how ranges are clipped.
-        compensate: round weights so that their errors cancel, instead of each to nearest.
+        compensate: round weights so that their errors cancel, instead of each to nearest; INT8 only.
         correct_bias: move the mean error of rounded weights into the bias.
         share: one scale for all that meets in a concatenation.
         keep: layers left float: name -> reason.
@@ -238,7 +238,7 @@ class Workbench:
         return self.seen[tensor].mean * self.equalized(strength)[1].get(tensor, np.ones(1))
 
     def _weight(self, decisions: Decisions, name: str, axis: int) -> QuantWeight:
-        if decisions.compensate and self.precision != Precision.FP8:
+        if decisions.compensate:
             key = (decisions.strength, decisions.method)
             if key not in self._compensated:
                 self._compensated[key] = dict(self._compensating(decisions))
