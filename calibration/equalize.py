@@ -17,10 +17,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from srdeploy.calibration.graph import GLOBAL_POOLS, Graph, attribute, corrects_edges
+from srdeploy.calibration.graph import GLOBAL_POOLS, Graph, attribute
 from srdeploy.calibration.observe import Observation
 from srdeploy.calibration.streams import own_scales
-from srdeploy.core.contract import INPUT, OUTPUT
+from srdeploy.core.contract import INPUT, OUTPUT, corrects_edges
 
 _HOMOGENEOUS = ("Relu", "LeakyRelu", "PRelu", "Identity", *GLOBAL_POOLS)
 STRONGEST = 64.0

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from srdeploy.core.artifact import sha256_of_file
-from srdeploy.core.contract import EDGE, INPUT, OUTPUT, ModelContract
+from srdeploy.core.contract import INPUT, OUTPUT, ModelContract, corrects_edges
 from srdeploy.core.errors import InputError
 
 WEIGHTED = ("Conv", "ConvTranspose")
@@ -137,9 +137,21 @@ def is_plain_convolution(graph: Graph, layer: Layer) -> bool:
     return layer.op == "Conv" and graph.initializers[layer.weight].dims[1] == layer.channels_in
 
 
-def corrects_edges(node: onnx.NodeProto) -> bool:
-    """Tell whether a node belongs to what corrects the edges of a merged tail (see tail.py)."""
-    return any(entry.key == EDGE for entry in node.metadata_props)
+def with_nodes(
+    model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto], constants: Iterable[onnx.TensorProto]
+) -> onnx.ModelProto:
+    """Return a copy of a model with other nodes and further constants, which replace those of the same name.
+
+    Constants that no node reads are left out.
+    """
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    del result.graph.node[:], result.graph.initializer[:]
+    result.graph.node.extend(nodes)
+    read = {name for node in result.graph.node for name in node.input}
+    latest = {tensor.name: tensor for tensor in (*model.graph.initializer, *constants)}
+    result.graph.initializer.extend(tensor for name, tensor in latest.items() if name in read)
+    return result
 
 
 def _refuse_unsuitable(model: onnx.ModelProto, path: Path) -> None:

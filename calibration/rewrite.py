@@ -7,7 +7,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from srdeploy.calibration.graph import Graph, attribute
+from srdeploy.calibration.graph import Graph, attribute, with_nodes
 
 
 def deconvolutions_rewritten(model: onnx.ModelProto, *, phases: bool) -> tuple[onnx.ModelProto, int]:
@@ -20,34 +20,26 @@ def deconvolutions_rewritten(model: onnx.ModelProto, *, phases: bool) -> tuple[o
     multiply-adds but needs one kernel and no concatenation. DepthToSpace then puts the phases in place.
     Deconvolutions whose output is not exactly s times the input, grouped and dilated ones stay as they are.
     """
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    graph = Graph(result)
-    del result.graph.node[:]
+    graph = Graph(model)
+    nodes: list[onnx.NodeProto] = []
+    constants: list[onnx.TensorProto] = []
     count = 0
     moved: set[str] = set()  # ReLUs that were put in front of their pixel shuffle, where they fuse with the convolution
-    unused: set[str] = set()
     for node in model.graph.node:
         if node.name in moved:
             continue
         if node.op_type != "ConvTranspose" or not _suits(node, graph):
-            result.graph.node.add().CopyFrom(node)
+            nodes.append(node)
             continue
         reader = graph.only_consumer(node.output[0])
         relu = reader if reader is not None and reader.op_type == "Relu" else None
         if relu is not None:
             moved.add(relu.name)
-        made, constants = (_separate if phases else _together)(node, relu, graph)
-        result.graph.node.extend(made)
-        unused.update(name for name in node.input[1:] if name)
-        result.graph.initializer.extend(constants)
+        made, own = (_separate if phases else _together)(node, relu, graph)
+        nodes += made
+        constants += own
         count += 1
-    used = {name for node in result.graph.node for name in node.input}
-    kept = [tensor for tensor in result.graph.initializer if tensor.name in used or tensor.name not in unused]
-    latest = {tensor.name: tensor for tensor in kept}  # constants that kept their name come last
-    del result.graph.initializer[:]
-    result.graph.initializer.extend(latest.values())
-    return result, count
+    return with_nodes(model, nodes, constants), count
 
 
 def _together(

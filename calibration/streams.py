@@ -9,10 +9,9 @@ from collections.abc import Collection
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from srdeploy.calibration.graph import Graph, is_plain_convolution
+from srdeploy.calibration.graph import Graph, is_plain_convolution, with_nodes
 
 _OWN = "_own_scales"
 _NEXT_TO_NOTHING = 1e-12
@@ -25,14 +24,14 @@ def readers_scaled(model: onnx.ModelProto) -> onnx.ModelProto:
     into a concatenation is left alone: it is quantized once, for all that meets there.
     """
     graph = Graph(model)
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    del result.graph.node[:]
+    nodes: list[onnx.NodeProto] = []
+    constants: list[onnx.TensorProto] = []
     renamed: dict[tuple[str, str], str] = {}
     for node in model.graph.node:
-        copy = result.graph.node.add()
+        copy = onnx.NodeProto()
         copy.CopyFrom(node)
         copy.input[:] = [renamed.get((node.name, name), name) for name in node.input]
+        nodes.append(copy)
         for name in node.output:
             readers = graph.consumers.get(name, [])
             kinds = {reader.op_type for reader in readers}
@@ -42,10 +41,10 @@ def readers_scaled(model: onnx.ModelProto) -> onnx.ModelProto:
                 continue
             scaled, scales = f"{name}_scaled", f"{name}{_OWN}"
             ones = np.ones((1, layers[0].channels_in, 1, 1), dtype=np.float32)
-            result.graph.initializer.append(numpy_helper.from_array(ones, scales))
-            result.graph.node.append(helper.make_node("Mul", [name, scales], [scaled], name=f"{name}/scaled"))
+            constants.append(numpy_helper.from_array(ones, scales))
+            nodes.append(helper.make_node("Mul", [name, scales], [scaled], name=f"{name}/scaled"))
             renamed |= {(layer.node, name): scaled for layer in layers}
-    return result
+    return with_nodes(model, nodes, constants)
 
 
 def scales_settled(model: onnx.ModelProto, floats: Collection[str]) -> onnx.ModelProto:
@@ -56,39 +55,34 @@ def scales_settled(model: onnx.ModelProto, floats: Collection[str]) -> onnx.Mode
     FakeQuantize; with a sum behind it, even of next to nothing, it becomes part of another kernel, as quick and right.
     """
     graph = Graph(model)
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    arrays: dict[str, NDArray[np.float32]] = {}
+    constants: list[onnx.TensorProto] = []
     sources: dict[tuple[str, str], str] = {}
     for layer in graph.layers:
         node = graph.producer.get(layer.input)
         name = own_scales(node) if node is not None else None
         if node is None or name is None or layer.name not in floats:
             continue
-        arrays[layer.weight] = graph.array(layer.weight) * graph.array(name).reshape(1, -1, 1, 1)
+        folded = graph.array(layer.weight) * graph.array(name).reshape(1, -1, 1, 1)
+        constants.append(numpy_helper.from_array(folded, layer.weight))
         sources[layer.node, layer.input] = node.input[0]
-    for node in result.graph.node:
-        node.input[:] = [sources.get((node.name, name), name) for name in node.input]
-    read = {name for node in result.graph.node for name in node.input}
-    kept = []
-    for node in result.graph.node:
+    copies = []
+    for node in model.graph.node:
+        copies.append(onnx.NodeProto())
+        copies[-1].CopyFrom(node)
+        copies[-1].input[:] = [sources.get((node.name, name), name) for name in node.input]
+    read = {name for node in copies for name in node.input}
+    nodes = []
+    for node in copies:
         name = own_scales(node)
-        if name is None or node.output[0] in read:
-            kept.append(node)
-        if name is not None and node.output[0] in read and graph.array(name).min() < 0:
+        if name is not None and node.output[0] not in read:
+            continue
+        nodes.append(node)
+        if name is not None and graph.array(name).min() < 0:
             output, nothing = node.output[0], f"{node.output[0]}_nothing"
             node.output[0] = f"{output}_product"
-            kept.append(helper.make_node("Add", [node.output[0], nothing], [output], name=f"{node.name}_sum"))
-            tiny = np.full_like(graph.array(name), _NEXT_TO_NOTHING)
-            result.graph.initializer.append(numpy_helper.from_array(tiny, nothing))
-    constants = {name for node in kept for name in node.input}
-    tensors = [tensor for tensor in result.graph.initializer if tensor.name in constants]
-    del result.graph.node[:], result.graph.initializer[:]
-    result.graph.node.extend(kept)
-    result.graph.initializer.extend(
-        numpy_helper.from_array(arrays[t.name], t.name) if t.name in arrays else t for t in tensors
-    )
-    return result
+            nodes.append(helper.make_node("Add", [node.output[0], nothing], [output], name=f"{node.name}_sum"))
+            constants.append(numpy_helper.from_array(np.full_like(graph.array(name), _NEXT_TO_NOTHING), nothing))
+    return with_nodes(model, nodes, constants)
 
 
 def own_scales(node: onnx.NodeProto) -> str | None:

@@ -14,7 +14,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from srdeploy.calibration.graph import Graph, Layer, attribute
+from srdeploy.calibration.graph import Graph, Layer, attribute, is_plain_convolution, with_nodes
 from srdeploy.calibration.tail_map import SIDES, AffineMap, Link, Tail, tail_of
 from srdeploy.core.contract import EDGE, OUTPUT
 
@@ -39,18 +39,11 @@ def tail_merged(model: onnx.ModelProto, *, apart: Collection[str] = ()) -> tuple
     tail = tail_of([_link(graph, layer) for layer in layers])
     if tail is None or tail.inner.weight.size >= sum(layer.macs for layer in layers):
         return model, ()
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    del result.graph.node[:]
-    result.graph.node.extend(node for node in model.graph.node if node.name not in nodes)
     writer = _Writer(layers[0].input, layers[-1].output, tail)
     writer.write()
     writer.nodes[0].metadata_props.extend(graph.nodes[layers[-1].node].metadata_props)
-    result.graph.node.extend(writer.nodes)
-    used = {name for node in result.graph.node for name in node.input} - writer.constants.keys()
-    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
-    del result.graph.initializer[:]
-    result.graph.initializer.extend([*kept, *writer.constants.values()])
+    others = [node for node in model.graph.node if node.name not in nodes]
+    result = with_nodes(model, [*others, *writer.nodes], writer.constants.values())
     return result, tuple(layer.name for layer in layers)
 
 
@@ -77,10 +70,10 @@ def _chain(graph: Graph) -> tuple[list[Layer], set[str]]:
 def _keeps_size(graph: Graph, layer: Layer) -> bool:
     node = graph.nodes[layer.node]
     height, width = graph.initializers[layer.weight].dims[2:]
-    plain = attribute(node, "group", 1) == 1 and attribute(node, "auto_pad", b"NOTSET") == b"NOTSET"
+    plain = is_plain_convolution(graph, layer) and attribute(node, "auto_pad", b"NOTSET") == b"NOTSET"
     still = attribute(node, "strides", [1, 1]) == [1, 1] and attribute(node, "dilations", [1, 1]) == [1, 1]
     same = attribute(node, "pads", [0] * 4) == [height // 2, width // 2] * 2
-    return layer.op == "Conv" and plain and still and same and height % 2 == 1 and width % 2 == 1
+    return plain and still and same and height % 2 == 1 and width % 2 == 1
 
 
 def _link(graph: Graph, layer: Layer) -> Link:

@@ -180,7 +180,10 @@ class Workbench:
             if site.tensor == INPUT and kind == "uint8":
                 low, high = 0.0, 1.0
             params[site.tensor] = params_for_range(low, high, kind)
-        return {name: _half_scale(value) for name, value in params.items()} if self.recipe.half else params
+        return {
+            name: replace(value, scale=float(self._representable(np.array(value.scale, dtype=np.float32))))
+            for name, value in params.items()
+        }
 
     def ranges(self, decisions: Decisions, *, model_sha256: str) -> Ranges:
         """Return the chosen ranges as an artifact."""
@@ -272,9 +275,7 @@ class Workbench:
 
     def _representable(self, scales: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return scales as the graph can hold them, before anything is computed with them."""
-        if not self.recipe.half:
-            return scales
-        return np.maximum(scales.astype(np.float16), np.float16(2.0**-20)).astype(np.float32)
+        return _half_scales(scales) if self.recipe.half else scales
 
     def _with_corrected_biases(
         self, graph: Graph, weights: Mapping[str, QuantWeight], decisions: Decisions
@@ -311,6 +312,6 @@ def _phases(graph: Graph, node: str) -> float:
     return float(np.prod(strides))
 
 
-def _half_scale(params: QuantParams) -> QuantParams:
-    """Round a scale to FP16 before anything is computed with it, so that the graph and its codes agree."""
-    return replace(params, scale=float(max(np.float16(params.scale), np.float16(2.0**-20))))
+def _half_scales(scales: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Round scales to FP16 before anything is computed with them, so that the graph and its codes agree."""
+    return np.maximum(scales.astype(np.float16), np.float16(2.0**-20)).astype(np.float32)

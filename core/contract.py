@@ -22,6 +22,11 @@ EDGE = "srdeploy.edge"
 """Key of the metadata of nodes that correct the edges of an image: strips, whose cost does not grow with its area."""
 
 
+def corrects_edges(node: Any) -> bool:
+    """Tell whether an ONNX node belongs to what corrects the edges of an image."""
+    return any(entry.key == EDGE for entry in node.metadata_props)
+
+
 @dataclass(frozen=True)
 class ModelContract:
     """What is known about a graph or engine from the outside.

@@ -6,7 +6,7 @@ from typing import Literal
 import onnx
 from onnx import TensorProto, helper
 
-from srdeploy.core.contract import EDGE, INPUT, OUTPUT
+from srdeploy.core.contract import INPUT, OUTPUT, corrects_edges
 from srdeploy.runtime.stages import Cut, Operation, Stage, cut
 
 _POINTWISE = (
@@ -54,7 +54,7 @@ def _operation(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> 
     attributes = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
     kind: Literal["local", "pool", "other"] = "other"
     reach, growth = 0, 1
-    if node.op_type in _POINTWISE or any(entry.key == EDGE for entry in node.metadata_props):
+    if node.op_type in _POINTWISE or corrects_edges(node):
         # What corrects a network's outermost pixels corrects those of a tile as well, where they are not the image's:
         # within the reach of the convolution that it belongs to, so those pixels are not used anyway.
         kind = "local"

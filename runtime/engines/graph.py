@@ -15,7 +15,7 @@ from typing import Any
 import onnx
 from onnx import TensorProto
 
-from srdeploy.core.contract import EDGE, INPUT, OUTPUT, ModelContract
+from srdeploy.core.contract import INPUT, OUTPUT, ModelContract, corrects_edges
 from srdeploy.core.errors import InputError
 from srdeploy.runtime.engines.tensors import TensorSpec
 
@@ -216,8 +216,7 @@ def _heavy_layers(graph: Graph) -> tuple[HeavyLayer, ...]:
             continue
         weights = shapes.get(_weights_name(node, producer), ())
         # Strips along the edges cost nothing per pixel, however small the probe makes the image.
-        strip = any(entry.key == EDGE for entry in node.metadata_props)
-        macs = 0.0 if strip else _macs(node, shapes, weights)
+        macs = 0.0 if corrects_edges(node) else _macs(node, shapes, weights)
         layers.append(
             HeavyLayer(node.name or node.output[0], node.op_type, _asked(node, producer, types), macs / pixels)
         )
