@@ -1,6 +1,7 @@
 """Edits that must not change the function: equalization, rewritten deconvolutions."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -10,7 +11,7 @@ from onnx import helper, numpy_helper
 from srdeploy.calibration.dataset import CalibrationSet
 from srdeploy.calibration.equalize import ChannelClasses, equalized
 from srdeploy.calibration.graph import Graph
-from srdeploy.calibration.observe import observe, run_outputs
+from srdeploy.calibration.observe import Observation, observe, run_outputs
 from srdeploy.calibration.placement import RECIPES, place
 from srdeploy.calibration.rewrite import deconvolutions_rewritten, phase_kernel
 from srdeploy.calibration.streams import readers_scaled, scales_settled
@@ -26,6 +27,33 @@ def outputs(model: onnx.ModelProto, batches: list[np.ndarray]) -> list[np.ndarra
     return [entry["output"] for entry in run_outputs(model, ["output"], batches)]
 
 
+def assert_same_function(one: onnx.ModelProto, other: onnx.ModelProto, batches: list[np.ndarray]) -> None:
+    for before, after in zip(outputs(one, batches), outputs(other, batches), strict=True):
+        assert np.abs(before - after).max() < 2e-5 * max(1.0, np.abs(before).max())
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The residual network, its readers' scales as ones, and these equalized with strength 0.7."""
+
+    plain: onnx.ModelProto
+    tensors: list[str]
+    batches: list[np.ndarray]
+    seen: dict[str, Observation]
+    model: onnx.ModelProto
+    factors: dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def streams(networks: Networks, calibrations: dict[str, CalibrationSet]) -> Streams:
+    plain = networks["residual"]()
+    graph = Graph(readers_scaled(plain))
+    tensors = [site.tensor for site in place(graph, RECIPES[Target.OPENVINO]).sites]
+    batches = list(calibrations["residual"])[:3]
+    seen = observe(graph, tensors, batches)
+    return Streams(plain, tensors, batches, seen, *equalized(graph, seen, tensors, 0.7))
+
+
 @pytest.mark.parametrize("name", ["dense", "residual"])
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_equalization_keeps_the_function_and_evens_the_channels(
@@ -39,8 +67,7 @@ def test_equalization_keeps_the_function_and_evens_the_channels(
 
     model, factors = equalized(graph, seen, tensors, strength)
 
-    for before, after in zip(outputs(graph.model, batches), outputs(model, batches), strict=True):
-        assert np.abs(before - after).max() < 2e-5 * max(1.0, np.abs(before).max())
+    assert_same_function(graph.model, model, batches)
     inner = [tensor for tensor in tensors if np.ptp(factors[tensor]) > 0]
     assert inner, "equalization did nothing"
     if strength == 1.0:
@@ -52,63 +79,37 @@ def test_equalization_keeps_the_function_and_evens_the_channels(
         assert np.mean(spreads) < 0
 
 
-def test_readers_of_a_residual_stream_get_scales_of_their_own(
-    networks: Networks, calibrations: dict[str, CalibrationSet]
-) -> None:
-    plain = networks["residual"]()
-    graph = Graph(readers_scaled(plain))
-    tensors = [site.tensor for site in place(graph, RECIPES[Target.OPENVINO]).sites]
-    batches = list(calibrations["residual"])[:3]
-    seen = observe(graph, tensors, batches)
-
-    model, factors = equalized(graph, seen, tensors, 0.7)
+def test_readers_of_a_residual_stream_get_scales_of_their_own(streams: Streams) -> None:
+    scaled = [tensor for tensor in streams.tensors if tensor.endswith("_scaled")]
 
     # Two blocks, the end of the body and the upsampler read the stream, each through other scales.
-    scaled = [tensor for tensor in tensors if tensor.endswith("_scaled")]
     assert len(scaled) == 4
-    assert len({tuple(np.round(factors[tensor], 6)) for tensor in scaled}) == 4
-    for before, after in zip(outputs(plain, batches), outputs(model, batches), strict=True):
-        assert np.abs(before - after).max() < 2e-5 * max(1.0, np.abs(before).max())
+    assert len({tuple(np.round(streams.factors[tensor], 6)) for tensor in scaled}) == 4
+    assert_same_function(streams.plain, streams.model, streams.batches)
 
 
-def test_scales_of_a_layer_that_stays_float_go_into_its_weights(
-    networks: Networks, calibrations: dict[str, CalibrationSet]
-) -> None:
-    graph = Graph(readers_scaled(networks["residual"]()))
-    tensors = [site.tensor for site in place(graph, RECIPES[Target.OPENVINO]).sites]
-    batches = list(calibrations["residual"])[:3]
-    model, _ = equalized(graph, observe(graph, tensors, batches), tensors, 0.7)
-
-    folded = scales_settled(model, ["body.end"])
+def test_scales_of_a_layer_that_stays_float_go_into_its_weights(streams: Streams) -> None:
+    folded = scales_settled(streams.model, ["body.end"])
 
     onnx.checker.check_model(folded, full_check=True)
-    products = [sum(node.name.endswith("/scaled") for node in entry.graph.node) for entry in (model, folded)]
+    products = [sum(node.name.endswith("/scaled") for node in entry.graph.node) for entry in (streams.model, folded)]
     assert products == [4, 3]
-    for before, after in zip(outputs(model, batches), outputs(folded, batches), strict=True):
-        assert np.abs(before - after).max() < 2e-5 * max(1.0, np.abs(before).max())
+    assert_same_function(streams.model, folded, streams.batches)
 
 
-def test_channels_that_reach_further_down_are_turned_over_and_written_with_a_sum_behind(
-    networks: Networks, calibrations: dict[str, CalibrationSet]
-) -> None:
-    graph = Graph(readers_scaled(networks["residual"]()))
-    tensors = [site.tensor for site in place(graph, RECIPES[Target.OPENVINO]).sites]
-    batches = list(calibrations["residual"])[:3]
-    seen = observe(graph, tensors, batches)
+def test_channels_that_reach_further_down_are_turned_over_and_written_with_a_sum_behind(streams: Streams) -> None:
+    settled = scales_settled(streams.model, [])
 
-    model, factors = equalized(graph, seen, tensors, 0.7)
-    settled = scales_settled(model, [])
-
-    after = observe(Graph(model), tensors, batches)
-    for tensor in (name for name in tensors if name.endswith("_scaled")):
-        assert (factors[tensor] < 0).any()
+    after = observe(Graph(streams.model), streams.tensors, streams.batches)
+    for tensor in (name for name in streams.tensors if name.endswith("_scaled")):
+        assert (streams.factors[tensor] < 0).any()
         assert (after[tensor].high >= -after[tensor].low - 1e-6).all()
-        node = Graph(settled).producer[tensor]
-        assert node.op_type == "Add"
-        predicted = seen[tensor].scaled(factors[tensor])
+        assert Graph(settled).producer[tensor].op_type == "Add"
+        predicted = streams.seen[tensor].scaled(streams.factors[tensor])
         np.testing.assert_allclose(after[tensor].low, predicted.low, atol=1e-4)
         np.testing.assert_allclose(after[tensor].high, predicted.high, atol=1e-4)
-    for one, other in zip(outputs(model, batches), outputs(settled, batches), strict=True):
+    pairs = zip(outputs(streams.model, streams.batches), outputs(settled, streams.batches), strict=True)
+    for one, other in pairs:
         assert np.abs(one - other).max() < 1e-6
 
 
