@@ -39,7 +39,7 @@ lint: $(VENV)/test.stamp types
 
 types:  ## links that give the root folders their import names, for type checkers
 	@mkdir -p build/types/srdeploy
-	@for folder in core models export calibration runtime cli; do \
+	@for folder in core models export calibration runtime upscale cli; do \
 	  ln -sfn ../../../$$folder build/types/srdeploy/$$folder; done
 
 fuzz: $(VENV)/test.stamp  ## mutate checkpoints for some minutes: only success or a documented error may come back

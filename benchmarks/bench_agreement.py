@@ -27,9 +27,9 @@ from typing import Any
 from srdeploy.cli.console import markdown_table
 from srdeploy.core.environment import cpu_count
 from srdeploy.core.shapes import Shape, format_shape, parse_shape
-from srdeploy.runtime.conditions import conditions
+from srdeploy.runtime.bench.conditions import conditions
+from srdeploy.runtime.bench.latency import Effort, bench, bench_image
 from srdeploy.runtime.engines.registry import open_engine
-from srdeploy.runtime.latency import Effort, bench, bench_image
 
 LIMIT = 0.10
 

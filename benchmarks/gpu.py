@@ -42,20 +42,20 @@ from srdeploy.core.precision import Precision, Target
 from srdeploy.core.runner import Runner, run_image
 from srdeploy.core.shapes import Shape, ShapeProfile, format_shape
 from srdeploy.export.exporter import export_onnx
-from srdeploy.models.load import Evidence, LoadedCheckpoint
-from srdeploy.models.rcan import rcan_x4
-from srdeploy.models.spec import NetworkConfig, network_of, spec_of
-from srdeploy.models.srdensenet import srdensenet_all
+from srdeploy.models.checkpoint.load import Evidence, LoadedCheckpoint
+from srdeploy.models.networks.rcan import rcan_x4
+from srdeploy.models.networks.spec import NetworkConfig, network_of, spec_of
+from srdeploy.models.networks.srdensenet import srdensenet_all
+from srdeploy.runtime.bench.latency import Effort, bench, named
 from srdeploy.runtime.engines.eager import EagerRunner, open_eager
 from srdeploy.runtime.engines.options import BuildOptions
 from srdeploy.runtime.engines.registry import availability, build_engine, open_engine
 from srdeploy.runtime.engines.sidecar import read_engine
-from srdeploy.runtime.engines.tensorrt_flavour import flavour_named, why_no_gpu
-from srdeploy.runtime.engines.tensorrt_full_runtime import open_full
-from srdeploy.runtime.engines.tensorrt_log import captured
-from srdeploy.runtime.engines.tensorrt_rtx_runtime import open_rtx
-from srdeploy.runtime.engines.tensorrt_run import TensorRtRunner
-from srdeploy.runtime.latency import Effort, bench, named
+from srdeploy.runtime.engines.tensorrt.families import flavour_named, why_no_gpu
+from srdeploy.runtime.engines.tensorrt.full_runtime import open_full
+from srdeploy.runtime.engines.tensorrt.log import captured
+from srdeploy.runtime.engines.tensorrt.rtx_runtime import open_rtx
+from srdeploy.runtime.engines.tensorrt.runner import TensorRtRunner
 
 NETWORKS: dict[str, tuple[NetworkConfig, float]] = {
     # name -> (configuration, bytes of FP16 activations read and written per LR pixel at the best possible fusion)

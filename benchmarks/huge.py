@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srdeploy.core.environment import package_versions
-from srdeploy.runtime.conditions import conditions
+from srdeploy.runtime.bench.conditions import conditions
 
 ROOT = Path(__file__).parent.parent
 PHOTOS = ROOT / "examples" / "photos"
@@ -70,12 +70,12 @@ def train_and_export(model: Path, steps: int) -> dict[str, Any]:
     """Train a compact RCAN on the demo's calibration photographs, export it, and say what it is."""
     import torch
 
-    from srdeploy.core.bicubic import imresize
-    from srdeploy.core.images import rgb8
+    from srdeploy.core.imaging.read import rgb8
+    from srdeploy.core.imaging.resize import imresize
     from srdeploy.export.exporter import export_onnx
-    from srdeploy.models.load import load_checkpoint
-    from srdeploy.models.rcan import Rcan, RcanConfig
-    from srdeploy.models.save import save_checkpoint
+    from srdeploy.models.checkpoint.load import load_checkpoint
+    from srdeploy.models.checkpoint.save import save_checkpoint
+    from srdeploy.models.networks.rcan import Rcan, RcanConfig
 
     config = RcanConfig(
         scale=2, groups=1, blocks=1, features=8, attention_width=2, upsampler=(2,), value_range=1.0, mean_shift="none"
@@ -168,7 +168,7 @@ def write_mosaic(path: Path, side: int) -> None:
 
 def fidelities(model: Path, source: Path, output: Path, side: int) -> list[float]:
     """Return the PSNR of windows along the diagonal and at its ends to the network run on just there."""
-    from srdeploy.runtime.upscaler import Upscaler
+    from srdeploy.upscale.upscaler import Upscaler
 
     length = WINDOW + 2 * MARGIN
     places = np.linspace(0, side - length, 6).astype(int).tolist()

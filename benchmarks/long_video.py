@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from srdeploy.core.environment import package_versions
-from srdeploy.runtime.conditions import conditions
+from srdeploy.runtime.bench.conditions import conditions
 
 ROOT = Path(__file__).parent.parent
 PHOTO = ROOT / "examples" / "photos" / "evaluation" / "coffee.png"
@@ -87,7 +87,7 @@ def watched(child: subprocess.Popen[str]) -> list[tuple[float, float, float]]:
 def write_clip(path: Path, frames: int) -> None:
     import av
 
-    from srdeploy.core.images import rgb8
+    from srdeploy.core.imaging.read import rgb8
 
     pixels = rgb8(PHOTO)
     with av.open(str(path), "w") as container:

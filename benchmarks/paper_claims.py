@@ -31,16 +31,22 @@ import torch
 from numpy.typing import NDArray
 
 from srdeploy.cli.console import markdown_table
-from srdeploy.core.bicubic import imresize
 from srdeploy.core.environment import cpu_count
+from srdeploy.core.imaging.resize import imresize
 from srdeploy.export.exporter import export_onnx
-from srdeploy.models.load import Evidence, LoadedCheckpoint
-from srdeploy.models.spec import network_of, spec_of
-from srdeploy.models.srdensenet import Deconvolution, SrDenseNetConfig, srdensenet_all, srdensenet_h, srdensenet_hl
-from srdeploy.runtime.conditions import conditions
+from srdeploy.models.checkpoint.load import Evidence, LoadedCheckpoint
+from srdeploy.models.networks.spec import network_of, spec_of
+from srdeploy.models.networks.srdensenet import (
+    Deconvolution,
+    SrDenseNetConfig,
+    srdensenet_all,
+    srdensenet_h,
+    srdensenet_hl,
+)
+from srdeploy.runtime.bench.conditions import conditions
+from srdeploy.runtime.bench.latency import Effort, bench_image, measure, statistics_of, timed, why_unstable
 from srdeploy.runtime.engines.eager import open_eager
 from srdeploy.runtime.engines.registry import open_engine
-from srdeploy.runtime.latency import Effort, bench_image, measure, statistics_of, timed, why_unstable
 
 
 def all_at(scale: int) -> SrDenseNetConfig:

@@ -34,19 +34,19 @@ from typing import Any
 import numpy as np
 import onnx
 
-from srdeploy.calibration.dataset import CalibrationSet, make_calibration_set
 from srdeploy.calibration.graph import read_model
-from srdeploy.calibration.judge import Judge
+from srdeploy.calibration.images.dataset import CalibrationSet, make_calibration_set
 from srdeploy.calibration.options import Cost, QuantizeOptions
 from srdeploy.calibration.quantize import quantize
+from srdeploy.calibration.search.evaluate import Judge
 from srdeploy.cli.console import RichProgress, markdown_table
-from srdeploy.core.bicubic import imresize
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.environment import machine, package_versions
-from srdeploy.core.images import find_images, network_input, rgb8
+from srdeploy.core.imaging.read import find_images, network_input, rgb8
+from srdeploy.core.imaging.resize import imresize
 from srdeploy.core.precision import Precision, Target
 from srdeploy.core.runner import Runner, run_image
-from srdeploy.models.load import load_checkpoint
+from srdeploy.models.checkpoint.load import load_checkpoint
 from srdeploy.runtime.engines.eager import open_eager
 from srdeploy.runtime.engines.registry import open_engine
 
@@ -221,7 +221,7 @@ def opened(path: Path, contract: ModelContract, threads: int | None) -> Runner:
         return opener_for(threads)(path)
     import openvino
 
-    from srdeploy.runtime.engines import openvino_engine
+    from srdeploy.runtime.engines import openvino as openvino_engine
 
     core = openvino.Core()
     compiled = core.compile_model(core.read_model(path), "CPU", openvino_engine._configuration(threads, parity=True))
@@ -233,7 +233,7 @@ def opened(path: Path, contract: ModelContract, threads: int | None) -> Runner:
 
 
 def hr_samples(folder: Path, contract: ModelContract) -> list[Any]:
-    from srdeploy.calibration.dataset import Sample
+    from srdeploy.calibration.images.dataset import Sample
 
     samples = []
     for path in find_images(folder):

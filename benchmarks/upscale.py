@@ -11,7 +11,7 @@ Pictures. One network (the demo RCAN x2, whose channel attention makes tiles dif
 Each runs in a process of its own, in turns, with the same number of threads. Seconds are the median over the rounds of
 one whole picture, opening excluded. Memory is the peak of the process above what it held before the run. Fidelity is
 the PSNR to the whole image by the same library, so that it judges the tiles alone; the seam score is explained in
-`srdeploy.runtime.tiling.seam_score_at`, and its value on the whole image at the same places is the neutral point.
+`srdeploy.upscale.tiles.seam_score_at`, and its value on the whole image at the same places is the neutral point.
 
 Lock-step on the three engines that can be cut, with whole images by the same engine beside it, is what exactness costs.
 
@@ -34,7 +34,7 @@ import numpy as np
 import upscale_video
 
 from srdeploy.core.environment import package_versions
-from srdeploy.runtime.conditions import conditions
+from srdeploy.runtime.bench.conditions import conditions
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "examples" / "rcan_x2_demo.pt"
@@ -48,12 +48,10 @@ CONTESTANTS = (
     "openvino whole",
     "openvino lock-step",
     "eager whole",
-    "eager lock-step",
 )
 REFERENCES = {
     "spandrel loop": "spandrel whole",
     "openvino lock-step": "openvino whole",
-    "eager lock-step": "eager whole",
 }
 """Which whole image judges the tiles; ours on ONNX Runtime where nothing is said."""
 
@@ -107,14 +105,14 @@ def _video_document(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _export(path: Path) -> None:
     from srdeploy.export.exporter import export_onnx
-    from srdeploy.models.load import Choices, load_checkpoint
+    from srdeploy.models.checkpoint.load import Choices, load_checkpoint
 
     export_onnx(load_checkpoint(CHECKPOINT, Choices(value_range=1.0)), path)
 
 
 def _pictures(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Run every contestant in turns; the first round warms the file cache and counts like the others."""
-    from srdeploy.runtime.tiling import plan_tiles, seam_score_at
+    from srdeploy.upscale.tiles import plan_tiles, seam_score_at
 
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTESTANTS}
     for _ in range(arguments.rounds):
@@ -162,8 +160,8 @@ def _edges(size: int, core: int) -> list[float]:
 
 def _contest(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run one contestant once, in a process of its own."""
-    from srdeploy.core.images import rgb8
-    from srdeploy.runtime.memory import run_memory
+    from srdeploy.core.imaging.read import rgb8
+    from srdeploy.runtime.bench.memory import run_memory
 
     pixels = rgb8(arguments.picture).astype(np.float32) / 255
     name, tile = arguments.contestant, arguments.tile
@@ -190,10 +188,10 @@ def _prepared(name: str, model: Path, tile: int, threads: int) -> Callable[[np.n
         return _spandrel(tile if name == "spandrel loop" else None, threads)
     if name == "plain onnxruntime, 16 px":
         return _plain_onnxruntime(model, tile, threads)
-    from srdeploy.models.load import Choices, load_checkpoint
-    from srdeploy.runtime.budget import TileSettings
+    from srdeploy.models.checkpoint.load import Choices, load_checkpoint
     from srdeploy.runtime.engines.eager import open_eager
-    from srdeploy.runtime.upscaler import Upscaler
+    from srdeploy.upscale.budget import TileSettings
+    from srdeploy.upscale.upscaler import Upscaler
 
     modes = {
         "whole": TileSettings(mode="whole"),

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srdeploy.core.environment import cpu_count
-from srdeploy.core.images import network_input, rgb8
+from srdeploy.core.imaging.read import network_input, rgb8
 
 STAGES = ("decode", "compute", "encode")
 
@@ -52,9 +52,9 @@ def cases(folder: Path, rcan: Path, picture: Path, rounds: int) -> list[dict[str
 def measure(model: Path, source: Path, folder: Path, rounds: int, threads: int) -> dict[str, Any]:
     """Time the stages of one video alone and end to end."""
     from srdeploy.core.runner import run_image
-    from srdeploy.runtime.upscaler import Upscaler
-    from srdeploy.runtime.video import VideoOptions, upscale_video
-    from srdeploy.runtime.video_io import Frame, VideoReader, VideoWriter, choose_encoding
+    from srdeploy.upscale.upscaler import Upscaler
+    from srdeploy.upscale.video import VideoOptions, upscale_video
+    from srdeploy.upscale.video_io import Frame, VideoReader, VideoWriter, choose_encoding
 
     reader = VideoReader(source)
     frames = list(reader.frames())

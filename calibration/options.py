@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from srdeploy.calibration.judge import Verdict
-from srdeploy.calibration.placement import Recipe
-from srdeploy.calibration.ranges import Method
+from srdeploy.calibration.int8.placement import Recipe
+from srdeploy.calibration.int8.ranges import Method
+from srdeploy.calibration.search.evaluate import Verdict
 from srdeploy.core.environment import int8_sums_saturate
 from srdeploy.core.errors import UsageError
 

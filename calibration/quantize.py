@@ -8,21 +8,21 @@ from typing import Any
 
 import onnx
 
-from srdeploy.calibration.choose import Choice, choose
-from srdeploy.calibration.dataset import CalibrationSet
 from srdeploy.calibration.graph import Graph, read_model
+from srdeploy.calibration.half import Island, emulated_graph, float_tensors, islands_for, typed_graph
+from srdeploy.calibration.images.dataset import CalibrationSet
+from srdeploy.calibration.int8.placement import RECIPES, share_of_macs
+from srdeploy.calibration.int8.ranges import Ranges, read_ranges
+from srdeploy.calibration.int8.workbench import Workbench
 from srdeploy.calibration.journal import Journal
-from srdeploy.calibration.judge import Judge, OpenEngine, Verdict, opened
 from srdeploy.calibration.observe import observe
 from srdeploy.calibration.options import QuantizeOptions
-from srdeploy.calibration.placement import RECIPES, share_of_macs
-from srdeploy.calibration.ranges import Ranges, read_ranges
-from srdeploy.calibration.readback import Readback, read_back
-from srdeploy.calibration.rewrite import deconvolutions_rewritten
-from srdeploy.calibration.streams import readers_scaled
-from srdeploy.calibration.tail import tail_merged
-from srdeploy.calibration.typed import Island, emulated_graph, float_tensors, islands_for, typed_graph
-from srdeploy.calibration.workbench import Workbench
+from srdeploy.calibration.rewrites.deconvolution import deconvolutions_rewritten
+from srdeploy.calibration.rewrites.streams import readers_scaled
+from srdeploy.calibration.rewrites.tail import tail_merged
+from srdeploy.calibration.search.choose import Choice, choose
+from srdeploy.calibration.search.evaluate import Judge, OpenEngine, Verdict, opened
+from srdeploy.calibration.search.readback import Readback, read_back
 from srdeploy.core.artifact import atomic_files, sha256_of_bytes
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.environment import int8_weights_overflow, package_versions

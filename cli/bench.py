@@ -16,8 +16,8 @@ from srdeploy.core.runner import Runner
 from srdeploy.core.shapes import Shape, format_shape
 
 if TYPE_CHECKING:
-    from srdeploy.models.load import LoadedCheckpoint
-    from srdeploy.runtime.latency import BenchResult, Effort, Row
+    from srdeploy.models.checkpoint.load import LoadedCheckpoint
+    from srdeploy.runtime.bench.latency import BenchResult, Effort, Row
 
 EXAMPLE = example(
     """
@@ -81,8 +81,8 @@ def command(
     printed, and the command ends with exit code 7.
     """
     from srdeploy.core.artifact import check_output_folder
-    from srdeploy.runtime.conditions import conditions
-    from srdeploy.runtime.latency import Effort, bench, with_process_memory
+    from srdeploy.runtime.bench.conditions import conditions
+    from srdeploy.runtime.bench.latency import Effort, bench, with_process_memory
 
     refuse_two_documents(as_json=options["as_json"], markdown=options["markdown"])
     effort = Effort(
@@ -129,7 +129,7 @@ def _runners(
 ) -> list[Runner]:
     """Open the baselines, the plain eager network first, and then the candidates."""
     from srdeploy.cli.opening import open_candidates
-    from srdeploy.runtime.baselines import FORMS, open_baselines
+    from srdeploy.runtime.bench.baselines import FORMS, open_baselines
 
     opening = {name: options[name] for name in ("engine", "device", "threads")}
     engines = open_candidates(candidates, loaded, stack, parity=False, **opening)
@@ -161,8 +161,8 @@ def _engine_baselines(
     """Open the FP32 graph in ONNX Runtime and OpenVINO: a candidate's file where there is one, else a fresh export."""
     from srdeploy.core.extras import is_installed
     from srdeploy.core.precision import Precision
+    from srdeploy.runtime.bench.latency import named
     from srdeploy.runtime.engines.registry import open_engine
-    from srdeploy.runtime.latency import named
 
     chosen = {
         "onnxruntime": ("onnxruntime", True, "onnxruntime fp32"),
@@ -205,8 +205,8 @@ def _studies(
 ) -> dict[str, Any]:
     from dataclasses import replace
 
+    from srdeploy.runtime.bench.studies import scaling, stream_throughput, throughput
     from srdeploy.runtime.engines.registry import open_engine
-    from srdeploy.runtime.studies import scaling, stream_throughput, throughput
 
     # A curve has many points, and its shape is clear with half the time and half the precision for each.
     effort = replace(
@@ -250,7 +250,7 @@ def _show(result: "BenchResult", studies: dict[str, Any], options: dict[str, Any
 
 
 def _row(result: "BenchResult", row: "Row") -> list[str]:
-    from srdeploy.runtime.latency import NOT_MEASURED
+    from srdeploy.runtime.bench.latency import NOT_MEASURED
 
     numbers = row.statistics
     ratio = result.ratio(row)

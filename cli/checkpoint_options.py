@@ -20,10 +20,10 @@ from srdeploy.cli.options import EXISTING
 from srdeploy.core.progress import SILENT, Progress
 
 if TYPE_CHECKING:
-    from srdeploy.models.load import Choices, LoadedCheckpoint
+    from srdeploy.models.checkpoint.load import Choices, LoadedCheckpoint
 
 _ACTIVATIONS = ("relu", "leaky_relu", "elu", "silu", "gelu", "prelu", "identity")
-"""The names of `srdeploy.models.activations`; spelled here because importing them imports torch (a test compares)."""
+"""The names of `srdeploy.models.networks.activations`; importing them would import torch (a test compares)."""
 
 _MEANS = {"div2k": (0.4488, 0.4371, 0.4040), "df2k": (0.4690, 0.4490, 0.4036), "none": (0.0, 0.0, 0.0)}
 """The means of `srdeploy.models.dialects.rcan_common`, for the same reason."""
@@ -31,7 +31,7 @@ _MEANS = {"div2k": (0.4488, 0.4371, 0.4040), "df2k": (0.4690, 0.4490, 0.4036), "
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    """What the user states about a checkpoint; None means not stated. See `srdeploy.models.resolve.Choices`."""
+    """What the user states about a checkpoint; None means not stated (`models.checkpoint.resolve.Choices`)."""
 
     value_range: float | None = None
     res_scale: float | None = None
@@ -45,7 +45,7 @@ class CheckpointOptions:
 
     def choices(self) -> "Choices":
         """Return the choices for `load_checkpoint`."""
-        from srdeploy.models.load import Choices
+        from srdeploy.models.checkpoint.load import Choices
 
         return Choices(**{entry.name: getattr(self, entry.name) for entry in fields(Choices)})
 
@@ -57,7 +57,7 @@ class CheckpointOptions:
         """
         if not self.probe:
             return []
-        from srdeploy.core.images import find_images
+        from srdeploy.core.imaging.read import find_images
 
         return [image for source in self.probe for image in find_images(source)]
 
@@ -150,10 +150,10 @@ def load_from_options(
         quiet: say nothing about assumptions (the caller shows them itself).
 
     Raises:
-        InputError, UsageError: as `srdeploy.models.load.load_checkpoint`.
+        InputError, UsageError: as `srdeploy.models.checkpoint.load.load_checkpoint`.
     """
-    from srdeploy.models.load import load_checkpoint
-    from srdeploy.models.resolve import flag_of, shown
+    from srdeploy.models.checkpoint.load import load_checkpoint
+    from srdeploy.models.checkpoint.resolve import flag_of, shown
 
     loaded = load_checkpoint(path, stated.choices(), probe_images=stated.probe_images(), progress=progress)
     if quiet:
@@ -172,7 +172,7 @@ def load_from_options(
 
 def show_ranking(ranking: Sequence[tuple[Mapping[str, Any], float]]) -> None:
     """Print what candidates reached on real images, best first, with each one's distance to the best."""
-    from srdeploy.models.resolve import flag_of, shown
+    from srdeploy.models.checkpoint.resolve import flag_of, shown
 
     rows = [
         (

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from srdeploy.cli.road import Outcome
+    from srdeploy.cli.pipeline.road import Outcome
 
 NETWORKS = {"rcan_x2": "rcan_x2_demo.pt", "srdensenet_x4": "srdensenet_x4_demo.pth"}
 """Bundle name to checkpoint file in the examples folder."""
@@ -97,8 +97,8 @@ def examples_folder(stated: Path | None) -> Path:
 
 
 def _deploy(examples: Path, bundle: Path, checkpoint: str, progress: Progress) -> "Outcome":
-    from srdeploy.cli.road import Request, deploy
-    from srdeploy.runtime.latency import Effort
+    from srdeploy.cli.pipeline.road import Request, deploy
+    from srdeploy.runtime.bench.latency import Effort
 
     request = Request(
         checkpoint=examples / checkpoint,
@@ -115,9 +115,9 @@ def _deploy(examples: Path, bundle: Path, checkpoint: str, progress: Progress) -
 
 def _upscale(outcome: "Outcome", examples: Path, output: Path, progress: Progress) -> list[dict[str, Any]]:
     """Upscale the evaluation photographs with the bundle's best engine."""
-    from srdeploy.runtime.folders import upscale_folder
-    from srdeploy.runtime.pictures import OutputOptions
-    from srdeploy.runtime.upscaler import Upscaler
+    from srdeploy.upscale.folders import upscale_folder
+    from srdeploy.upscale.pictures import OutputOptions
+    from srdeploy.upscale.upscaler import Upscaler
 
     started = time.perf_counter()
     with Upscaler.open(outcome.bundle) as up:
@@ -137,10 +137,10 @@ def _compare(outcome: "Outcome", photo: Path, output: Path) -> Path:
     from PIL import Image, ImageDraw, ImageFont
 
     from srdeploy.core.artifact import atomic_file
-    from srdeploy.core.bicubic import imresize
-    from srdeploy.core.images import read_image, rgb8
-    from srdeploy.core.metrics import y_psnr_db
-    from srdeploy.runtime.upscaler import Upscaler
+    from srdeploy.core.imaging.psnr import y_psnr_db
+    from srdeploy.core.imaging.read import read_image, rgb8
+    from srdeploy.core.imaging.resize import imresize
+    from srdeploy.upscale.upscaler import Upscaler
 
     scale = outcome.contract.scale
     truth = rgb8(read_image(photo))

@@ -12,7 +12,7 @@ from srdeploy.core.errors import UsageError
 from srdeploy.core.shapes import format_shape
 
 if TYPE_CHECKING:
-    from srdeploy.cli.road import Outcome
+    from srdeploy.cli.pipeline.road import Outcome
     from srdeploy.runtime.bundle import BundleEngine
 
 EXAMPLE = example(
@@ -66,7 +66,7 @@ def command(
     An engine that misses its gate or cannot be built is left out of the bundle and named with its reason; the exit
     code is then 6 (gate) or 5 (build), and the bundle holds the others.
     """
-    from srdeploy.cli.road import Request, deploy
+    from srdeploy.cli.pipeline.road import Request, deploy
 
     if output.suffix != ".srd":
         raise UsageError(f"bundle name {output}", expected="a name that ends in .srd")

@@ -60,7 +60,7 @@ def examination() -> dict[str, Any]:
     from srdeploy.core.environment import int8_sums_saturate, machine, package_versions
     from srdeploy.runtime.engines.cache import EngineCache
     from srdeploy.runtime.engines.registry import availability
-    from srdeploy.runtime.engines.tensorrt_flavour import gpu, why_no_gpu
+    from srdeploy.runtime.engines.tensorrt.families import gpu, why_no_gpu
 
     found = gpu()
     cache = EngineCache()

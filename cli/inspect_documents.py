@@ -41,8 +41,8 @@ def document_of(path: Path, stated: CheckpointOptions, progress: Progress) -> di
 
 def checkpoint_document(path: Path, stated: CheckpointOptions, progress: Progress) -> dict[str, Any]:
     """Describe a checkpoint. Open questions are listed, not refused."""
-    from srdeploy.models.load import examine_checkpoint
-    from srdeploy.models.spec import config_to_json, spec_of
+    from srdeploy.models.checkpoint.load import examine_checkpoint
+    from srdeploy.models.networks.spec import config_to_json, spec_of
 
     examined = examine_checkpoint(path, stated.choices(), probe_images=stated.probe_images(), progress=progress)
     raw, evidence = examined.raw, examined.evidence

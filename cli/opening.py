@@ -13,9 +13,9 @@ from srdeploy.core.errors import InputError
 from srdeploy.core.runner import Runner, RunnerInfo
 
 if TYPE_CHECKING:
-    from srdeploy.models.load import LoadedCheckpoint
-    from srdeploy.runtime.parity import VerifyResult
+    from srdeploy.models.checkpoint.load import LoadedCheckpoint
     from srdeploy.runtime.report.document import EngineEntry
+    from srdeploy.runtime.verify.parity import VerifyResult
 
 
 def open_candidates(
@@ -34,8 +34,8 @@ def open_candidates(
         InputError: one has another scale or other colours than the checkpoint, or is not understood.
         CapabilityError: one cannot run on this machine.
     """
+    from srdeploy.runtime.bench.latency import named
     from srdeploy.runtime.engines.registry import open_engine
-    from srdeploy.runtime.latency import named
 
     contract = loaded.contract()
     runners: list[Runner] = []

@@ -89,7 +89,7 @@ def command(onnx: Path, precision: str, target: str, images: Path | None, output
     contract = read_model(onnx)[1]
     calibration = None
     if images is not None:
-        from srdeploy.calibration.dataset import make_calibration_set
+        from srdeploy.calibration.images.dataset import make_calibration_set
 
         calibration = make_calibration_set(
             images,

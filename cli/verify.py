@@ -15,9 +15,9 @@ from srdeploy.cli.options import EXISTING, OUTPUT_PATH, example, force_option, j
 from srdeploy.core.shapes import format_shape
 
 if TYPE_CHECKING:
-    from srdeploy.models.load import LoadedCheckpoint
-    from srdeploy.runtime.bisect import Bisection
-    from srdeploy.runtime.parity import Case, VerifyResult
+    from srdeploy.models.checkpoint.load import LoadedCheckpoint
+    from srdeploy.runtime.verify.bisect import Bisection
+    from srdeploy.runtime.verify.parity import Case, VerifyResult
 
 EXAMPLE = example(
     """
@@ -108,8 +108,8 @@ def _judged(
 ) -> "list[VerifyResult]":
     from srdeploy.cli.opening import open_candidates
     from srdeploy.runtime.engines.eager import open_eager
-    from srdeploy.runtime.parity import Gates, verify_all
-    from srdeploy.runtime.samples import SampleFolder
+    from srdeploy.runtime.verify.parity import Gates, verify_all
+    from srdeploy.runtime.verify.samples import SampleFolder
 
     with ExitStack() as stack:
         runners = open_candidates(candidates, loaded, stack, parity=True, **_opening(options))
@@ -144,8 +144,8 @@ def _bisected(
     progress: RichProgress,
 ) -> "list[Bisection | None]":
     from srdeploy.export.exporter import export_onnx
-    from srdeploy.runtime.bisect import bisect_path
-    from srdeploy.runtime.samples import SampleFolder
+    from srdeploy.runtime.verify.bisect import bisect_path
+    from srdeploy.runtime.verify.samples import SampleFolder
 
     samples = SampleFolder(options["images"], options["hr"], contract=loaded.contract(), limit=options["limit"])
     found: list[Bisection | None] = []
@@ -178,7 +178,7 @@ def _saved_crops(
 ) -> list[Path | None]:
     """Save the worst crop of every engine that failed, and of every engine when a folder is named."""
     from srdeploy.core.errors import OutputError
-    from srdeploy.runtime.report.pictures import save_strip
+    from srdeploy.runtime.report.crops import save_strip
 
     saved: list[Path | None] = []
     for path, result in zip(candidates, results, strict=True):
@@ -269,7 +269,7 @@ def _refuse_failures(
     results: "Sequence[VerifyResult]", crops: Sequence[Path | None], bisections: "Sequence[Bisection | None]"
 ) -> None:
     from srdeploy.core.errors import GateError
-    from srdeploy.runtime.advice import advice
+    from srdeploy.runtime.verify.advice import advice
 
     failed = [entry for entry in zip(results, crops, bisections, strict=True) if not entry[0].passed]
     if not failed:

@@ -41,6 +41,20 @@ class RunnerInfo:
     versions: Mapping[str, str] = field(default_factory=dict)
     built: Mapping[str, Any] = field(default_factory=dict)
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values; of the contract, the precision alone."""
+        return {
+            "name": self.name,
+            "engine": self.engine,
+            "device": self.device,
+            "precision": str(self.contract.precision),
+            "numeric_mode": self.numeric_mode,
+            "threads": self.threads,
+            "profile": None if self.profile is None else str(self.profile),
+            "versions": dict(self.versions),
+            "built": dict(self.built),
+        }
+
 
 class Runner(Protocol):
     """An opened engine. Use it as a context manager; leaving the block frees the engine."""

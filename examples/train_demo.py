@@ -2,7 +2,7 @@
 
 The photographs come from inside the scikit-image wheel, so nothing is downloaded. Each network sees only the part of
 them named in `TRAINING`; the evaluation photographs of the demo are cut from the rest (`EVALUATION`). Low-resolution
-patches are made with the bicubic kernel that published results use (`srdeploy.core.bicubic`).
+patches are made with the bicubic kernel that published results use (`srdeploy.core.imaging.resize`).
 
     python examples/train_demo.py train rcan_x2 -o examples/rcan_x2_demo.pt
     python examples/train_demo.py train srdensenet_x4 -o examples/srdensenet_x4_demo.pth
@@ -28,11 +28,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from srdeploy.core.bicubic import imresize
-from srdeploy.core.colour import y_from_rgb
-from srdeploy.core.metrics import y_psnr_db
-from srdeploy.models.rcan import Rcan, RcanConfig
-from srdeploy.models.srdensenet import SrDenseNet, SrDenseNetConfig, srdensenet_all
+from srdeploy.core.imaging.colour import y_from_rgb
+from srdeploy.core.imaging.psnr import y_psnr_db
+from srdeploy.core.imaging.resize import imresize
+from srdeploy.models.networks.rcan import Rcan, RcanConfig
+from srdeploy.models.networks.srdensenet import SrDenseNet, SrDenseNetConfig, srdensenet_all
 
 Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]  # left, top, right, bottom
@@ -231,7 +231,7 @@ def score(checkpoint: Path, images: Path) -> dict[str, dict[str, float]]:
     The protocol is that of published results: HR cropped to a multiple of the scale, LR by bicubic, output rounded to
     8 bits, Y in studio swing kept in floating point, `scale` pixels shaved from each side.
     """
-    from srdeploy.models.load import load_checkpoint
+    from srdeploy.models.checkpoint.load import load_checkpoint
 
     loaded = load_checkpoint(checkpoint)
     scale, colours = loaded.spec.scale, loaded.spec.colours

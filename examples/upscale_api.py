@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from srdeploy.core.images import rgb8
-from srdeploy.runtime.budget import TileSettings
-from srdeploy.runtime.image_io import write_image
-from srdeploy.runtime.upscaler import Upscaler
+from srdeploy.core.imaging.read import rgb8
+from srdeploy.upscale.budget import TileSettings
+from srdeploy.upscale.image_file import write_image
+from srdeploy.upscale.upscaler import Upscaler
 
 
 def main(model: Path, photo: Path, output: Path) -> None:

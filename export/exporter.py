@@ -25,8 +25,8 @@ from srdeploy.export.capture import graph_from_network
 from srdeploy.export.checks import GridCheck, check_against_network, check_structure
 from srdeploy.export.folding import Folded, folded_network
 from srdeploy.export.graph import canonical_graph, operators
-from srdeploy.models.load import LoadedCheckpoint
-from srdeploy.models.rcan import RcanConfig
+from srdeploy.models.checkpoint.load import LoadedCheckpoint
+from srdeploy.models.networks.rcan import RcanConfig
 
 MIN_OPSET = 20
 MAX_OPSET = 23  # the newest that torch 2.13 translates to

@@ -32,10 +32,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from srdeploy.models.activations import is_positively_homogeneous
-from srdeploy.models.rcan import Rcan, RcanConfig
-from srdeploy.models.spec import NetworkConfig
-from srdeploy.models.srdensenet import SrDenseNet
+from srdeploy.models.networks.activations import is_positively_homogeneous
+from srdeploy.models.networks.rcan import Rcan, RcanConfig
+from srdeploy.models.networks.spec import NetworkConfig
+from srdeploy.models.networks.srdensenet import SrDenseNet
 
 INNER = "network."
 """Prefix of the module paths of a network inside `Centred` or `Scaled`."""

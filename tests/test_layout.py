@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ["core", "models", "export", "calibration", "runtime", "cli"]
+FOLDERS = ["core", "models", "export", "calibration", "runtime", "upscale", "cli"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 

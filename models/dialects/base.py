@@ -3,7 +3,7 @@
 A dialect is data plus one function. Its layout names where each tensor of the canonical network lies in the source's
 key set; its `read` function turns shapes into a configuration and lists the open questions. Everything else, that is
 matching, renaming, checking that every key is used and every tensor filled, and answering the questions, is done once
-for all dialects (`srdeploy.models.recognise`, `srdeploy.models.resolve`).
+for all dialects (`srdeploy.models.checkpoint.recognise`, `srdeploy.models.checkpoint.resolve`).
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from srdeploy.core.errors import InputError
-from srdeploy.models.spec import NetworkConfig
+from srdeploy.models.networks.spec import NetworkConfig
 
 AnsweredBy = Literal["metadata", "flag", "wrapper", "tensors", "probe", "default", "open"]
 """Who settled a question: the file's own metadata, the user, the wrapper around the tensors, the values of tensors, a

@@ -3,8 +3,8 @@
 from srdeploy.models.dialects.base import Answer, Dialect, Hints, Question, Reading, Survey
 from srdeploy.models.dialects.layouts import RcanLayout
 from srdeploy.models.dialects.rcan_common import MEANS, colour_order_question, value_range_question
-from srdeploy.models.mean_shift import DIV2K_MEAN
-from srdeploy.models.rcan import RcanConfig
+from srdeploy.models.networks.mean_shift import DIV2K_MEAN
+from srdeploy.models.networks.rcan import RcanConfig
 
 LAYOUT = RcanLayout(
     first="conv_first",

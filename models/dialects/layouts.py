@@ -9,8 +9,8 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 from srdeploy.models.dialects.base import Survey
-from srdeploy.models.rcan import RcanConfig
-from srdeploy.models.srdensenet import Deconvolution, SrDenseNetConfig
+from srdeploy.models.networks.rcan import RcanConfig
+from srdeploy.models.networks.srdensenet import Deconvolution, SrDenseNetConfig
 
 
 def _filled(template: str, **values: int) -> str:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from srdeploy.models.dialects.base import Answer, Dialect, Hints, Question, Reading, Survey
 from srdeploy.models.dialects.layouts import RcanLayout
 from srdeploy.models.dialects.rcan_common import colour_order_question, value_range_question
-from srdeploy.models.rcan import RcanConfig
+from srdeploy.models.networks.rcan import RcanConfig
 
 _BLOCK = "trunk.{group}.residual_group.{block}.residual_channel_attention_block."
 LAYOUT = RcanLayout(

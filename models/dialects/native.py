@@ -1,7 +1,7 @@
 """srdeploy's own layout: the canonical names, and the whole configuration as metadata. Nothing is left open.
 
-`srdeploy.models.save.save_checkpoint` writes it. It is the way to deploy a network that was trained with the classes of
-this package, variants included that no public training code has.
+`srdeploy.models.checkpoint.save.save_checkpoint` writes it. It is the way to deploy a network that was trained with
+the classes of this package, variants included that no public training code has.
 """
 
 from dataclasses import dataclass, fields
@@ -10,9 +10,9 @@ import torch
 
 from srdeploy.core.errors import InputError
 from srdeploy.models.dialects.base import Dialect, Hints, Reading, Survey
-from srdeploy.models.rcan import RcanConfig
-from srdeploy.models.spec import NetworkConfig, config_from_json, network_of
-from srdeploy.models.srdensenet import SrDenseNetConfig
+from srdeploy.models.networks.rcan import RcanConfig
+from srdeploy.models.networks.spec import NetworkConfig, config_from_json, network_of
+from srdeploy.models.networks.srdensenet import SrDenseNetConfig
 
 ARCHITECTURE = "architecture"
 """Metadata entry beside the configuration's fields."""
@@ -73,7 +73,7 @@ def _check_size(survey: Survey, config: NetworkConfig) -> None:
 DIALECT = Dialect(
     name="native",
     title="srdeploy's own layout",
-    source="srdeploy.models.save",
+    source="srdeploy.models.checkpoint.save",
     signature=("first.weight", "last.weight"),
     read=read,
     layout=NativeLayout(),

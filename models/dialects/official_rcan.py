@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from srdeploy.models.activations import ACTIVATIONS
 from srdeploy.models.dialects.base import Answer, Dialect, Hints, Question, Reading, Survey
 from srdeploy.models.dialects.layouts import RcanLayout
 from srdeploy.models.dialects.rcan_common import (
@@ -21,7 +20,8 @@ from srdeploy.models.dialects.rcan_common import (
     range_of_mean_shift,
     value_range_question,
 )
-from srdeploy.models.rcan import RcanConfig
+from srdeploy.models.networks.activations import ACTIVATIONS
+from srdeploy.models.networks.rcan import RcanConfig
 
 LAYOUT = RcanLayout(
     first="head.0",

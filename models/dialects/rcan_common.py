@@ -1,7 +1,7 @@
 """What several RCAN dialects share: the mean shift stored as convolutions, and the words of common questions."""
 
 from srdeploy.models.dialects.base import Answer, Question, Survey
-from srdeploy.models.mean_shift import DIV2K_MEAN
+from srdeploy.models.networks.mean_shift import DIV2K_MEAN
 
 DIVFLICKR2K_MEAN = (0.4690, 0.4490, 0.4036)
 """Mean RGB of DIV2K and Flickr2K together on 0..1."""

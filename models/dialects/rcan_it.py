@@ -15,7 +15,7 @@ from srdeploy.models.dialects.rcan_common import (
     range_of_mean_shift,
     value_range_question,
 )
-from srdeploy.models.rcan import RcanConfig
+from srdeploy.models.networks.rcan import RcanConfig
 
 LAYOUT = replace(
     OFFICIAL,

@@ -10,7 +10,7 @@ from typing import Any
 
 from srdeploy.models.dialects.base import Answer, Dialect, Hints, Question, Reading, Survey
 from srdeploy.models.dialects.layouts import SrDenseNetLayout
-from srdeploy.models.srdensenet import SrDenseNetConfig
+from srdeploy.models.networks.srdensenet import SrDenseNetConfig
 
 _LAYER = "body.{block}.body.{layer}.body."
 

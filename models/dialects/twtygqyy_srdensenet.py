@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from srdeploy.models.dialects.base import Dialect, Hints, Reading, Survey
 from srdeploy.models.dialects.layouts import SrDenseNetLayout
-from srdeploy.models.srdensenet import Deconvolution, SrDenseNetConfig
+from srdeploy.models.networks.srdensenet import Deconvolution, SrDenseNetConfig
 
 RELU_LAYOUT = SrDenseNetLayout(
     first="lowlevel",

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from srdeploy.models.dialects.base import Dialect, Hints, Reading, Survey
 from srdeploy.models.dialects.layouts import SrDenseNetLayout
-from srdeploy.models.srdensenet import Deconvolution, SrDenseNetConfig
+from srdeploy.models.networks.srdensenet import Deconvolution, SrDenseNetConfig
 
 V1_LAYOUT = SrDenseNetLayout(
     first="conv1",

@@ -3,7 +3,7 @@
 from srdeploy.models.dialects.base import Dialect, Hints, Reading, Survey
 from srdeploy.models.dialects.layouts import RcanLayout
 from srdeploy.models.dialects.rcan_common import colour_order_question
-from srdeploy.models.rcan import RcanConfig
+from srdeploy.models.networks.rcan import RcanConfig
 
 LAYOUT = RcanLayout(
     first="sf",

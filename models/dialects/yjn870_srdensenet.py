@@ -2,7 +2,7 @@
 
 from srdeploy.models.dialects.base import Dialect, Hints, Reading, Survey
 from srdeploy.models.dialects.layouts import SrDenseNetLayout
-from srdeploy.models.srdensenet import PAPER_DECONVOLUTION, SrDenseNetConfig
+from srdeploy.models.networks.srdensenet import PAPER_DECONVOLUTION, SrDenseNetConfig
 
 LAYOUT = SrDenseNetLayout(
     first="conv.conv",

@@ -5,7 +5,7 @@ Its deconvolutions are 3x3 with stride 2 and without output padding, so x2 gives
 
 from srdeploy.models.dialects.base import Dialect, Hints, Reading, Survey
 from srdeploy.models.dialects.layouts import SrDenseNetLayout
-from srdeploy.models.srdensenet import Deconvolution, SrDenseNetConfig
+from srdeploy.models.networks.srdensenet import Deconvolution, SrDenseNetConfig
 
 LAYOUT = SrDenseNetLayout(
     first="input.0",

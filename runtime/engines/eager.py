@@ -18,10 +18,8 @@ from srdeploy.core.environment import cpu_count, package_versions
 from srdeploy.core.errors import CapabilityError, UsageError
 from srdeploy.core.precision import Precision
 from srdeploy.core.runner import RunnerInfo
-from srdeploy.models.load import LoadedCheckpoint
-from srdeploy.runtime.eager_stages import stages_from_network
-from srdeploy.runtime.engines.tensors import TensorSpec, check_feeds
-from srdeploy.runtime.stages import Arrays, Stage, StageRun
+from srdeploy.models.checkpoint.load import LoadedCheckpoint
+from srdeploy.runtime.engines.feeds import TensorSpec, check_feeds
 
 _PRECISIONS = {torch.float32: Precision.FP32, torch.float16: Precision.FP16, torch.bfloat16: Precision.BF16}
 
@@ -101,21 +99,6 @@ class EagerRunner:
         """Compute on torch tensors; the result stays on the runner's device and in its dtype."""
         with self._arithmetic():
             return {OUTPUT: self._network(self._placed(feeds[INPUT]))}
-
-    def stages(self) -> list[Stage]:
-        """Cut the network at its poolings (see `srdeploy.runtime.stages.CuttableRunner`)."""
-        return stages_from_network(self._network, self._info.contract.channels)
-
-    def open_stage(self, stage: Stage) -> StageRun:
-        """Return a function that runs a stage on numpy arrays, in this runner's arithmetic."""
-
-        def run(feeds: Mapping[str, NDArray[Any]]) -> Arrays:
-            maps = [self._placed(torch.from_numpy(feeds[name])) for name in (*stage.maps_in, *stage.means_in)]
-            with self._arithmetic():
-                outputs: dict[str, torch.Tensor] = stage.model(*maps)
-            return {name: values.float().cpu().numpy() for name, values in outputs.items()}
-
-        return run
 
     def prepare(self, feeds: Mapping[str, NDArray[Any]]) -> Callable[[], float]:
         """Place the input and return a function that computes once, in milliseconds (see `TimedRunner`)."""

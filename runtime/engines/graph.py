@@ -17,7 +17,7 @@ from onnx import TensorProto
 
 from srdeploy.core.contract import INPUT, OUTPUT, ModelContract, corrects_edges
 from srdeploy.core.errors import InputError
-from srdeploy.runtime.engines.tensors import TensorSpec
+from srdeploy.runtime.engines.feeds import TensorSpec
 
 HEAVY = ("Conv", "ConvTranspose", "ConvInteger", "QLinearConv", "Gemm", "MatMul")
 QUANTIZE = "QuantizeLinear"

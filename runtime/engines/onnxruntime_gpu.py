@@ -18,9 +18,9 @@ from srdeploy.core.environment import package_versions
 from srdeploy.core.errors import CapabilityError, UsageError
 from srdeploy.core.extras import import_extra, is_installed
 from srdeploy.core.runner import RunnerInfo
+from srdeploy.runtime.engines.feeds import check_feeds, check_shape
 from srdeploy.runtime.engines.graph import Graph
-from srdeploy.runtime.engines.tensorrt_flavour import gpu, why_no_gpu
-from srdeploy.runtime.engines.tensors import check_feeds, check_shape
+from srdeploy.runtime.engines.tensorrt.families import gpu, why_no_gpu
 
 PROVIDERS = {"onnxruntime-cuda": "CUDAExecutionProvider", "onnxruntime-tensorrt": "TensorrtExecutionProvider"}
 

@@ -45,10 +45,10 @@ class Family:
 
 
 ENGINES: tuple[Family, ...] = (
-    Family("onnxruntime", "onnxruntime_engine", "ONNX Runtime on the CPU", ".ort.onnx", opens_onnx=True),
-    Family("openvino", "openvino_engine", "OpenVINO on the CPU", ".blob", opens_onnx=True),
-    Family("tensorrt-rtx", "tensorrt_rtx_engine", "TensorRT-RTX on GeForce and RTX GPUs, built anywhere", ".rtx"),
-    Family("tensorrt", "tensorrt_full_engine", "TensorRT 10.12 to 11 on NVIDIA GPUs", ".plan"),
+    Family("onnxruntime", "onnxruntime_cpu", "ONNX Runtime on the CPU", ".ort.onnx", opens_onnx=True),
+    Family("openvino", "openvino", "OpenVINO on the CPU", ".blob", opens_onnx=True),
+    Family("tensorrt-rtx", "tensorrt.rtx_engine", "TensorRT-RTX on GeForce and RTX GPUs, built anywhere", ".rtx"),
+    Family("tensorrt", "tensorrt.full_engine", "TensorRT 10.12 to 11 on NVIDIA GPUs", ".plan"),
     Family("onnxruntime-cuda", "onnxruntime_cuda", "ONNX Runtime on NVIDIA GPUs", opens_onnx=True),
     Family("onnxruntime-tensorrt", "onnxruntime_tensorrt", "ONNX Runtime through TensorRT 10", opens_onnx=True),
 )

@@ -22,9 +22,9 @@ from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import InputError
 from srdeploy.core.manifest import Manifest, Source, manifest_path, read_manifest
 from srdeploy.core.shapes import ShapeProfile
+from srdeploy.runtime.engines.feeds import TensorSpec
 from srdeploy.runtime.engines.graph import Graph
 from srdeploy.runtime.engines.options import BuildOptions, BuiltEngine, profile_from_json, profile_to_json
-from srdeploy.runtime.engines.tensors import TensorSpec
 
 KIND = "engine"
 

@@ -13,10 +13,10 @@ from typing import Any, Literal, get_args
 
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.precision import Precision
-from srdeploy.runtime.conditions import conditions
-from srdeploy.runtime.latency import NOT_MEASURED, BenchResult, Row
-from srdeploy.runtime.parity import VerifyResult
-from srdeploy.runtime.report.pictures import Pictures, image_entries
+from srdeploy.runtime.bench.conditions import conditions
+from srdeploy.runtime.bench.latency import NOT_MEASURED, BenchResult, Row
+from srdeploy.runtime.report.crops import Pictures, image_entries
+from srdeploy.runtime.verify.parity import VerifyResult
 
 SCHEMA = 1
 KIND = "srdeploy-report"
@@ -87,7 +87,8 @@ def report_document(
         engines: the lines of the table, in the order in which they are shown. Give the reference no line: it appears
             as the baseline of the bench.
         bench: one result per shape; the first one fills the table's latency columns. Its runner names must be the
-            entries' names (see `srdeploy.runtime.latency.named`); other rows (the baselines) are shown beside them.
+            entries' names (see `srdeploy.runtime.bench.latency.named`); other rows (the baselines) are shown next
+            to them.
         checkpoint: where the weights came from: {"name", "sha256", "dialect", "evidence": JSON of what was assumed}.
         calibration: the calibration set as its `to_json()` gives it, with the coverage of the evaluation images if
             it was measured; shown key by key.
@@ -96,10 +97,10 @@ def report_document(
         searches: one entry per graph that a bound was searched for, {"graph", "bound_db", "points"}; a point has
             "int8_macs_share", "latency_ms" (or None), "fidelity_db", "drop_db", "layers_kept_float", "layers_split" and
             "taken".
-        studies: further measurements by name, as `srdeploy.runtime.studies` gives them ("throughput", "scaling").
+        studies: further measurements by name, as `srdeploy.runtime.bench.studies` gives them ("throughput", "scaling").
         stages: one entry per stage of the road, {"name", "seconds", "note"}.
         commands: the exact commands that reproduce the run, one line each.
-        environment: the conditions (`srdeploy.runtime.conditions.conditions()`); None reads them now.
+        environment: the conditions (`srdeploy.runtime.bench.conditions.conditions()`); None reads them now.
 
     Returns:
         JSON values only; not-finite numbers are the strings "inf", "-inf" and "nan". Pictures are held as base64 under

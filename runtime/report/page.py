@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from srdeploy.core.extras import import_extra
-from srdeploy.runtime.memory import LOWER_BOUND, ON_CPU
+from srdeploy.runtime.bench.memory import LOWER_BOUND, ON_CPU
 from srdeploy.runtime.report import plots
-from srdeploy.runtime.report.pictures import RAMP_CSS
+from srdeploy.runtime.report.crops import RAMP_CSS
 
 Document = Mapping[str, Any]
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from srdeploy.calibration.dataset import CalibrationSet, make_calibration_set
+from srdeploy.calibration.images.dataset import CalibrationSet, make_calibration_set
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.precision import Precision
 

@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from srdeploy.calibration.arithmetic import (
+from srdeploy.calibration.int8.arithmetic import (
     fake_quantize,
     params_for_range,
     quantize_weights,

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from srdeploy.calibration.dataset import CalibrationSet, make_calibration_set
-from srdeploy.calibration.sampling import choose_crops
-from srdeploy.core.bicubic import imresize
+from srdeploy.calibration.images.dataset import CalibrationSet, make_calibration_set
+from srdeploy.calibration.images.sampling import choose_crops
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import InputError, UsageError
+from srdeploy.core.imaging.resize import imresize
 
 Paint = Callable[..., np.ndarray]
 Contracts = dict[str, ModelContract]

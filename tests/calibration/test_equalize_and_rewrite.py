@@ -8,13 +8,13 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from srdeploy.calibration.dataset import CalibrationSet
-from srdeploy.calibration.equalize import ChannelClasses, equalized
 from srdeploy.calibration.graph import Graph
+from srdeploy.calibration.images.dataset import CalibrationSet
+from srdeploy.calibration.int8.placement import RECIPES, place
 from srdeploy.calibration.observe import Observation, observe, run_outputs
-from srdeploy.calibration.placement import RECIPES, place
-from srdeploy.calibration.rewrite import deconvolutions_rewritten, phase_kernel
-from srdeploy.calibration.streams import readers_scaled, scales_settled
+from srdeploy.calibration.rewrites.deconvolution import deconvolutions_rewritten, phase_kernel
+from srdeploy.calibration.rewrites.equalize import ChannelClasses, equalized
+from srdeploy.calibration.rewrites.streams import readers_scaled, scales_settled
 from srdeploy.core.precision import Target
 
 Networks = dict[str, Callable[..., onnx.ModelProto]]

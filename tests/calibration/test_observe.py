@@ -8,11 +8,11 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from srdeploy.calibration.arithmetic import fake_quantize, params_for_range
-from srdeploy.calibration.dataset import CalibrationSet
 from srdeploy.calibration.graph import Graph
+from srdeploy.calibration.images.dataset import CalibrationSet
+from srdeploy.calibration.int8.arithmetic import fake_quantize, params_for_range
+from srdeploy.calibration.int8.ranges import METHODS, range_of, read_ranges
 from srdeploy.calibration.observe import Observation, observe, run_outputs
-from srdeploy.calibration.ranges import METHODS, range_of, read_ranges
 from srdeploy.core.errors import InputError, UsageError
 
 Networks = dict[str, Callable[..., onnx.ModelProto]]

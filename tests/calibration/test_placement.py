@@ -8,12 +8,12 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from srdeploy.calibration.dataset import CalibrationSet
 from srdeploy.calibration.graph import Graph
-from srdeploy.calibration.judge import Judge
-from srdeploy.calibration.placement import RECIPES, can_split, place
-from srdeploy.calibration.rewrite import deconvolutions_rewritten
-from srdeploy.calibration.workbench import Decisions, Workbench
+from srdeploy.calibration.images.dataset import CalibrationSet
+from srdeploy.calibration.int8.placement import RECIPES, can_split, place
+from srdeploy.calibration.int8.workbench import Decisions, Workbench
+from srdeploy.calibration.rewrites.deconvolution import deconvolutions_rewritten
+from srdeploy.calibration.search.evaluate import Judge
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.precision import Precision, Target
 

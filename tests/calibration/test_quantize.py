@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from srdeploy.calibration.dataset import CalibrationSet
+from srdeploy.calibration.images.dataset import CalibrationSet
 from srdeploy.calibration.journal import Journal
 from srdeploy.calibration.options import QuantizeOptions
 from srdeploy.calibration.quantize import QuantizeResult, artifacts_folder, quantize
@@ -241,7 +241,7 @@ def test_ranges_are_reused_without_looking_at_the_images_again(
         return (tmp_path / name).read_bytes()
 
     first = run("one.onnx", None)
-    monkeypatch.setattr("srdeploy.calibration.workbench.observe", None)  # a pass over the images would now fail
+    monkeypatch.setattr("srdeploy.calibration.int8.workbench.observe", None)  # a pass over the images would now fail
     second = run("two.onnx", artifacts_folder(tmp_path / "one.onnx") / "ranges.json")
 
     quantized = [onnx.load_model_from_string(data).graph for data in (first, second)]
@@ -251,7 +251,7 @@ def test_ranges_are_reused_without_looking_at_the_images_again(
 def test_an_interrupted_search_goes_on_where_it_stopped(
     network_paths: Paths, calibrations: Calibrations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from srdeploy.calibration import choose
+    from srdeploy.calibration.search import choose
 
     def run() -> None:
         quantize(

@@ -7,8 +7,8 @@ import onnx
 import pytest
 
 from srdeploy.calibration.graph import Graph
-from srdeploy.calibration.placement import RECIPES, Placement, place
-from srdeploy.calibration.readback import read_back
+from srdeploy.calibration.int8.placement import RECIPES, Placement, place
+from srdeploy.calibration.search.readback import read_back
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import BuildError
 from srdeploy.core.precision import Target

@@ -8,13 +8,13 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from srdeploy.calibration.arithmetic import WEIGHT_TOPS, quantize_weights, weight_scales
-from srdeploy.calibration.dataset import CalibrationSet
 from srdeploy.calibration.graph import Graph, is_plain_convolution
+from srdeploy.calibration.images.dataset import CalibrationSet
+from srdeploy.calibration.int8.arithmetic import WEIGHT_TOPS, quantize_weights, weight_scales
+from srdeploy.calibration.int8.placement import RECIPES
+from srdeploy.calibration.int8.rounding import compensated_codes, input_covariances
+from srdeploy.calibration.int8.workbench import Decisions, Workbench
 from srdeploy.calibration.observe import run_outputs
-from srdeploy.calibration.placement import RECIPES
-from srdeploy.calibration.rounding import compensated_codes, input_covariances
-from srdeploy.calibration.workbench import Decisions, Workbench
 from srdeploy.core.precision import Precision, Target
 
 Networks = dict[str, Callable[..., onnx.ModelProto]]
@@ -115,8 +115,8 @@ def test_networks_and_layers_in_parts_give_parts_of_the_whole(
     batches = [batch[:, :, :8, :8] for batch in list(calibrations["dense"])[:2]]  # all windows of these are taken
     whole = {layer.name: found for layer, found in input_covariances(graph, layers, batches)}
 
-    monkeypatch.setattr("srdeploy.calibration.rounding.MOMENTS_BYTES", 1)
-    monkeypatch.setattr("srdeploy.calibration.rounding.LARGEST", 9 * 20)
+    monkeypatch.setattr("srdeploy.calibration.int8.rounding.MOMENTS_BYTES", 1)
+    monkeypatch.setattr("srdeploy.calibration.int8.rounding.LARGEST", 9 * 20)
     parts = {layer.name: found for layer, found in input_covariances(graph, layers, batches)}
 
     assert parts.keys() == whole.keys() == {layer.name for layer in layers}

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from srdeploy.calibration.choose import needed_changes
-from srdeploy.calibration.dataset import CalibrationSet
-from srdeploy.calibration.judge import Verdict
+from srdeploy.calibration.images.dataset import CalibrationSet
+from srdeploy.calibration.int8.workbench import Decisions
 from srdeploy.calibration.options import Cost, QuantizeOptions
 from srdeploy.calibration.quantize import QuantizeResult, artifacts_folder, quantize
-from srdeploy.calibration.sensitivity import Change
-from srdeploy.calibration.workbench import Decisions
+from srdeploy.calibration.search.choose import needed_changes
+from srdeploy.calibration.search.evaluate import Verdict
+from srdeploy.calibration.search.sensitivity import Change
 from srdeploy.core.precision import Precision, Target
 from srdeploy.core.runner import Runner
 from srdeploy.runtime.engines.registry import open_engine

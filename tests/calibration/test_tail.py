@@ -8,10 +8,10 @@ import pytest
 from onnx import helper, numpy_helper
 
 from srdeploy.calibration.graph import Graph
+from srdeploy.calibration.int8.placement import RECIPES, place, share_of_macs
 from srdeploy.calibration.observe import run_outputs
-from srdeploy.calibration.placement import RECIPES, place, share_of_macs
-from srdeploy.calibration.tail import NAME, tail_merged
-from srdeploy.calibration.tail_map import Link, tail_of
+from srdeploy.calibration.rewrites.tail import NAME, tail_merged
+from srdeploy.calibration.rewrites.tail_map import Link, tail_of
 from srdeploy.core.precision import Target
 
 Networks = dict[str, Callable[..., onnx.ModelProto]]

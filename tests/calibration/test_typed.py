@@ -7,11 +7,11 @@ import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from srdeploy.calibration.dataset import CalibrationSet
 from srdeploy.calibration.graph import Graph, opset_of
-from srdeploy.calibration.judge import Judge
+from srdeploy.calibration.half import Island, emulated_graph, float_tensors, islands_for, typed_graph
+from srdeploy.calibration.images.dataset import CalibrationSet
 from srdeploy.calibration.observe import observe, run_outputs
-from srdeploy.calibration.typed import Island, emulated_graph, float_tensors, islands_for, typed_graph
+from srdeploy.calibration.search.evaluate import Judge
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import InputError
 from srdeploy.core.precision import MIN_FIDELITY_DB, Precision

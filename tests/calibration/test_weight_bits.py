@@ -8,10 +8,10 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from srdeploy.calibration.arithmetic import WEIGHT_TOPS, quantize_weights, weight_scales
-from srdeploy.calibration.dataset import CalibrationSet
+from srdeploy.calibration.images.dataset import CalibrationSet
+from srdeploy.calibration.int8.arithmetic import WEIGHT_TOPS, quantize_weights, weight_scales
+from srdeploy.calibration.int8.placement import RECIPES
 from srdeploy.calibration.options import QuantizeOptions, WeightBits
-from srdeploy.calibration.placement import RECIPES
 from srdeploy.calibration.quantize import FOREIGN, QuantizeResult, quantize
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.environment import int8_sums_saturate

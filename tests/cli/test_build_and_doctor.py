@@ -164,7 +164,7 @@ def test_doctor_for_people(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
 
 
 def test_doctor_survives_a_broken_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    from srdeploy.runtime.engines import openvino_engine
+    from srdeploy.runtime.engines import openvino as openvino_engine
     from srdeploy.runtime.engines.registry import availability
 
     def broken() -> None:

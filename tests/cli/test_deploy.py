@@ -15,19 +15,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from srdeploy.cli import road
 from srdeploy.cli.checkpoint_options import CheckpointOptions
 from srdeploy.cli.console import RichProgress
 from srdeploy.cli.deploy import command as deploy_command
 from srdeploy.cli.main import run
-from srdeploy.cli.road import Request, possible_engines
+from srdeploy.cli.pipeline import road
+from srdeploy.cli.pipeline.road import Request, possible_engines
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import CapabilityError, InputError, UsageError
 from srdeploy.core.manifest import verified_manifest
 from srdeploy.core.precision import Precision
 from srdeploy.runtime.bundle import Bundle, choose_engine, read_bundle
 from srdeploy.runtime.report.write import read_report
-from srdeploy.runtime.upscaler import Upscaler
+from srdeploy.upscale.upscaler import Upscaler
 
 CHECKPOINTS = Path(__file__).parents[1] / "data" / "checkpoints"
 RCAN = CHECKPOINTS / "yulunzhang_rcan_x2" / "RCAN_BIX2.pt"

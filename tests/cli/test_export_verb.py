@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from srdeploy.cli.main import run
-from srdeploy.models.rcan import RcanConfig
-from srdeploy.models.spec import network_of
-from srdeploy.models.srdensenet import SrDenseNetConfig
+from srdeploy.models.networks.rcan import RcanConfig
+from srdeploy.models.networks.spec import network_of
+from srdeploy.models.networks.srdensenet import SrDenseNetConfig
 
 Tensors = dict[str, torch.Tensor]
 

@@ -19,13 +19,13 @@ from srdeploy.core.artifact import sha256_of_file
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.manifest import Manifest, Source, manifest_path
 from srdeploy.core.precision import Precision
-from srdeploy.models.activations import ACTIVATIONS
+from srdeploy.models.checkpoint.load import Choices
+from srdeploy.models.checkpoint.recognise import source_names
 from srdeploy.models.dialects import official_rcan, rcan_it
 from srdeploy.models.dialects.base import Dialect
 from srdeploy.models.dialects.rcan_common import MEANS
-from srdeploy.models.load import Choices
-from srdeploy.models.rcan import Rcan, RcanConfig
-from srdeploy.models.recognise import source_names
+from srdeploy.models.networks.activations import ACTIVATIONS
+from srdeploy.models.networks.rcan import Rcan, RcanConfig
 from srdeploy.runtime.bundle import BundleEngine, LeftOut, write_bundle_manifest
 
 CONTRACT = ModelContract("rcan", {"scale": 2}, 2, "rgb", Precision.FP32, None, 1e6, 256, "0" * 64)

@@ -14,9 +14,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from srdeploy.cli.main import run
 from srdeploy.core.contract import ModelContract
-from srdeploy.core.images import read_image
+from srdeploy.core.imaging.read import read_image
 from srdeploy.core.precision import Precision
-from srdeploy.runtime.image_io import write_image
+from srdeploy.upscale.image_file import write_image
 
 RANDOM = np.random.default_rng(0)
 

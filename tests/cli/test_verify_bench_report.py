@@ -12,7 +12,7 @@ from onnx import numpy_helper
 from PIL import Image
 
 from srdeploy.cli.main import run
-from srdeploy.core.bicubic import imresize
+from srdeploy.core.imaging.resize import imresize
 from srdeploy.core.manifest import manifest_path
 from srdeploy.runtime.report.write import read_report
 

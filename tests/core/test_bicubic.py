@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from srdeploy.core.bicubic import axis_weights, imresize
+from srdeploy.core.imaging.resize import axis_weights, imresize
 
 
 def exact_row(values: list[int], scale: Fraction) -> list[Fraction]:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from srdeploy.core.colour import rgb_from_ycbcr, y_from_rgb, ycbcr_from_rgb
+from srdeploy.core.imaging.colour import rgb_from_ycbcr, y_from_rgb, ycbcr_from_rgb
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from srdeploy.core.metrics import (
+from srdeploy.core.imaging.psnr import (
     crop_to_multiple,
     drop_for_fidelity,
     fidelity_for_drop,

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from srdeploy.core.colour import y_from_rgb
 from srdeploy.core.errors import GateError, InputError
-from srdeploy.core.images import (
+from srdeploy.core.imaging.colour import y_from_rgb
+from srdeploy.core.imaging.read import (
     MAX_PIXELS,
     find_images,
     network_input,

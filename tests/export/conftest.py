@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from srdeploy.core.artifact import sha256_of_file
-from srdeploy.models.load import Evidence, LoadedCheckpoint
-from srdeploy.models.mean_shift import MeanShift
-from srdeploy.models.rcan import RcanConfig
-from srdeploy.models.spec import NetworkConfig, network_of, spec_of
-from srdeploy.models.srdensenet import Deconvolution, SrDenseNetConfig
+from srdeploy.models.checkpoint.load import Evidence, LoadedCheckpoint
+from srdeploy.models.networks.mean_shift import MeanShift
+from srdeploy.models.networks.rcan import RcanConfig
+from srdeploy.models.networks.spec import NetworkConfig, network_of, spec_of
+from srdeploy.models.networks.srdensenet import Deconvolution, SrDenseNetConfig
 
 RCAN = RcanConfig(
     scale=2,

@@ -19,8 +19,8 @@ from srdeploy.core.progress import Advance
 from srdeploy.export import capture
 from srdeploy.export.checks import TOLERANCE
 from srdeploy.export.exporter import export_onnx
-from srdeploy.models.load import LoadedCheckpoint
-from srdeploy.models.spec import NetworkConfig
+from srdeploy.models.checkpoint.load import LoadedCheckpoint
+from srdeploy.models.networks.spec import NetworkConfig
 
 CheckpointOf = Callable[[NetworkConfig], LoadedCheckpoint]
 Variants = dict[str, NetworkConfig]

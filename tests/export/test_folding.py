@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from srdeploy.export.folding import Centred, Folded, Scaled, folded_network
-from srdeploy.models.load import LoadedCheckpoint
-from srdeploy.models.mean_shift import MeanShift
-from srdeploy.models.spec import NetworkConfig
-from srdeploy.models.srdensenet import SrDenseNet
+from srdeploy.models.checkpoint.load import LoadedCheckpoint
+from srdeploy.models.networks.mean_shift import MeanShift
+from srdeploy.models.networks.spec import NetworkConfig
+from srdeploy.models.networks.srdensenet import SrDenseNet
 
 CheckpointOf = Callable[[NetworkConfig], LoadedCheckpoint]
 Variants = dict[str, NetworkConfig]

@@ -28,7 +28,7 @@ from checkpoint_fuzzing.mutations import mutated
 from checkpoint_fuzzing.seeds import seeds
 
 from srdeploy.core.errors import SrdeployError
-from srdeploy.models.load import load_checkpoint
+from srdeploy.models.checkpoint.load import load_checkpoint
 
 SECONDS_PER_CASE = 5.0
 BYTES_PER_CASE = 1 << 30

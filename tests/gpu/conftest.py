@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from srdeploy.models.load import Evidence, LoadedCheckpoint
-from srdeploy.models.rcan import RcanConfig
-from srdeploy.models.spec import network_of, spec_of
-from srdeploy.runtime.engines.tensorrt_flavour import why_no_gpu
+from srdeploy.models.checkpoint.load import Evidence, LoadedCheckpoint
+from srdeploy.models.networks.rcan import RcanConfig
+from srdeploy.models.networks.spec import network_of, spec_of
+from srdeploy.runtime.engines.tensorrt.families import why_no_gpu
 
 HERE = Path(__file__).parent
 

@@ -17,13 +17,13 @@ from srdeploy.core.errors import CapabilityError, InputError, UsageError
 from srdeploy.core.manifest import manifest_path, read_manifest
 from srdeploy.core.runner import TimedRunner, run_image
 from srdeploy.core.shapes import ShapeProfile
-from srdeploy.models.load import LoadedCheckpoint
-from srdeploy.runtime.baselines import FORMS, open_baseline
+from srdeploy.models.checkpoint.load import LoadedCheckpoint
+from srdeploy.runtime.bench.baselines import FORMS, open_baseline
+from srdeploy.runtime.bench.memory import process_memory
 from srdeploy.runtime.engines.eager import open_eager
 from srdeploy.runtime.engines.options import BuildOptions
 from srdeploy.runtime.engines.registry import availability, build_engine, open_engine
-from srdeploy.runtime.engines.tensorrt_run import MAX_PLANS, TensorRtRunner
-from srdeploy.runtime.memory import process_memory
+from srdeploy.runtime.engines.tensorrt.runner import MAX_PLANS, TensorRtRunner
 
 BUILT = ["tensorrt", "tensorrt-rtx"]
 OPENED = ["onnxruntime-cuda", "onnxruntime-tensorrt"]

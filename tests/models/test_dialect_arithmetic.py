@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from srdeploy.core.errors import InputError
+from srdeploy.models.checkpoint.load import Choices, load_checkpoint
+from srdeploy.models.checkpoint.recognise import build_network, recognise, source_names
 from srdeploy.models.dialects import DIALECTS
 from srdeploy.models.dialects.base import Hints
-from srdeploy.models.load import Choices, load_checkpoint
-from srdeploy.models.recognise import build_network, recognise, source_names
 
 DIV2K = torch.tensor([0.4488, 0.4371, 0.4040]).double().view(1, 3, 1, 1)
 

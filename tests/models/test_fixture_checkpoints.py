@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from srdeploy.core.errors import InputError
-from srdeploy.models.load import Choices, LoadedCheckpoint, load_checkpoint
+from srdeploy.models.checkpoint.load import Choices, LoadedCheckpoint, load_checkpoint
 
 CASES = sorted((Path(__file__).parents[1] / "data" / "checkpoints").glob("*/case.json"))
 ROW_STEP = 3

@@ -16,11 +16,11 @@ from torch import Tensor
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import InputError, UsageError
 from srdeploy.core.precision import Precision
+from srdeploy.models.checkpoint.load import Choices, examine_checkpoint, load_checkpoint
+from srdeploy.models.checkpoint.recognise import source_names
 from srdeploy.models.dialects import basicsr_rcan, official_rcan, rcan_it
 from srdeploy.models.dialects.base import Dialect
-from srdeploy.models.load import Choices, examine_checkpoint, load_checkpoint
-from srdeploy.models.rcan import Rcan, RcanConfig, rcan_x4
-from srdeploy.models.recognise import source_names
+from srdeploy.models.networks.rcan import Rcan, RcanConfig, rcan_x4
 
 CONFIG = RcanConfig(scale=2, groups=1, blocks=2, features=4, attention_width=1, upsampler=(2,))
 
@@ -212,7 +212,7 @@ def test_loading_neither_initialises_weights_nor_imports_a_compiler(tmp_path: Pa
     code = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from srdeploy.models.load import load_checkpoint\n"
+        "from srdeploy.models.checkpoint.load import load_checkpoint\n"
         "import torch\n"
         "calls = []\n"
         "torch.nn.init.kaiming_uniform_ = lambda *a, **k: calls.append(1)\n"
@@ -226,7 +226,7 @@ def test_loading_neither_initialises_weights_nor_imports_a_compiler(tmp_path: Pa
 
 
 def full_shapes() -> dict[str, torch.Size]:
-    from srdeploy.models.recognise import tensor_shapes
+    from srdeploy.models.checkpoint.recognise import tensor_shapes
 
     shapes = tensor_shapes(rcan_x4())
     return {source: shapes[name] for name, source in source_names(official_rcan.DIALECT, rcan_x4()).items()}

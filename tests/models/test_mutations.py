@@ -12,7 +12,7 @@ import pytest
 from checkpoint_fuzzing.mutations import mutated
 from checkpoint_fuzzing.seeds import SEEDS
 
-from srdeploy.models.load import load_checkpoint
+from srdeploy.models.checkpoint.load import load_checkpoint
 
 FUZZER = Path(__file__).parents[1] / "fuzz" / "fuzz_checkpoints.py"
 COUNT = 240

@@ -29,7 +29,7 @@ from checkpoint_fuzzing.seeds import module_file, random_state, torch_file, wxyw
 from safetensors.torch import save as save_safetensors
 
 from srdeploy.core.errors import InputError
-from srdeploy.models.reader import RawCheckpoint, read_checkpoint
+from srdeploy.models.checkpoint.reader import RawCheckpoint, read_checkpoint
 
 SHAPES = {"conv.weight": (4, 3, 3, 3), "conv.bias": (4,), "gate.weight": (2, 4, 1, 1), "slope": (1,), "scalar": ()}
 STATE = random_state(SHAPES)

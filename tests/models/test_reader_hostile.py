@@ -26,8 +26,8 @@ from checkpoint_fuzzing.pickles import (
 )
 
 from srdeploy.core.errors import InputError
-from srdeploy.models.reader import read_checkpoint
-from srdeploy.models.unpickle import MOST_OPERATIONS
+from srdeploy.models.checkpoint.reader import read_checkpoint
+from srdeploy.models.checkpoint.unpickler import MOST_OPERATIONS
 
 SECONDS = 2.0
 MEGABYTES = 500
@@ -441,7 +441,7 @@ MEASURE = """
 import json, sys, time
 from pathlib import Path
 from srdeploy.core.errors import InputError
-from srdeploy.models.reader import read_checkpoint
+from srdeploy.models.checkpoint.reader import read_checkpoint
 outcomes = {}
 for path in map(Path, sys.argv[1:]):
     began = time.process_time()

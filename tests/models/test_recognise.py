@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from srdeploy.core.errors import InputError
+from srdeploy.models.checkpoint.load import load_checkpoint
+from srdeploy.models.checkpoint.recognise import build_network, check_geometry, recognise, source_names
 from srdeploy.models.dialects import DIALECTS
 from srdeploy.models.dialects.base import Dialect, Hints
 from srdeploy.models.dialects.lornatang_srdensenet import DIALECT as LORNATANG
 from srdeploy.models.dialects.official_rcan import DIALECT as OFFICIAL
 from srdeploy.models.dialects.yjn870_srdensenet import DIALECT as YJN870
-from srdeploy.models.load import load_checkpoint
-from srdeploy.models.rcan import RcanConfig
-from srdeploy.models.recognise import build_network, check_geometry, recognise, source_names
-from srdeploy.models.spec import NetworkConfig, network_of
-from srdeploy.models.srdensenet import Deconvolution, SrDenseNetConfig
+from srdeploy.models.networks.rcan import RcanConfig
+from srdeploy.models.networks.spec import NetworkConfig, network_of
+from srdeploy.models.networks.srdensenet import Deconvolution, SrDenseNetConfig
 
 RCAN = RcanConfig(scale=2, groups=2, blocks=2, features=8, attention_width=2, upsampler=(2,))
 DENSE = SrDenseNetConfig(growth=4, layers=2, blocks=2, low_level=8, bottleneck=16, upsampled=16)

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 from srdeploy.core.errors import InputError, UsageError
+from srdeploy.models.checkpoint.load import Choices, load_checkpoint
+from srdeploy.models.checkpoint.recognise import source_names
+from srdeploy.models.checkpoint.resolve import Ranked, resolve
 from srdeploy.models.dialects.base import Answer, Question
 from srdeploy.models.dialects.lornatang_rcan import DIALECT as LORNATANG
-from srdeploy.models.load import Choices, load_checkpoint
-from srdeploy.models.rcan import Rcan, RcanConfig
-from srdeploy.models.recognise import source_names
-from srdeploy.models.resolve import Ranked, resolve
+from srdeploy.models.networks.rcan import Rcan, RcanConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CONFIG = RcanConfig(scale=2, groups=1, blocks=1, features=4, attention_width=1, upsampler=(2,), mean_shift="none")

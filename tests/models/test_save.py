@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from srdeploy.core.errors import InputError, UsageError
-from srdeploy.models.load import load_checkpoint
-from srdeploy.models.rcan import RcanConfig
-from srdeploy.models.save import save_checkpoint
-from srdeploy.models.spec import NetworkConfig, config_to_json, network_of
-from srdeploy.models.srdensenet import SrDenseNetConfig
+from srdeploy.models.checkpoint.load import load_checkpoint
+from srdeploy.models.checkpoint.save import save_checkpoint
+from srdeploy.models.networks.rcan import RcanConfig
+from srdeploy.models.networks.spec import NetworkConfig, config_to_json, network_of
+from srdeploy.models.networks.srdensenet import SrDenseNetConfig
 
 RCAN = RcanConfig(scale=2, groups=1, blocks=2, features=4, attention_width=1, upsampler=(2,))
 DENSE = SrDenseNetConfig(growth=2, layers=2, blocks=2, low_level=4, bottleneck=4, upsampled=4)

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from checkpoint_fuzzing.pickles import Call, Name, New, Persistent, Python2Text, Raw, code_of, pickled
 
-from srdeploy.models.filebytes import RefusedError, shown
-from srdeploy.models.inert import Global, Record
-from srdeploy.models.unpickle import MOST_OPERATIONS, unpickle
+from srdeploy.models.checkpoint.filebytes import RefusedError, shown
+from srdeploy.models.checkpoint.inert import Global, Record
+from srdeploy.models.checkpoint.unpickler import MOST_OPERATIONS, unpickle
 
 
 def load(data: bytes) -> Any:

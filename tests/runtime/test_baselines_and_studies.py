@@ -10,15 +10,15 @@ from srdeploy.core.contract import ModelContract
 from srdeploy.core.precision import Precision
 from srdeploy.core.runner import RunnerInfo, TimedRunner, run_image
 from srdeploy.core.shapes import ShapeProfile
-from srdeploy.models.load import LoadedCheckpoint, load_checkpoint
-from srdeploy.runtime.advice import advice
-from srdeploy.runtime.baselines import FORMS, Form, open_baseline, open_baselines, why_not
-from srdeploy.runtime.conditions import conditions
-from srdeploy.runtime.difference import difference
+from srdeploy.models.checkpoint.load import LoadedCheckpoint, load_checkpoint
+from srdeploy.runtime.bench.baselines import FORMS, Form, open_baseline, open_baselines, why_not
+from srdeploy.runtime.bench.conditions import conditions
+from srdeploy.runtime.bench.latency import Effort, bench_image, named
+from srdeploy.runtime.bench.studies import machine_peak, scaling, stream_throughput, throughput
 from srdeploy.runtime.engines.eager import open_eager
-from srdeploy.runtime.latency import Effort, bench_image, named
-from srdeploy.runtime.parity import Case, Gates, VerifyResult
-from srdeploy.runtime.studies import machine_peak, scaling, stream_throughput, throughput
+from srdeploy.runtime.verify.advice import advice
+from srdeploy.runtime.verify.difference import difference
+from srdeploy.runtime.verify.parity import Case, Gates, VerifyResult
 
 RCAN = Path(__file__).parents[1] / "data" / "checkpoints" / "yulunzhang_rcan_x2" / "RCAN_BIX2.pt"
 QUICK = Effort(warmup_runs=1, warmup_seconds=0.0, min_runs=5, max_runs=5, seconds=0.05)

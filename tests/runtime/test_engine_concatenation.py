@@ -78,7 +78,7 @@ def test_unrelated_and_other_axes_are_left_alone() -> None:
 
 def test_tensorrt_rtx_copies_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'srdeploy[tensorrt-rtx]'")
-    from srdeploy.runtime.engines import tensorrt_build
+    from srdeploy.runtime.engines.tensorrt import build as tensorrt_build
 
     onnx.save(dense(5), tmp_path / "dense.onnx")
     profile = ShapeProfile((1, 3, 8, 8), (1, 3, 16, 16), (1, 3, 32, 32))

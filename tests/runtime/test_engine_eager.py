@@ -10,9 +10,9 @@ from srdeploy.core.contract import INPUT
 from srdeploy.core.errors import CapabilityError, UsageError
 from srdeploy.core.precision import Precision
 from srdeploy.core.runner import TimedRunner, run_image
-from srdeploy.models.load import Evidence, LoadedCheckpoint
-from srdeploy.models.rcan import RcanConfig
-from srdeploy.models.spec import network_of, spec_of
+from srdeploy.models.checkpoint.load import Evidence, LoadedCheckpoint
+from srdeploy.models.networks.rcan import RcanConfig
+from srdeploy.models.networks.spec import network_of, spec_of
 from srdeploy.runtime.engines.eager import ieee_fp32, open_eager
 
 

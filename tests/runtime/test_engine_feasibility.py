@@ -18,11 +18,11 @@ from srdeploy.runtime.engines.feasibility import (
     largest_legal_shape,
     lr_pixels,
 )
+from srdeploy.runtime.engines.feeds import check_profile
 from srdeploy.runtime.engines.graph import read_graph
 from srdeploy.runtime.engines.profiles import proposed_profile
-from srdeploy.runtime.engines.tensorrt_build import check_memory
-from srdeploy.runtime.engines.tensorrt_layers import Layers
-from srdeploy.runtime.engines.tensors import check_profile
+from srdeploy.runtime.engines.tensorrt.build import check_memory
+from srdeploy.runtime.engines.tensorrt.layers import Layers
 
 GraphFactory = Callable[..., Path]
 

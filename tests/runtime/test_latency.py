@@ -13,7 +13,7 @@ from srdeploy.core.contract import INPUT, OUTPUT, ModelContract
 from srdeploy.core.errors import UnstableError, UsageError
 from srdeploy.core.precision import Precision
 from srdeploy.core.runner import RunnerInfo, TimedRunner
-from srdeploy.runtime.latency import (
+from srdeploy.runtime.bench.latency import (
     BenchResult,
     Effort,
     Row,

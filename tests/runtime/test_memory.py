@@ -10,8 +10,8 @@ import pytest
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.precision import Precision
 from srdeploy.core.runner import MeteredRunner, RunnerInfo
-from srdeploy.runtime.latency import Effort, bench, with_process_memory
-from srdeploy.runtime.memory import (
+from srdeploy.runtime.bench.latency import Effort, bench, with_process_memory
+from srdeploy.runtime.bench.memory import (
     ALLOCATOR,
     LOWER_BOUND,
     ON_CPU,

@@ -9,8 +9,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from srdeploy.core.metrics import luma_255
-from srdeploy.runtime.metrics import Quality, mean_quality, quality, ssim_y
+from srdeploy.core.imaging.psnr import luma_255
+from srdeploy.runtime.verify.quality import Quality, mean_quality, quality, ssim_y
 
 
 def picture(seed: int, shape: tuple[int, ...] = (40, 36, 3)) -> NDArray[np.uint8]:

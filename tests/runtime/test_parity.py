@@ -18,10 +18,10 @@ from srdeploy.core.errors import InputError, UsageError
 from srdeploy.core.precision import Precision
 from srdeploy.core.runner import RunnerInfo
 from srdeploy.core.shapes import ShapeProfile
-from srdeploy.models.rcan import Rcan, RcanConfig
-from srdeploy.runtime.parity import GRID, Gates, VerifyResult, grid_batches, verify, verify_all
-from srdeploy.runtime.samples import Sample, SampleFolder
-from srdeploy.runtime.views import WORST_SIDE
+from srdeploy.models.networks.rcan import Rcan, RcanConfig
+from srdeploy.runtime.verify.parity import GRID, Gates, VerifyResult, grid_batches, verify, verify_all
+from srdeploy.runtime.verify.samples import Sample, SampleFolder
+from srdeploy.runtime.verify.views import WORST_SIDE
 
 SCALE = 2
 CONFIG = RcanConfig(

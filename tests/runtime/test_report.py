@@ -17,17 +17,17 @@ from srdeploy.core.contract import OUTPUT, ModelContract
 from srdeploy.core.errors import InputError, UsageError
 from srdeploy.core.precision import Precision
 from srdeploy.core.runner import RunnerInfo
-from srdeploy.runtime.latency import BenchResult, Effort, Row, statistics_of
-from srdeploy.runtime.memory import Memory
-from srdeploy.runtime.parity import Gates, VerifyResult, verify
+from srdeploy.runtime.bench.latency import BenchResult, Effort, Row, statistics_of
+from srdeploy.runtime.bench.memory import Memory
 from srdeploy.runtime.report import plots
 from srdeploy.runtime.report.compare import Tolerances, compare
+from srdeploy.runtime.report.crops import Pictures, heat_map, heat_peak
 from srdeploy.runtime.report.document import EngineEntry, jsonable, report_document
 from srdeploy.runtime.report.page import change_words, db_words, difference_words, size_words
-from srdeploy.runtime.report.pictures import Pictures, heat_map, heat_peak
 from srdeploy.runtime.report.svg import Axis, Plot, linear_ticks, log_ticks, number
 from srdeploy.runtime.report.write import read_report, schema, write_report
-from srdeploy.runtime.samples import Sample
+from srdeploy.runtime.verify.parity import Gates, VerifyResult, verify
+from srdeploy.runtime.verify.samples import Sample
 
 SCREENSHOTS = Path(__file__).parents[2] / "test-output"
 

@@ -137,7 +137,7 @@ def test_names_exist_in_full_tensorrt(full: dict[str, str]) -> None:
 
 
 def test_names_chosen_at_run_time_exist_in_full_tensorrt(full: dict[str, str]) -> None:
-    from srdeploy.runtime.engines.tensorrt_full_engine import _COMPATIBILITY
+    from srdeploy.runtime.engines.tensorrt.full_engine import _COMPATIBILITY
 
     names = [f"HardwareCompatibilityLevel.{name}" for name in _COMPATIBILITY.values()]
 

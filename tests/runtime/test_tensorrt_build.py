@@ -19,8 +19,8 @@ from srdeploy.core.progress import Advance
 from srdeploy.core.shapes import ShapeProfile
 from srdeploy.runtime.engines.options import BuildOptions
 from srdeploy.runtime.engines.registry import build_engine, open_engine
-from srdeploy.runtime.engines.tensorrt_log import captured
-from srdeploy.runtime.engines.tensorrt_rtx_engine import describe_header
+from srdeploy.runtime.engines.tensorrt.log import captured
+from srdeploy.runtime.engines.tensorrt.rtx_engine import describe_header
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'srdeploy[tensorrt-rtx]'")
 
@@ -258,8 +258,8 @@ class TestOpeningWithoutGpu:
 
     def test_a_refused_deserialization_is_an_error_and_not_a_none(self, built: Path) -> None:
         from srdeploy.runtime.engines.sidecar import read_engine
-        from srdeploy.runtime.engines.tensorrt_open import deserialized
-        from srdeploy.runtime.engines.tensorrt_rtx_engine import FLAVOUR
+        from srdeploy.runtime.engines.tensorrt.open import deserialized
+        from srdeploy.runtime.engines.tensorrt.rtx_engine import FLAVOUR
 
         with pytest.raises(InputError, match=r"TensorRT-RTX cannot open .*e\.rtx: there is no NVIDIA driver"):
             deserialized(FLAVOUR, FLAVOUR.load(), read_engine(built))
@@ -340,7 +340,7 @@ def test_missing_tensorrt_names_the_extra(small_onnx: GraphFactory, tmp_path: Pa
 def test_what_full_tensorrt_sets_is_taken_by_a_real_builder_configuration(tmp_path: Path) -> None:
     import tensorrt_rtx as trt
 
-    from srdeploy.runtime.engines.tensorrt_full_engine import FLAVOUR
+    from srdeploy.runtime.engines.tensorrt.full_engine import FLAVOUR
 
     timings = tmp_path / "timings"
     options = BuildOptions(

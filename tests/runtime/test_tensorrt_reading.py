@@ -8,13 +8,14 @@ import pytest
 
 from srdeploy.core.errors import BuildError, CapabilityError
 from srdeploy.core.manifest import Manifest
-from srdeploy.runtime.engines import tensorrt_full_engine, tensorrt_rtx_engine
 from srdeploy.runtime.engines.graph import HeavyLayer
 from srdeploy.runtime.engines.options import BuildOptions
 from srdeploy.runtime.engines.sidecar import Engine
-from srdeploy.runtime.engines.tensorrt_build import _worker_error
-from srdeploy.runtime.engines.tensorrt_flavour import parse_capability, version_numbers
-from srdeploy.runtime.engines.tensorrt_layers import (
+from srdeploy.runtime.engines.tensorrt import full_engine as tensorrt_full_engine
+from srdeploy.runtime.engines.tensorrt import rtx_engine as tensorrt_rtx_engine
+from srdeploy.runtime.engines.tensorrt.build import _worker_error
+from srdeploy.runtime.engines.tensorrt.families import parse_capability, version_numbers
+from srdeploy.runtime.engines.tensorrt.layers import (
     Kernel,
     Layers,
     fused_mismatches,
@@ -23,9 +24,9 @@ from srdeploy.runtime.engines.tensorrt_layers import (
     mismatches,
     prove_precision,
 )
-from srdeploy.runtime.engines.tensorrt_log import Log, captured, last_problem, read_log, translated
-from srdeploy.runtime.engines.tensorrt_rtx_engine import FLAVOUR, describe_header
-from srdeploy.runtime.engines.tensorrt_worker import options_from_json, options_to_json
+from srdeploy.runtime.engines.tensorrt.log import Log, captured, last_problem, read_log, translated
+from srdeploy.runtime.engines.tensorrt.rtx_engine import FLAVOUR, describe_header
+from srdeploy.runtime.engines.tensorrt.worker import options_from_json, options_to_json
 
 LINE = (
     "Name: {name}, LayerType: {kind}, Inputs: [ {{ Name: a, Dimensions: [-1,16,-1,-1], Datatype: {source},"

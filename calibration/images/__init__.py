@@ -1,0 +1,1 @@
+"""From people's pictures to a calibration set: sources, sampling of crops, the set itself."""

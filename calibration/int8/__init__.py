@@ -1,0 +1,1 @@
+"""INT8 graphs: observed ranges, scales, rounding of weights, placement of Q/DQ nodes."""

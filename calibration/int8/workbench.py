@@ -1,0 +1,317 @@
+"""Everything that was learned about one graph, and quantized graphs made from it.
+
+A search tries dozens of quantized graphs. They share the expensive part, what was seen on the calibration images, and
+differ in a few decisions, so the observations live here and a graph for given decisions takes a second.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from srdeploy.calibration.graph import Graph, is_plain_convolution
+from srdeploy.calibration.images.dataset import CalibrationSet, windows_of
+from srdeploy.calibration.int8.arithmetic import (
+    WEIGHT_TOPS,
+    QuantParams,
+    params_for_range,
+    quantize_weights,
+    weight_scales,
+)
+from srdeploy.calibration.int8.placement import Placement, Recipe, place
+from srdeploy.calibration.int8.qdq import QuantWeight, fp8_weight, insert_qdq
+from srdeploy.calibration.int8.ranges import Method, Ranges, range_of
+from srdeploy.calibration.int8.rounding import compensated_codes, input_covariances
+from srdeploy.calibration.journal import Journal
+from srdeploy.calibration.observe import Observation, observe
+from srdeploy.calibration.rewrites.equalize import equalized
+from srdeploy.calibration.rewrites.streams import scales_settled
+from srdeploy.core.contract import INPUT
+from srdeploy.core.precision import Precision
+from srdeploy.core.progress import SILENT, Progress
+
+COMPENSATION_SAMPLES = 16
+"""Images whose feature maps tell which weights make each other's errors good; more gain nothing."""
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What distinguishes one quantized graph from another.
+
+    Attributes:
+        strength: of channel equalization, 0 to 1.
+        method: how ranges are clipped.
+        compensate: round weights so that their errors cancel, instead of each to nearest; INT8 only.
+        correct_bias: move the mean error of rounded weights into the bias.
+        share: one scale for all that meets in a concatenation.
+        keep: layers left float: name -> reason.
+        splits: layers that see 16-bit activations, as two 8-bit convolutions.
+    """
+
+    strength: float = 0.5
+    method: Method = "minmax"
+    compensate: bool = False
+    correct_bias: bool = True
+    share: bool = True
+    keep: Mapping[str, str] = field(default_factory=dict)
+    splits: tuple[str, ...] = ()
+
+    def keeping(self, keep: Mapping[str, str]) -> "Decisions":
+        """Return the same decisions with these layers left float."""
+        return replace(self, keep=dict(keep))
+
+
+class Workbench:
+    """Makes quantized graphs from one FP32 graph.
+
+    Args:
+        model: the FP32 graph.
+        recipe: of the target.
+        precision: INT8 or FP8.
+        calibration: images that ranges are taken from.
+        progress: where the passes over the images report.
+        stored: ranges of this graph from an earlier run: no pass over the images is made.
+        journal: remembers passes over the images.
+    """
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        recipe: Recipe,
+        precision: Precision,
+        calibration: CalibrationSet,
+        progress: Progress = SILENT,
+        stored: Ranges | None = None,
+        journal: Journal | None = None,
+    ) -> None:
+        self.graph = Graph(model)
+        self.recipe = recipe
+        self.precision = precision
+        self._calibration = calibration
+        self._progress = progress
+        self.stored = stored
+        self._journal = journal
+        self._equalized: dict[float, tuple[Graph, dict[str, NDArray[np.float64]]]] = {}
+        self._seen: dict[float, dict[str, Observation]] = {}
+        self._ranges: dict[tuple[float, Method], dict[str, tuple[float, float]]] = {}
+        self._codes: dict[tuple[float, str], QuantWeight] = {}
+        self._compensated: dict[tuple[float, Method], dict[str, QuantWeight]] = {}
+
+    @cached_property
+    def tensors(self) -> tuple[str, ...]:
+        """The activations that may become 8-bit: inputs of layers, and the features behind concatenations."""
+        wide = place(self.graph, self.recipe, precision=self.precision, share=False)
+        deep = place(self.graph, self.recipe, precision=self.precision, share=True)
+        split = place(self.graph, self.recipe, precision=self.precision, splits=deep.layers)
+        sites = (*deep.sites, *wide.sites, *split.sites)
+        return tuple(dict.fromkeys(site.tensor for site in sites if not self._is_concat(site.tensor)))
+
+    @property
+    def seen(self) -> dict[str, Observation]:
+        """What flowed through the graph as it was given."""
+        return self.seen_at(0.0)
+
+    def seen_at(self, strength: float) -> dict[str, Observation]:
+        """What flowed through the graph after equalization; each strength costs one pass over the images."""
+        if strength not in self._seen and self.stored is not None and strength == 0.0:
+            self._seen[strength] = self._remembered()
+        if strength not in self._seen:
+            self._seen[strength] = (
+                self._journal.observations(str(strength), lambda: self._observe(strength))
+                if self._journal
+                else self._observe(strength)
+            )
+        return self._seen[strength]
+
+    def _observe(self, strength: float) -> dict[str, Observation]:
+        graph, _ = self.equalized(strength)
+        return observe(graph, self.tensors, self._calibration, count=len(self._calibration), progress=self._progress)
+
+    def equalized(self, strength: float) -> tuple[Graph, dict[str, NDArray[np.float64]]]:
+        """Return the equalized graph, and the factor of each channel by tensor."""
+        if strength not in self._equalized:
+            if strength == 0.0:
+                self._equalized[strength] = (self.graph, {})
+            else:
+                model, factors = equalized(self.graph, self.seen, self.tensors, strength)
+                self._equalized[strength] = (Graph(model), factors)
+        return self._equalized[strength]
+
+    def build(self, decisions: Decisions) -> tuple[onnx.ModelProto, Placement]:
+        """Return the graph with Q/DQ pairs in FP32, and where they are."""
+        graph, _ = self.equalized(decisions.strength)
+        placement = place(
+            graph,
+            self.recipe,
+            precision=self.precision,
+            keep=decisions.keep,
+            share=decisions.share,
+            splits=decisions.splits,
+        )
+        weights = {
+            layer.weight: self._weight(decisions, layer.weight, layer.axis)
+            for layer in graph.layers
+            if layer.name in placement.layers
+        }
+        base = self._with_corrected_biases(graph, weights, decisions) if decisions.correct_bias else graph.model
+        splits = [
+            layer.node for layer in graph.layers if layer.name in decisions.splits and layer.name in placement.layers
+        ]
+        if self.recipe.own_scales:
+            base = scales_settled(base, placement.floats)
+        model = insert_qdq(base, placement.sites, self.params(placement, decisions), weights, splits=splits)
+        return model, placement
+
+    def params(self, placement: Placement, decisions: Decisions) -> dict[str, QuantParams]:
+        """Return the parameters of every quantized activation; sites that share a scale get the union's."""
+        groups: dict[str, list[tuple[float, float]]] = {}
+        for site in placement.sites:
+            groups.setdefault(site.share, []).append(self._range(site.tensor, decisions))
+        kind = "float8e4m3fn" if self.precision == Precision.FP8 else self.recipe.kind
+        params = {}
+        for site in placement.sites:
+            low = min(pair[0] for pair in groups[site.share])
+            high = max(pair[1] for pair in groups[site.share])
+            # An image has 8 bits itself: with the range 0..1 its codes are exact.
+            if site.tensor == INPUT and kind == "uint8":
+                low, high = 0.0, 1.0
+            params[site.tensor] = params_for_range(low, high, kind)
+        return {
+            name: replace(value, scale=float(self._representable(np.array(value.scale, dtype=np.float32))))
+            for name, value in params.items()
+        }
+
+    def ranges(self, decisions: Decisions, *, model_sha256: str) -> Ranges:
+        """Return the chosen ranges as an artifact."""
+        return Ranges(
+            model_sha256=model_sha256,
+            set_sha256=self._calibration.sha256,
+            method=decisions.method,
+            strength=decisions.strength,
+            ranges={tensor: self._range(tensor, decisions) for tensor in self.tensors},
+            channels={
+                tensor: {"low": seen.low.tolist(), "high": seen.high.tolist(), "mean": seen.mean.tolist()}
+                for tensor, seen in self.seen.items()
+            },
+        )
+
+    def scaled_seen(self, strength: float) -> dict[str, Observation]:
+        """Return extremes and means of the equalized graph, as they follow from the pass over the graph as given."""
+        factors = self.equalized(strength)[1]
+        return {tensor: seen.scaled(factors.get(tensor, np.ones(1))) for tensor, seen in self.seen.items()}
+
+    def _remembered(self) -> dict[str, Observation]:
+        assert self.stored is not None
+        table = {}
+        for tensor, values in self.stored.channels.items():
+            low, high, mean = (np.array(values[name], dtype=np.float64) for name in ("low", "high", "mean"))
+            table[tensor] = Observation(low, high, mean, images=1)
+        return table
+
+    def _range(self, tensor: str, decisions: Decisions) -> tuple[float, float]:
+        if self._is_concat(tensor):
+            graph, _ = self.equalized(decisions.strength)
+            pairs = [self._range(name, decisions) for name in graph.producer[tensor].input]
+            return min(pair[0] for pair in pairs), max(pair[1] for pair in pairs)
+        stored = self.stored
+        if stored is not None and (stored.strength, stored.method) == (decisions.strength, decisions.method):
+            return stored.ranges[tensor]
+        table = self._ranges.setdefault((decisions.strength, decisions.method), {})
+        if tensor not in table:
+            if decisions.method == "minmax":  # follows from the first pass: no second one is needed
+                factors = self.equalized(decisions.strength)[1].get(tensor, np.ones(1))
+                low, high = self.seen[tensor].scaled(factors).range
+                table[tensor] = (min(low, 0.0), max(high, 0.0))
+            else:
+                table[tensor] = range_of(self.seen_at(decisions.strength)[tensor], decisions.method, self.recipe.kind)
+        return table[tensor]
+
+    def mean(self, tensor: str, strength: float) -> NDArray[np.float64] | None:
+        """Return the mean per channel of a tensor of the equalized graph, (C,); None where it was not observed."""
+        if self._is_concat(tensor):
+            parts = [self.mean(name, strength) for name in self.graph.producer[tensor].input]
+            known = [part for part in parts if part is not None]
+            return np.concatenate(known) if len(known) == len(parts) else None
+        if tensor not in self.seen:
+            return None
+        return self.seen[tensor].mean * self.equalized(strength)[1].get(tensor, np.ones(1))
+
+    def _weight(self, decisions: Decisions, name: str, axis: int) -> QuantWeight:
+        if decisions.compensate:
+            key = (decisions.strength, decisions.method)
+            if key not in self._compensated:
+                self._compensated[key] = dict(self._compensating(decisions))
+            if name in self._compensated[key]:
+                return self._compensated[key][name]
+        nearest = (decisions.strength, name)
+        if nearest not in self._codes:
+            weights = self.equalized(decisions.strength)[0].array(name)
+            if self.precision == Precision.FP8:
+                self._codes[nearest] = fp8_weight(weights, axis)
+            else:
+                scales = self._representable(weight_scales(weights, axis, self.recipe.weight_bits))
+                self._codes[nearest] = QuantWeight(quantize_weights(weights, scales, axis), scales, axis)
+        return self._codes[nearest]
+
+    def _compensating(self, decisions: Decisions) -> Iterator[tuple[str, QuantWeight]]:
+        """Round the weights of all layers that may become 8-bit so that errors cancel; deconvolutions are left out."""
+        graph, _ = self.equalized(decisions.strength)
+        placement = place(graph, self.recipe, precision=self.precision, share=decisions.share)
+        layers = [x for x in graph.layers if x.name in placement.layers and is_plain_convolution(graph, x)]
+        batches = [sample.pixels for sample in windows_of(self._calibration.samples, COMPENSATION_SAMPLES)]
+        top = WEIGHT_TOPS[self.recipe.weight_bits]
+        for layer, covariances in input_covariances(graph, layers, batches, progress=self._progress):
+            # The activation's own rounding is noise that no weight can make good.
+            step = params_for_range(*self._range(layer.input, decisions), self.recipe.kind).scale
+            noisy = [covariance + np.eye(len(covariance)) * step**2 / 12 for covariance in covariances]
+            weights = graph.array(layer.weight)
+            scales = weight_scales(weights, layer.axis, self.recipe.weight_bits)
+            codes, scales = compensated_codes(weights, scales, noisy, top, self._representable)
+            yield layer.weight, QuantWeight(codes, scales, layer.axis)
+
+    def _representable(self, scales: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return scales as the graph can hold them, before anything is computed with them."""
+        return _half_scales(scales) if self.recipe.half else scales
+
+    def _with_corrected_biases(
+        self, graph: Graph, weights: Mapping[str, QuantWeight], decisions: Decisions
+    ) -> onnx.ModelProto:
+        """Return the graph with biases that undo the mean error of rounded weights on the images seen."""
+        model = onnx.ModelProto()
+        model.CopyFrom(graph.model)
+        corrected: dict[str, NDArray[np.float32]] = {}
+        for layer in graph.layers:
+            mean = self.mean(layer.input, decisions.strength)
+            if layer.weight not in weights or layer.bias is None or mean is None:
+                continue
+            error = weights[layer.weight].dequantized().astype(np.float64) - graph.array(layer.weight)
+            rows = np.moveaxis(error, layer.axis, 0).sum(axis=(2, 3))  # (out, in)
+            if rows.shape[1] == mean.size:
+                # A deconvolution spreads its taps over stride x stride output phases; each meets its share of them.
+                phases = _phases(graph, layer.node)
+                corrected[layer.bias] = (graph.array(layer.bias) - rows @ mean / phases).astype(np.float32)
+        for tensor in model.graph.initializer:
+            if tensor.name in corrected:
+                tensor.CopyFrom(numpy_helper.from_array(corrected[tensor.name], tensor.name))
+        return model
+
+    def _is_concat(self, tensor: str) -> bool:
+        node = self.graph.producer.get(tensor)
+        return node is not None and node.op_type == "Concat"
+
+
+def _phases(graph: Graph, node: str) -> float:
+    entry = graph.nodes[node]
+    if entry.op_type != "ConvTranspose":
+        return 1.0
+    strides: Sequence[int] = next((a.ints for a in entry.attribute if a.name == "strides"), [1, 1])
+    return float(np.prod(strides))
+
+
+def _half_scales(scales: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Round scales to FP16 before anything is computed with them, so that the graph and its codes agree."""
+    return np.maximum(scales.astype(np.float16), np.float16(2.0**-20)).astype(np.float32)

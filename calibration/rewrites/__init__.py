@@ -1,0 +1,1 @@
+"""Exact graph rewrites that make quantization better or faster."""

@@ -1,0 +1,1 @@
+"""The search for a quantized graph that keeps a bound in dB."""

@@ -1,0 +1,344 @@
+"""Chooses how a graph is quantized by measuring, and keeps everything it measured.
+
+Three questions in this order, each with the cheapest measurement that answers:
+
+1. How are ranges and weights chosen? Few candidates, judged by fidelity on crops of the calibration images.
+2. Does the result keep the bound? Judged on images kept aside, on the target's engine where it runs here.
+3. If not, which layers become more exact? Quantizing groups of layers alone tells their error, and the engine's clock
+   what it costs to split them or to leave them float. Independent errors add up, so the changes that remove most error
+   per millisecond are made first until the bound is kept, which is then measured.
+"""
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import onnx
+
+from srdeploy.calibration.images.dataset import Sample, windows_of
+from srdeploy.calibration.int8.placement import share_of_macs
+from srdeploy.calibration.int8.ranges import Method
+from srdeploy.calibration.int8.workbench import Decisions, Workbench
+from srdeploy.calibration.journal import Journal
+from srdeploy.calibration.options import QuantizeOptions
+from srdeploy.calibration.search.evaluate import Judge, OpenEngine, Verdict, opened
+from srdeploy.calibration.search.sensitivity import (
+    SPLIT_LEAVES,
+    Change,
+    Sensitivity,
+    fidelity_of,
+    key_of,
+    measure_sensitivities,
+    with_costs,
+)
+from srdeploy.core.contract import ModelContract
+from srdeploy.core.errors import BuildError, GateError, UsageError
+from srdeploy.core.precision import Precision
+from srdeploy.core.progress import SILENT, Progress
+from srdeploy.core.runner import Runner
+
+STRENGTHS = (0.5, 0.7)
+AUTOMATIC_METHODS: tuple[Method, ...] = ("mse", "percentile")  # entropy lost everywhere it was measured
+TUNING_SAMPLES = 8
+AS_WRITTEN_DB = 3.0
+"""Engines differ from a graph's own arithmetic by codes rounded the other way, which halves the error power at most."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One measured set of decisions."""
+
+    decisions: Decisions
+    fidelity_db: float
+    note: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the trial as JSON values."""
+        chosen = self.decisions
+        return {
+            "note": self.note,
+            "equalization": chosen.strength,
+            "method": chosen.method,
+            "errors_cancel": chosen.compensate,
+            "bias_correction": chosen.correct_bias,
+            "split_layers": list(chosen.splits),
+            "fidelity_db": round(self.fidelity_db, 3),
+        }
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point on the way from plain INT8 to float: what left, and what that gave."""
+
+    keep: tuple[str, ...]
+    splits: tuple[str, ...]
+    int8_macs: float
+    verdict: Verdict
+    latency_ms: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the point as JSON values."""
+        return {
+            "layers_kept_float": list(self.keep),
+            "layers_split": list(self.splits),
+            "int8_macs_share": round(self.int8_macs, 4),
+            "latency_ms": None if self.latency_ms is None else round(self.latency_ms, 2),
+            **self.verdict.to_json(),
+        }
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The decisions taken and everything that was measured for them."""
+
+    decisions: Decisions
+    trials: tuple[Trial, ...]
+    points: tuple[Point, ...]
+    sensitivities: tuple[Sensitivity, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the decisions, the trials and the Pareto table."""
+        return {
+            "decisions": Trial(self.decisions, 0.0, "taken").to_json() | {"fidelity_db": None},
+            "trials": [trial.to_json() for trial in self.trials],
+            "pareto": [point.to_json() for point in self.points],
+        }
+
+    def sensitivity_json(self) -> dict[str, Any]:
+        """Return the document of `sensitivity.json`."""
+        return {
+            "schema": 2,
+            "pareto": [point.to_json() for point in self.points],
+            "groups": [entry.to_json(self.decisions) for entry in self.sensitivities],
+        }
+
+
+def choose(
+    bench: Workbench,
+    contract: ModelContract,
+    options: QuantizeOptions,
+    open_engine: OpenEngine | None,
+    samples: Sequence[Sample],
+    judges: Sequence[Sample],
+    journal: Journal,
+    progress: Progress = SILENT,
+) -> Choice:
+    """Choose decisions for a graph.
+
+    Args:
+        bench: makes candidates.
+        contract: of the network.
+        options: what the user decided already, the bound and the time.
+        open_engine: the target's engine; None judges on ONNX Runtime's plain kernels.
+        samples: calibration samples, of which some are used to compare candidates.
+        judges: images kept aside for the bound.
+        journal: remembers what was measured.
+        progress: where to report.
+
+    Raises:
+        GateError: the bound was not met in the time given.
+        UsageError: a layer to keep is not in the graph.
+    """
+    deadline = time.monotonic() + options.time_budget_s
+    _check_kept(bench, options)
+    tuning = Judge(bench.graph.model, windows_of(samples, TUNING_SAMPLES), contract)
+    decisions, trials = _tuned(bench, tuning, options, deadline, journal, progress)
+    judge = Judge(bench.graph.model, judges, contract)
+    first = _point(bench, judge, decisions, open_engine, check=True)
+    if options.satisfied(first.verdict):
+        return Choice(decisions, tuple(trials), (first,))
+    return _bounded(bench, tuning, judge, decisions, trials, first, options, open_engine, deadline, journal, progress)
+
+
+def _tuned(
+    bench: Workbench, judge: Judge, options: QuantizeOptions, deadline: float, journal: Journal, progress: Progress
+) -> tuple[Decisions, list[Trial]]:
+    """Answer the first question: one decision after the other, the best so far kept."""
+    base = Decisions(keep=options.kept(), strength=options.strength or 0.0, method=options.method or "minmax")
+    if bench.stored is not None:
+        base = replace(base, strength=bench.stored.strength, method=bench.stored.method)
+    trials: list[Trial] = []
+
+    def best(candidates: Iterable[tuple[str, Decisions]], so_far: Decisions) -> Decisions:
+        for note, candidate in candidates:
+            if any(trial.decisions == candidate for trial in trials) or (trials and time.monotonic() > deadline):
+                continue
+            fidelity = journal.number(key_of("trial", candidate), partial(fidelity_of, bench, judge, candidate))
+            trials.append(Trial(candidate, fidelity, note))
+            advance(note=f"{trials[-1].fidelity_db:.2f} dB: {note}")
+        top = max(trials, key=lambda trial: trial.fidelity_db)
+        return top.decisions if trials else so_far
+
+    with progress.task("comparing ways to quantize") as advance:
+        chosen = best([("the plainest: min-max, nothing else", base)], base)
+        if options.strength is None and bench.stored is None:
+            chosen = best(
+                [(f"channels equalized, strength {s}", replace(chosen, strength=s)) for s in STRENGTHS], chosen
+            )
+        if options.method is None and bench.stored is None:
+            chosen = best([(f"ranges by {m}", replace(chosen, method=m)) for m in AUTOMATIC_METHODS], chosen)
+        if bench.precision == Precision.INT8:
+            chosen = best([("weights' errors cancel", replace(chosen, compensate=True))], chosen)
+        chosen = best([("without bias correction", replace(chosen, correct_bias=False))], chosen)
+    return chosen, trials
+
+
+def _bounded(
+    bench: Workbench,
+    tuning: Judge,
+    judge: Judge,
+    decisions: Decisions,
+    trials: Sequence[Trial],
+    first: Point,
+    options: QuantizeOptions,
+    open_engine: OpenEngine | None,
+    deadline: float,
+    journal: Journal,
+    progress: Progress,
+) -> Choice:
+    """Answer the third question: change the layers that bring most error per cost until the bound is kept.
+
+    A group of layers can be split into two 8-bit convolutions each, where the target allows it, which see 16-bit
+    activations, or become float. What that costs is measured on the engine, since it differs by processor: with VNNI
+    two 8-bit convolutions are much quicker than a float one, without it they are not.
+    """
+    sensitivities = measure_sensitivities(bench, tuning, decisions, deadline, journal, progress)
+    timed = open_engine if options.cost != "macs" else None
+    sensitivities = with_costs(bench, judge, decisions, sensitivities, timed, deadline, journal, progress)
+    points = [first]
+    done: list[Change] = []
+    left = {entry.layers: entry.error for entry in sensitivities}
+    total = max(sum(left.values()), 1e-30)
+    changes = [change for entry in sensitivities for change in entry.changes]
+    with progress.task("searching the bound", total=len(changes)) as advance:
+        while changes:
+            best = max(changes, key=lambda change: change.worth(left))
+            changes.remove(best)
+            advance()
+            done.append(best)
+            left[best.layers] = best.error * (SPLIT_LEAVES if best.split else 0.0)
+            others = [change for change in changes if change.layers != best.layers]
+            if best.split:  # the way from there to float is what is left to pay
+                others += [
+                    replace(change, cost=max(change.cost - best.cost, 0.001))
+                    for change in changes
+                    if change.layers == best.layers
+                ]
+            changes = others
+            if changes and not options.hopeful(first.verdict, sum(left.values()) / total):
+                continue
+            points.append(_point(bench, judge, _changed(decisions, done, total), open_engine))
+            advance(0, note=f"{points[-1].verdict.drop_db:.4f} dB")
+            if options.satisfied(points[-1].verdict):
+                needed = needed_changes(done, first.verdict, points[-1].verdict, options)
+                if len(needed) < len(done) and time.monotonic() < deadline:
+                    points.append(_point(bench, judge, _changed(decisions, needed, total), open_engine))
+                    done = needed if options.satisfied(points[-1].verdict) else done
+                taken = _changed(decisions, done, total)
+                return Choice(taken, tuple(trials), tuple(points), tuple(sensitivities))
+            if time.monotonic() > deadline:
+                break
+    best_point = max(points, key=lambda point: point.verdict.fidelity_db)
+    raise GateError(
+        f"the best graph found loses {best_point.verdict.drop_db:.4f} dB at a fidelity of "
+        f"{best_point.verdict.fidelity_db:.2f} dB with {100 * best_point.int8_macs:.1f} % of the multiply-adds in INT8 "
+        f"({len(points)} measured: {_table(points)})",
+        expected=options.bound(),
+        next_step="allow a larger drop, give it more time with --time-budget, or use --precision fp16",
+    )
+
+
+def _changed(decisions: Decisions, changes: Iterable[Change], total: float) -> Decisions:
+    """Return decisions with changes made; layers that become float get their part of the `total` error as reason."""
+    for change in changes:
+        decisions = change.applied(decisions, f"its 8-bit error is {100 * change.error / total:.1f} % of the image's")
+    return decisions
+
+
+def needed_changes(done: Sequence[Change], first: Verdict, reached: Verdict, options: QuantizeOptions) -> list[Change]:
+    """Return those of the changes made that the bound needs.
+
+    The last change is often a large one, and makes cheaper ones before it superfluous. Error powers add up, so what
+    taking a change back costs is known well enough to try it; the dearest are taken back first.
+
+    Args:
+        done: in the order made; together they keep the bound.
+        first: what was measured before the first of them.
+        reached: what was measured after the last of them.
+        options: the bound.
+    """
+    total = sum({change.layers: change.error for change in done}.values())
+    lost = 10 ** (-first.fidelity_db / 10) - 10 ** (-reached.fidelity_db / 10)  # error power that all of them removed
+    gained = first.drop_db - reached.drop_db
+    kept, verdict = list(done), reached
+    for change in sorted(done, key=lambda change: -change.cost):
+        others = [other for other in kept if other is not change]
+        siblings = [other for other in others if other.layers == change.layers]
+        if any(not other.split for other in siblings):  # a split under a float layer costs nothing any more
+            continue
+        before, after = SPLIT_LEAVES if siblings else 1.0, SPLIT_LEAVES if change.split else 0.0
+        part = change.error * (before - after) / max(total, 1e-30)
+        power = 10 ** (-verdict.fidelity_db / 10) + part * lost
+        without = replace(
+            verdict, fidelity_db=-10 * math.log10(power), drop_db=verdict.drop_db + part * max(gained, 0.0)
+        )
+        if options.satisfied(without):
+            kept, verdict = others, without
+    return kept
+
+
+def _point(
+    bench: Workbench, judge: Judge, decisions: Decisions, open_engine: OpenEngine | None, *, check: bool = False
+) -> Point:
+    """Measure a graph; `check` whether the engine computes it as written before anything else is asked of it."""
+    model, placement = bench.build(decisions)
+    latency = None
+    if open_engine is None:
+        verdict = judge.graph(model)
+    else:
+        with opened(model, open_engine) as runner:
+            if check:
+                _check_as_written(judge.only(1), model, runner)
+            verdict = judge.runner(runner)
+            (latency,) = judge.latencies_ms(runner)
+    return Point(
+        tuple(decisions.keep), decisions.splits, share_of_macs(bench.graph, placement.layers), verdict, latency
+    )
+
+
+def _check_as_written(judge: Judge, model: onnx.ModelProto, runner: Runner) -> None:
+    """Refuse an engine that computes a graph otherwise than it is written; a search would only hide that.
+
+    Raises:
+        BuildError: on the judged images the engine is far from the graph's own arithmetic.
+    """
+    written, computed = judge.graph(model), judge.runner(runner)
+    if computed.fidelity_db < written.fidelity_db - AS_WRITTEN_DB:
+        raise BuildError(
+            f"{runner.info.engine} computes this INT8 graph otherwise than it is written: a fidelity of "
+            f"{computed.fidelity_db:.2f} dB where its arithmetic gives {written.fidelity_db:.2f} dB",
+            expected=f"a difference of at most {AS_WRITTEN_DB:g} dB",
+            next_step="try --weight-bits 7, --deconvolution rewrite or another --target",
+        )
+
+
+def _check_kept(bench: Workbench, options: QuantizeOptions) -> None:
+    if not bench.tensors:
+        raise UsageError(
+            f"no layer of this network fits {bench.precision.value} on this target",
+            expected="wider layers",
+            next_step="use --precision fp16",
+        )
+    names = {layer.name for layer in bench.graph.layers}
+    unknown = [name for name in options.keep if name not in names]
+    if unknown:
+        close = sorted(name for name in names if unknown[0].split(".")[0] in name)[:3] or sorted(names)[:3]
+        raise UsageError(f"--keep {unknown[0]} names no layer", expected=f"names such as {', '.join(close)}")
+
+
+def _table(points: Sequence[Point]) -> str:
+    return ", ".join(f"{100 * point.int8_macs:.1f} %: {point.verdict.drop_db:.4f} dB" for point in points[-5:])

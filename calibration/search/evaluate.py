@@ -1,0 +1,147 @@
+"""How good a graph is: its fidelity to the FP32 graph, and what that costs in PSNR against the truth."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from srdeploy.calibration.images.dataset import Sample
+from srdeploy.calibration.observe import session_for
+from srdeploy.core.contract import INPUT, OUTPUT, ModelContract
+from srdeploy.core.imaging.psnr import drop_for_fidelity, psnr_db, y_psnr_db
+from srdeploy.core.imaging.read import to_uint8
+from srdeploy.core.runner import Runner, run_image
+
+OpenEngine = Callable[[Path], Runner]
+
+TYPICAL_PSNR_DB = {1: 40.0, 2: 38.3, 3: 34.7, 4: 32.6, 8: 27.3}
+"""PSNR on Set5 that good networks reach per scale: assumed where no HR images tell the true one. The sharper a network,
+the more an error costs, so this errs on the careful side for everyday photographs."""
+HIGHEST_DB = 150.0
+"""Fidelity is cut here: two equal outputs are infinitely alike, and means over images should stay finite."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a graph costs.
+
+    Attributes:
+        fidelity_db: PSNR between its output and the FP32 graph's, peak 1, mean over the images.
+        worst_db: the same of the worst image.
+        drop_db: loss of Y PSNR against HR truth, mean over the images; expected from the fidelity without HR images.
+        psnr_db: Y PSNR of the FP32 graph; assumed by scale without HR images.
+        measured: whether `drop_db` was measured against HR images.
+        images: how many images were looked at.
+    """
+
+    fidelity_db: float
+    worst_db: float
+    drop_db: float
+    psnr_db: float
+    measured: bool
+    images: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures, rounded to what they mean."""
+        return {
+            "fidelity_db": round(self.fidelity_db, 3),
+            "worst_db": round(self.worst_db, 3),
+            "drop_db": round(self.drop_db, 4),
+            "psnr_db": round(self.psnr_db, 3),
+            "measured_against_hr": self.measured,
+            "images": self.images,
+        }
+
+
+class Judge:
+    """Compares graphs with the FP32 graph on fixed samples; its outputs, `expected`, are computed once."""
+
+    def __init__(self, reference: onnx.ModelProto, samples: Sequence[Sample], contract: ModelContract) -> None:
+        self.samples = tuple(samples)
+        self._contract = contract
+        session = session_for(reference)
+        self.expected = [session.run([OUTPUT], {INPUT: sample.pixels})[0] for sample in self.samples]
+
+    def only(self, count: int) -> "Judge":
+        """Return a judge of the first images only."""
+        fewer = copy(self)
+        fewer.samples, fewer.expected = self.samples[:count], self.expected[:count]
+        return fewer
+
+    def graph(self, model: onnx.ModelProto, open_engine: OpenEngine | None = None) -> Verdict:
+        """Judge a graph on an engine; on ONNX Runtime's plain CPU kernels when none is given."""
+        if open_engine is None:
+            session = session_for(model)
+            return self._verdict(session.run([OUTPUT], {INPUT: sample.pixels})[0] for sample in self.samples)
+        with opened(model, open_engine) as runner:
+            return self.runner(runner)
+
+    def runner(self, runner: Runner) -> Verdict:
+        """Judge an opened engine."""
+        return self._verdict(run_image(runner, sample.pixels) for sample in self.samples)
+
+    def latencies_ms(self, *runners: Runner, repeats: int = 5, quickest: bool = False) -> tuple[float, ...]:
+        """Return each runner's median time in milliseconds for the first sample, interleaved: no benchmark, a guide.
+
+        The `quickest` instead of the median is what a processor can do; others on the machine only ever add to it.
+        """
+        pixels = self.samples[0].pixels
+        times: list[list[float]] = [[] for _ in runners]
+        for _ in range(repeats):
+            for own, runner in zip(times, runners, strict=True):
+                start = time.perf_counter()
+                run_image(runner, pixels)
+                own.append(1e3 * (time.perf_counter() - start))
+        return tuple(float(min(own) if quickest else np.median(own)) for own in times)
+
+    def _verdict(self, outputs: Iterable[NDArray[np.float32]]) -> Verdict:
+        fidelities, truths, losses = [], [], []
+        scale = self._contract.scale
+        for output, expected, sample in zip(outputs, self.expected, self.samples, strict=True):
+            if not np.isfinite(output).all():
+                fidelities.append(-HIGHEST_DB)  # an overflow: as bad as can be
+                losses.append(math.inf)
+                continue
+            fidelities.append(min(psnr_db(output, expected), HIGHEST_DB))
+            if sample.truth is not None:
+                truth = sample.truth[: output.shape[2], : output.shape[3]]
+                before, after = (y_psnr_db(to_uint8(image), truth, shave=scale) for image in (expected, output))
+                truths.append(before)
+                losses.append(before - after)
+        fidelity = float(np.mean(fidelities))
+        measured = bool(truths)
+        psnr = float(np.mean(truths)) if measured else TYPICAL_PSNR_DB.get(scale, 35.0)
+        drop = float(np.mean(losses)) if losses else drop_for_fidelity(psnr, fidelity)
+        return Verdict(fidelity, float(min(fidelities)), drop, psnr, measured, len(fidelities))
+
+
+class opened(AbstractContextManager[Runner]):  # noqa: N801  # used like a function
+    """Write a graph to a temporary file and open it with an engine for the block."""
+
+    def __init__(self, model: onnx.ModelProto, open_engine: OpenEngine) -> None:
+        self._folder = TemporaryDirectory()
+        path = Path(self._folder.name) / "candidate.onnx"
+        try:
+            path.write_bytes(model.SerializeToString())
+            self._runner = open_engine(path)
+        except BaseException:
+            self._folder.cleanup()
+            raise
+
+    def __enter__(self) -> Runner:
+        return self._runner.__enter__()
+
+    def __exit__(self, *details: Any) -> None:
+        try:
+            self._runner.__exit__(*details)
+        finally:
+            self._folder.cleanup()

@@ -1,0 +1,1 @@
+"""What `deploy` runs: the stages of every verb, joined in one folder."""

@@ -1,0 +1,1 @@
+"""Pictures as arrays: decoding, MATLAB's bicubic resizing, color conversion and PSNR."""

@@ -1,0 +1,153 @@
+"""Read a checkpoint without running anything in it: from an untrusted file to named tensors.
+
+    file --containers--> tree of inert values --wrappers--> state dicts of records --tensors--> tensors
+
+Nothing here knows RCAN or SRDenseNet; `srdeploy.models.checkpoint.load` recognises the network by the tensors' names.
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from srdeploy.core.errors import InputError
+from srdeploy.models.checkpoint.containers import Container, open_container
+from srdeploy.models.checkpoint.filebytes import FileBytes, RefusedError, open_file_bytes
+from srdeploy.models.checkpoint.pickled_network import ModuleRecord
+from srdeploy.models.checkpoint.plain import plain_dict
+from srdeploy.models.checkpoint.tensors import TensorBuilder
+from srdeploy.models.checkpoint.wrappers import Found, find_states
+
+_LONGEST_METADATA = 1 << 20
+
+
+@dataclass(frozen=True)
+class StateDict:
+    """One set of weights of a checkpoint.
+
+    Attributes:
+        tensors: by name, in the file's order and dtypes, on the CPU, without gradients; read them, do not write.
+        path: keys that lead to it in the file, () for the file itself.
+        prefix: what was stripped from every name ("module." of DataParallel), "" if nothing.
+        ignored: entries beside the weights that are not part of a network.
+        modules: for a pickled network, class and plain attributes of each module by name; "" is the network itself.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    path: tuple[str, ...]
+    prefix: str
+    ignored: tuple[str, ...]
+    modules: dict[str, ModuleRecord]
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What the wrapper says about the training script that wrote it.
+
+    Attributes:
+        keys: of the outermost dict around the weights ("epoch", "best_psnr", "state_dict", "optimizer"), () if bare.
+        values: plain values beside the weights (epoch, best_psnr), as JSON values.
+    """
+
+    keys: tuple[str, ...]
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RawCheckpoint:
+    """A checkpoint as it lies in the file.
+
+    Attributes:
+        path: the file.
+        sha256: of the file's bytes.
+        size_bytes: of the file.
+        container: "safetensors", "torch zip" or "torch legacy stream".
+        weights: which of `alternatives` the properties below show: "raw" unless the file has only "ema".
+        alternatives: the plain weights ("raw"), their moving average ("ema"), or both.
+        metadata: constructor arguments the trainer wrote beside the weights (traiNNer), as JSON values.
+        hints: what the wrapper says about the training script.
+    """
+
+    path: Path
+    sha256: str
+    size_bytes: int
+    container: str
+    weights: str
+    alternatives: dict[str, StateDict]
+    metadata: dict[str, Any]
+    hints: Hints
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors of the shown weights by name."""
+        return self.alternatives[self.weights].tensors
+
+    @property
+    def wrapper_path(self) -> tuple[str, ...]:
+        """The keys that lead to the shown weights, () for a bare state dict."""
+        return self.alternatives[self.weights].path
+
+    @property
+    def modules(self) -> dict[str, ModuleRecord]:
+        """Modules of a pickled network by name; empty for a state dict."""
+        return self.alternatives[self.weights].modules
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """How many of the shown tensors have which dtype, such as {"float32": 370}."""
+        return dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors.values()))
+
+
+def read_checkpoint(path: Path) -> RawCheckpoint:
+    """Read a checkpoint file: safetensors, torch.save's zip archive or its older stream.
+
+    Raises:
+        InputError: the file cannot be read, is no checkpoint, is damaged, holds no network, or its pickle asks for
+            anything but tensors and plain values (the blocked name is in the message).
+    """
+    with open_file_bytes(path) as file:
+        try:
+            return _read(path, file)
+        except RefusedError as refused:
+            raise InputError(
+                f"{path} {refused.found}", expected=refused.expected, next_step=refused.next_step
+            ) from refused
+
+
+def _read(path: Path, file: FileBytes) -> RawCheckpoint:
+    container = open_container(file)
+    found = find_states(container.root)
+    builder = TensorBuilder(container.read_storage, file.size)
+    alternatives = {
+        weights: StateDict(builder.build(state.tensors), state.path, state.prefix, state.ignored, state.modules)
+        for weights, state in found.states.items()
+    }
+    return RawCheckpoint(
+        path=path,
+        sha256=file.sha256(),
+        size_bytes=file.size,
+        container=container.name,
+        weights="raw" if "raw" in alternatives else "ema",
+        alternatives=alternatives,
+        metadata=_metadata(container, found),
+        hints=Hints(found.keys, found.values),
+    )
+
+
+def _metadata(container: Container, found: Found) -> dict[str, Any]:
+    """Return the constructor arguments: a dict beside the weights, or JSON text in the safetensors header."""
+    text = container.metadata.get("metadata")
+    if text is None:
+        return found.metadata or plain_dict(container.metadata)
+    if len(text) > _LONGEST_METADATA:
+        raise RefusedError(f"has {len(text)} characters of metadata", expected=f"at most {_LONGEST_METADATA}")
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        raise RefusedError("has metadata that is not JSON", next_step="save the weights without it") from None
+    if not isinstance(document, dict):
+        raise RefusedError("has metadata that is not a JSON object", next_step="save the weights without it")
+    return plain_dict(document)

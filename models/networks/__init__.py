@@ -1,0 +1,1 @@
+"""The two networks, RCAN and SRDenseNet, and the specifications that configure them."""

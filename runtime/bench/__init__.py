@@ -1,0 +1,1 @@
+"""Measurement of latency, memory and throughput under one set of rules."""

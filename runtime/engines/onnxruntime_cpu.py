@@ -1,0 +1,306 @@
+"""ONNX Runtime on the CPU: opens any ONNX file of ours, and builds a pre-optimized graph for this kind of processor.
+
+The built engine is ONNX Runtime's own optimized graph, still an ONNX file: fused, with weights laid out for the
+processor's vector width. It opens without optimizing again. Other processors may lack the instructions, so the
+sidecar records them and opening checks them.
+
+ONNX Runtime's CPU kernels compute FP16 convolutions in FP32 (it casts around them). That is useful for checking the
+rounding of an FP16 graph, and no FP16 speed. In the same way a quantized convolution runs on integers only where its
+output is quantized too; elsewhere it is FP32 on rounded values. The numeric mode and the sidecar say what came out.
+"""
+
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from srdeploy.core.contract import ModelContract
+from srdeploy.core.environment import cpu_count, machine, package_versions
+from srdeploy.core.errors import BuildError, CapabilityError, InputError, OutputError, UsageError
+from srdeploy.core.extras import import_extra
+from srdeploy.core.progress import Progress
+from srdeploy.core.runner import RunnerInfo
+from srdeploy.runtime.engines.feeds import TensorSpec, check_feeds
+from srdeploy.runtime.engines.graph import Graph, combined_label, type_label
+from srdeploy.runtime.engines.options import CPU_REFUSED_OPTIONS, BuildOptions, BuiltEngine
+from srdeploy.runtime.engines.sidecar import Engine
+
+FAMILY = "onnxruntime"
+_SCRATCH_STEP = "free some space there, or set TMPDIR"
+PROVIDER = "CPUExecutionProvider"
+REFUSED_OPTIONS = CPU_REFUSED_OPTIONS
+_LAYOUT_FLAGS = ("avx2", "avx512f", "avx512_vnni")
+_DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8", "tensor(int8)": "int8",
+           "tensor(double)": "float64", "tensor(int64)": "int64"}  # fmt: skip
+_AGAIN = "build it again here: srdeploy build model.onnx --engine onnxruntime -o ENGINE"
+_HALF_SCALES = "WeightBiasQuantization"
+"""This pass writes bias scales as the product of two others; in FP16 the product underflows and the image breaks."""
+
+
+def why_not_build() -> str | None:
+    """Say why no engine can be built here; None when one can."""
+    import_extra("onnxruntime", "cpu")
+    return None
+
+
+def why_not_run() -> str | None:
+    """Say why nothing can run here; None when it can."""
+    return why_not_build()
+
+
+def key_parts(options: BuildOptions) -> dict[str, Any]:
+    """Return what decides the engine's bytes besides graph and options: exact versions and the processor."""
+    import_extra("onnxruntime", "cpu")
+    return {"versions": versions(), "target": _target()}
+
+
+def build(graph: Graph, options: BuildOptions, progress: Progress) -> BuiltEngine:
+    """Optimize a graph for this kind of processor and return it as ONNX bytes.
+
+    Raises:
+        BuildError: ONNX Runtime refuses the graph.
+    """
+    runtime = import_extra("onnxruntime", "cpu")
+    with _scratch_folder() as folder, progress.task("optimizing with ONNX Runtime"):
+        optimized = folder / "optimized.onnx"
+        session_options = _session_options(runtime, options.threads)
+        session_options.optimized_model_filepath = str(optimized)
+        try:
+            runtime.InferenceSession(
+                graph.serialized(),
+                session_options,
+                providers=[PROVIDER],
+                disabled_optimizers=_disabled_passes(graph),
+            )
+        except Exception as error:
+            _refuse_full_scratch(error)
+            raise BuildError(f"ONNX Runtime cannot build {graph.path}: {_first_line(error)}") from error
+        data = optimized.read_bytes()
+    built = _built(onnx.load_model_from_string(data))
+    return BuiltEngine(
+        data=data,
+        precision_built=combined_label(built["convolutions"]),
+        built=built,
+        versions=versions(),
+        target=_target(),
+        notes=_notes(graph.contract, built),
+    )
+
+
+def open_onnx(graph: Graph, *, threads: int | None, parity: bool, outputs: Sequence[str] | None) -> "OnnxRuntimeRunner":
+    """Open an ONNX file on the CPU.
+
+    Args:
+        graph: the file.
+        threads: None uses all processors.
+        parity: no difference here: FP32 arithmetic is always exact FP32.
+        outputs: tensors to return instead of the graph's outputs; inner ones are allowed.
+    """
+    runtime = import_extra("onnxruntime", "cpu")
+    data = graph.serialized(extra_outputs=tuple(outputs or ()))
+    session_options = _session_options(runtime, threads)
+    with _scratch_folder() as folder:
+        optimized = folder / "optimized.onnx"
+        if outputs is None:
+            session_options.optimized_model_filepath = str(optimized)
+        session = _session(runtime, data, session_options, _disabled_passes(graph), name=str(graph.path))
+        built = _built(onnx.load(optimized)) if outputs is None else {}
+    return OnnxRuntimeRunner(session, graph.contract, built, threads, outputs)
+
+
+def open_built(
+    engine: Engine, *, threads: int | None, parity: bool, outputs: Sequence[str] | None
+) -> "OnnxRuntimeRunner":
+    """Open a built engine: no optimization is left to do.
+
+    Raises:
+        CapabilityError: the processor lacks instructions that the engine was built with.
+        UsageError: inner tensors were asked for.
+    """
+    runtime = import_extra("onnxruntime", "cpu")
+    if outputs is not None:
+        raise UsageError("a built engine has no inner tensors to return", next_step="open the ONNX file for that")
+    here, there = versions().get("onnxruntime"), engine.manifest.versions.get("onnxruntime")
+    if here != there:  # the optimized graph holds operations that are ONNX Runtime's own business
+        raise CapabilityError(f"{engine.path} was built with ONNX Runtime {there}; here is {here}", next_step=_AGAIN)
+    lacking = sorted(set(engine.target.get("cpu_flags", ())) - set(_target()["cpu_flags"]))
+    if lacking:
+        raise CapabilityError(
+            f"{engine.path} was built for a processor with {', '.join(lacking)}, which this one lacks",
+            next_step=_AGAIN,
+        )
+    session_options = _session_options(runtime, threads)
+    session_options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = _session(runtime, engine.data, session_options, [], name=str(engine.path))
+    return OnnxRuntimeRunner(session, engine.contract, engine.built, threads, None)
+
+
+class OnnxRuntimeRunner:
+    """Runs an ONNX Runtime session on the CPU; safe to call from several threads."""
+
+    def __init__(
+        self,
+        session: Any,
+        contract: ModelContract,
+        built: Mapping[str, Any],
+        threads: int | None,
+        outputs: Sequence[str] | None,
+    ) -> None:
+        self._session = session
+        self._inputs = tuple(_spec(value) for value in session.get_inputs())
+        self._outputs = list(outputs) if outputs is not None else [value.name for value in session.get_outputs()]
+        self._info = RunnerInfo(
+            name=f"{FAMILY} {contract.precision.value}",
+            engine=FAMILY,
+            device="cpu",
+            contract=contract,
+            numeric_mode=_numeric_mode(contract, built),
+            threads=threads or cpu_count(),
+            versions=versions(),
+            built=built,
+        )
+
+    @property
+    def info(self) -> RunnerInfo:
+        """What is behind this runner."""
+        return self._info
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Compute the outputs from the named inputs (see `srdeploy.core.runner.Runner`)."""
+        check_feeds(feeds, self._inputs, engine=self._info.name)
+        return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
+
+    def prepare(self, feeds: Mapping[str, NDArray[Any]]) -> Callable[[], float]:
+        """Bind inputs and outputs and return a function that computes once, in milliseconds (see `TimedRunner`)."""
+        results = self.run(feeds)
+        runtime, session = import_extra("onnxruntime", "cpu"), self._session
+        binding = session.io_binding()
+        arrays = [(name, np.ascontiguousarray(array), binding.bind_ortvalue_input) for name, array in feeds.items()]
+        arrays += [(name, np.ascontiguousarray(array), binding.bind_ortvalue_output) for name, array in results.items()]
+        for name, array, bind in arrays:
+            bind(name, runtime.OrtValue.ortvalue_from_numpy(array))
+
+        def compute() -> float:
+            started = time.perf_counter()
+            session.run_with_iobinding(binding)
+            return (time.perf_counter() - started) * 1000
+
+        return compute
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._session = None
+
+
+def _session_options(runtime: Any, threads: int | None) -> Any:
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads or cpu_count()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Worker threads keep spinning for a while after a run; beside another engine in one process that steals its time.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def _disabled_passes(graph: Graph) -> list[str]:
+    """Name the optimizer passes that would corrupt this graph."""
+    types = graph.inferred[1]
+    half_scales = any(
+        node.op_type == "DequantizeLinear" and types.get(node.input[1]) == TensorProto.FLOAT16
+        for node in graph.model.graph.node
+    )
+    return [_HALF_SCALES] if half_scales else []
+
+
+def _session(runtime: Any, data: bytes, options: Any, disabled: list[str], *, name: str) -> Any:
+    try:
+        return runtime.InferenceSession(data, options, providers=[PROVIDER], disabled_optimizers=disabled)
+    except Exception as error:
+        _refuse_full_scratch(error)
+        raise InputError(f"ONNX Runtime cannot open {name}: {_first_line(error)}") from error
+
+
+@contextmanager
+def _scratch_folder() -> Iterator[Path]:
+    """Yield a folder for the graph that ONNX Runtime writes so that one can read what it really built."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="srdeploy-ort-", ignore_cleanup_errors=True) as name:
+            yield Path(name)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write the optimized graph in a temporary folder: {error.strerror or error}",
+            next_step=_SCRATCH_STEP,
+        ) from error
+
+
+def _refuse_full_scratch(error: Exception) -> None:
+    """ONNX Runtime names neither the file nor the reason when the optimized graph cannot be written."""
+    if "Protobuf serialization failed" in str(error):
+        raise OutputError(
+            f"cannot write the optimized graph in {tempfile.gettempdir()}", next_step=_SCRATCH_STEP
+        ) from error
+
+
+def _built(model: onnx.ModelProto) -> dict[str, Any]:
+    """Count the convolutions of an optimized graph by the type they compute in, and all nodes by operation."""
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    for value in (*model.graph.value_info, *model.graph.input):
+        types.setdefault(value.name, value.type.tensor_type.elem_type)
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear":  # a convolution behind it computes in the type of the scale
+            types[node.output[0]] = types.get(node.input[1], TensorProto.UNDEFINED)
+    convolutions: Counter[str] = Counter()
+    for node in model.graph.node:
+        if node.op_type in ("QLinearConv", "ConvInteger"):
+            convolutions["int8"] += 1
+        elif "Conv" in node.op_type:
+            convolutions[type_label(types.get(node.input[1], TensorProto.UNDEFINED))] += 1
+    operations = Counter(f"{node.domain}:{node.op_type}".lstrip(":") for node in model.graph.node)
+    return {
+        "read_from": "ONNX Runtime's optimized graph",
+        "convolutions": dict(sorted(convolutions.items())),
+        "operations": dict(sorted(operations.items())),
+    }
+
+
+def _numeric_mode(contract: ModelContract, built: Mapping[str, Any]) -> str:
+    asked = contract.precision.value.upper()
+    computed = combined_label(built["convolutions"]).upper() if built else asked
+    return asked if computed == asked else f"{asked} graph, convolutions computed in {computed}"
+
+
+def _notes(contract: ModelContract, built: Mapping[str, Any]) -> tuple[str, ...]:
+    mode = _numeric_mode(contract, built)
+    return () if mode == contract.precision.value.upper() else (f"ONNX Runtime on the CPU: {mode}",)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that compute."""
+    return package_versions(["onnxruntime", "onnxruntime-gpu", "onnx"])
+
+
+def _target() -> dict[str, Any]:
+    flags = machine()["cpu_flags"]
+    return {"cpu_flags": [flag for flag in _LAYOUT_FLAGS if flag in flags]}
+
+
+def _spec(value: Any) -> TensorSpec:
+    shape = tuple(size if isinstance(size, int) else -1 for size in value.shape)
+    return TensorSpec(value.name, _DTYPES.get(value.type, value.type), shape)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,281 @@
+"""A folder of images in, a folder of images out: recursive, resumable, and honest about what failed.
+
+A journal in the output folder records each picture by content: the hash of the input, the identity of network and
+settings, and the hash of the output. A second run skips what is recorded and unchanged. A line is written before a
+result gets its name and another after, so a run killed at any moment leaves neither a half-written picture nor one
+whose origin is unknown.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from srdeploy.core.artifact import atomic_file, refuse_existing, sha256_of_bytes, sha256_of_file
+from srdeploy.core.errors import InputError, OutputError, SrdeployError, UsageError
+from srdeploy.core.imaging.read import Picture, find_images, read_image
+from srdeploy.core.progress import SILENT, Progress
+from srdeploy.upscale.image_file import FORMATS, check_quality, write_image
+from srdeploy.upscale.pictures import (
+    OutputOptions,
+    check_fits,
+    is_streamed,
+    refuse_same,
+    upscale_file,
+    upscale_picture,
+)
+from srdeploy.upscale.pipeline import Pipeline
+from srdeploy.upscale.upscaler import ImageReport, Upscaler
+
+JOURNAL = ".srdeploy-upscale.jsonl"
+
+
+@dataclass
+class FolderReport:
+    """What became of a folder.
+
+    Attributes:
+        made: outputs written by this run, with how each was run.
+        skipped: sources whose outputs were there already, unchanged.
+        failed: sources with their errors.
+        seconds: wall time.
+    """
+
+    made: dict[str, ImageReport] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+    failed: dict[str, SrdeployError] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return {
+            "made": {name: report.to_json() for name, report in self.made.items()},
+            "skipped": self.skipped,
+            "failed": {name: {"error": str(e), "exit_code": e.exit_code} for name, e in self.failed.items()},
+            "tiles_run_again": sum(report.tally.fallbacks for report in self.made.values()),
+            "seconds": round(self.seconds, 3),
+            "images_per_second": round(len(self.made) / self.seconds, 3) if self.seconds else None,
+        }
+
+    def raise_failures(self) -> None:
+        """Raise an error of the kind of the first failure when there was any; the command ends with its exit code."""
+        if not self.failed:
+            return
+        name, first = next(iter(self.failed.items()))
+        total = len(self.failed) + len(self.made) + len(self.skipped)
+        raise type(first)(
+            f"{len(self.failed)} of {total} images failed, the first of them {name}",
+            next_step="the others are done; run the same command again after mending, it skips what is there",
+        ) from first
+
+
+@dataclass
+class _Item:
+    """One picture on its way: read, computed, or failed."""
+
+    source: Path
+    output: Path
+    sha256: str
+    picture: Picture | None = None
+    pixels: NDArray[Any] | None = None
+    report: ImageReport | None = None
+    error: SrdeployError | None = None
+    journaled: bool = False
+
+
+def upscale_folder(
+    up: Upscaler,
+    source: Path,
+    output: Path,
+    options: OutputOptions | None = None,
+    *,
+    suffix: str | None = None,
+    progress: Progress = SILENT,
+) -> FolderReport:
+    """Upscale every image below a folder into the same tree below another.
+
+    Args:
+        up: the network.
+        source: folder of images.
+        output: folder for the results, made when missing.
+        options: how to write.
+        suffix: format of all outputs (".png"); None keeps each input's, or .png where it cannot be written.
+        progress: told about images.
+
+    Returns:
+        What was made, skipped and failed; single pictures that fail do not stop the rest.
+
+    Raises:
+        InputError: no image is found.
+        UsageError: outputs collide, or the output lies inside the input.
+        OutputError: the disk is full or the folder cannot be written: nothing further would succeed.
+    """
+    options = options or OutputOptions()
+    refuse_same(source, output)
+    check_quality(Path("each" + (suffix or ".jpg")), options.quality)
+    targets = _targets(source, output, suffix)
+    report = FolderReport()
+    started = time.monotonic()
+    with progress.task("upscaling images", total=len(targets)) as advance:
+        job = _FolderJob(up, source, options, Journal(output), report, advance)
+        Pipeline(read=job.read(targets), compute=job.compute, write=job.write, depth=2).run()
+    report.seconds = time.monotonic() - started
+    report.failed = dict(sorted(report.failed.items()))
+    return report
+
+
+class Journal:
+    """What was made in an output folder, one JSON line per event."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read what is there; a line cut short by a kill is passed over.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        self._path = folder / JOURNAL
+        self.entries: dict[str, dict[str, Any]] = {}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            text = self._path.read_text(encoding="utf-8", errors="replace") if self._path.exists() else ""
+            if text and not text.endswith("\n"):
+                with self._path.open("a", encoding="utf-8") as stream:
+                    stream.write("\n")
+        except OSError as error:
+            raise OutputError(f"cannot write {folder}: {error.strerror}", next_step="choose another folder") from error
+        for line in text.splitlines():
+            try:
+                entry = json.loads(line)
+                self.entries[entry["output"]] = entry
+            except (ValueError, KeyError, TypeError):
+                continue
+
+    def add(self, output: Path, **facts: Any) -> None:
+        """Append an event about an output."""
+        entry = {"output": self._name(output), **facts}
+        self.entries[entry["output"]] = entry
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry, sort_keys=True) + "\n")
+
+    def of(self, output: Path) -> dict[str, Any]:
+        """Return the last event about an output, empty when there is none."""
+        return self.entries.get(self._name(output), {})
+
+    def _name(self, output: Path) -> str:
+        return output.relative_to(self._path.parent).as_posix()
+
+
+class _FolderJob:
+    """The three stages of a folder."""
+
+    def __init__(
+        self, up: Upscaler, source: Path, options: OutputOptions, journal: Journal, report: FolderReport, advance: Any
+    ) -> None:
+        self._up = up
+        self._source = source
+        self._options = options
+        self._journal = journal
+        self._report = report
+        self._advance = advance
+        self._key = sha256_of_bytes(json.dumps([up.identity, options.as_float, options.quality]).encode())
+
+    def read(self, targets: dict[Path, Path]) -> Iterator[_Item]:
+        """Decode, one picture ahead of the network; what is there already is skipped."""
+        for source, output in targets.items():
+            item = _Item(source, output, "")
+            try:
+                item.sha256 = _hash(source)
+                if self._done(item):
+                    self._report.skipped.append(self._name(item))
+                    self._advance()
+                    continue
+                refuse_existing(output, self._may_replace(item))
+                if not is_streamed(source, self._up):
+                    item.picture = read_image(source)
+                    check_fits(item.picture, self._up, output, self._options)
+            except SrdeployError as error:
+                item.error = error
+            yield item
+
+    def compute(self, item: _Item) -> _Item:
+        """Run the network."""
+        if item.error is not None:
+            return item
+        try:
+            if item.picture is None:
+                self._note_start(item)
+                options = OutputOptions(self._options.as_float, force=self._may_replace(item))
+                item.report = upscale_file(self._up, item.source, item.output, options)
+            else:
+                item.pixels, item.report = upscale_picture(self._up, item.picture, self._options)
+        except OutputError:
+            raise
+        except SrdeployError as error:
+            item.error = error
+        return item
+
+    def write(self, item: _Item) -> None:
+        """Encode, and record."""
+        if item.error is None and item.pixels is not None:
+            try:
+                replace = self._may_replace(item)
+                with atomic_file(item.output, force=replace) as temporary:
+                    write_image(temporary, item.pixels, like=item.picture, quality=self._options.quality)
+                    self._note_start(item)
+            except OutputError:
+                raise
+            except SrdeployError as error:
+                item.error = error
+        name = self._name(item)
+        if item.error is not None:
+            self._report.failed[name] = item.error
+        elif item.report is not None:
+            self._journal.add(
+                item.output, state="done", key=self._key, sha256=item.sha256, result=sha256_of_file(item.output)
+            )
+            self._report.made[name] = item.report
+        self._advance(note=name)
+
+    def _note_start(self, item: _Item) -> None:
+        if not item.journaled:
+            self._journal.add(item.output, state="started", key=self._key, sha256=item.sha256)
+            item.journaled = True
+
+    def _done(self, item: _Item) -> bool:
+        entry = self._journal.of(item.output)
+        same = (entry.get("state"), entry.get("key"), entry.get("sha256")) == ("done", self._key, item.sha256)
+        return same and item.output.is_file() and sha256_of_file(item.output) == entry.get("result")
+
+    def _may_replace(self, item: _Item) -> bool:
+        """An output that a killed run had begun is ours to replace; others only with force."""
+        return self._options.force or item.journaled or self._journal.of(item.output).get("state") == "started"
+
+    def _name(self, item: _Item) -> str:
+        return item.source.relative_to(self._source).as_posix()
+
+
+def _targets(source: Path, output: Path, suffix: str | None) -> dict[Path, Path]:
+    targets: dict[Path, Path] = {}
+    origins: dict[Path, Path] = {}
+    for path in find_images(source):
+        kept = path.suffix.lower() if path.suffix.lower() in FORMATS else ".png"
+        target = output / path.relative_to(source).with_suffix(suffix or kept)
+        if target in origins:
+            raise UsageError(
+                f"{path} and {origins[target]} would both become {target}",
+                next_step="rename one of them, or leave out --format",
+            )
+        origins[target] = path
+        targets[path] = target
+    return targets
+
+
+def _hash(path: Path) -> str:
+    try:
+        return sha256_of_file(path)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error

@@ -1,0 +1,134 @@
+"""Every tile that leaves an engine is looked at: NaN, infinity, or one colour where the input had a picture.
+
+A half-precision engine that overflows gives exactly these, only on some images, and a black frame reported as success
+is the worst a deployment can do. A bad tile is run again on a fallback (the FP32 graph); without one the work stops.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from srdeploy.core.errors import GateError, InputError
+from srdeploy.upscale.tiles import Planes
+
+MIN_INPUT_RANGE = 16 / 255
+"""An input tile counts as a picture when its darkest and lightest values lie this far apart."""
+MAX_COLLAPSED_RANGE = 1e-6
+"""An output tile counts as one colour when, clamped to 0..1, its values lie no further apart."""
+
+Run = Callable[[Planes], Planes]
+
+
+@dataclass
+class Tally:
+    """What was counted while tiles ran.
+
+    Attributes:
+        tiles: tiles that were run.
+        repaired: what was wrong with tiles that were run again on the fallback, with how many of each.
+    """
+
+    tiles: int = 0
+    repaired: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def fallbacks(self) -> int:
+        """Tiles that were run again."""
+        return sum(self.repaired.values())
+
+
+@dataclass
+class Guard:
+    """Runs batches of tiles and replaces bad outputs.
+
+    Attributes:
+        run: the engine: (N, C, h, w) to (N, C, h', w').
+        engine: its name, for messages.
+        fallback: gives the FP32 runner's `run` when first needed; None when there is none.
+        tally: counts.
+    """
+
+    run: Run
+    engine: str
+    fallback: Callable[[], Run] | None
+    tally: Tally
+
+    def __call__(self, tiles: Planes) -> Planes:
+        """Run a batch.
+
+        Raises:
+            GateError: a tile is bad, and there is no fallback or the fallback's is bad as well.
+        """
+        outputs = self.run(tiles)
+        self.tally.tiles += len(tiles)
+        faults = [fault_of(tile, output) for tile, output in zip(tiles, outputs, strict=True)]
+        if not any(faults):
+            return outputs
+        outputs = outputs.copy()
+        for index, fault in enumerate(faults):
+            if fault is not None:
+                outputs[index] = self._again(tiles[index : index + 1], fault)[0]
+        return outputs
+
+    def _again(self, tile: Planes, fault: str) -> Planes:
+        if self.fallback is None:
+            raise GateError(
+                f"{self.engine} gave {fault} for a tile",
+                expected="a picture",
+                next_step="nothing was written; use a bundle or --fallback model.fp32.onnx, or an FP32 engine",
+            )
+        output = self.fallback()(tile)
+        if remaining := fault_of(tile[0], output[0]):
+            raise GateError(
+                f"{self.engine} gave {fault} for a tile, and the FP32 fallback {remaining}",
+                expected="a picture",
+                next_step="nothing was written; check the checkpoint with: srdeploy verify",
+            )
+        self.tally.repaired[fault] = self.tally.repaired.get(fault, 0) + 1
+        return output
+
+
+def fault_of(tile: NDArray[np.float32], output: NDArray[np.float32]) -> str | None:
+    """Return what is wrong with a tile's output in words, None when it looks like a picture.
+
+    Args:
+        tile: (C, h, w) in 0..1.
+        output: (C, h', w'), not clamped.
+    """
+    low, high = float(output.min()), float(output.max())  # NaN and infinity both survive in the extremes
+    if np.isnan(low) or np.isnan(high):
+        return "NaN"
+    if np.isinf(low) or np.isinf(high):
+        return "infinite values"
+    if min(max(high, 0.0), 1.0) - min(max(low, 0.0), 1.0) > MAX_COLLAPSED_RANGE:
+        return None
+    if float(tile.max()) - float(tile.min()) < MIN_INPUT_RANGE:
+        return None
+    return "a single colour"
+
+
+def check_rows(rows: Planes, output: Planes, engine: str) -> None:
+    """Check finished rows of a picture that ran in lock-step, where single tiles cannot be run again.
+
+    Raises:
+        GateError: they hold NaN, infinity, or one colour where the input had a picture.
+    """
+    for group, made in zip(rows, output, strict=True):
+        if fault := fault_of(group, made):
+            raise GateError(
+                f"{engine} gave {fault}",
+                expected="a picture",
+                next_step="nothing was written; use --tiles overlapped with --fallback, or the FP32 model",
+            )
+
+
+def check_input(pixels: NDArray[np.generic], name: str = "the image") -> None:
+    """Refuse floating-point images with NaN or infinite pixels.
+
+    Raises:
+        InputError: there is one.
+    """
+    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
+        raise InputError(f"{name} holds NaN or infinite pixels", expected="numbers in 0..1")

@@ -1,0 +1,172 @@
+"""Pictures that do not fit in memory, streamed from file to file.
+
+Why libvips: it decodes PNG, JPEG and TIFF top to bottom in a few rows, knows 16 bits, and comes as one wheel
+(`pyvips[binary]`). Finished rows go straight into the output (`srdeploy.upscale.row_writers`): Python cannot hand rows
+to libvips' own writers, and a file mapped into memory in between would count as resident.
+
+What stays in memory is one row of tiles (input and output) and the engine's own tensors.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from srdeploy.core.errors import CapabilityError, InputError
+from srdeploy.core.extras import import_extra
+from srdeploy.core.imaging.read import opened, picture_metadata
+from srdeploy.core.progress import SILENT, Progress
+from srdeploy.upscale.image_file import check_output, resized
+from srdeploy.upscale.pipeline import Pipeline
+from srdeploy.upscale.row_writers import open_rows
+from srdeploy.upscale.upscaler import ImageReport, Upscaler, converted
+
+MAX_STREAMED_PIXELS = 1 << 34
+"""Most pixels of a streamed input, 131,072 x 131,072: beyond, a header is a mistake or an attack."""
+MAX_EXPANSION = 3000
+"""Most pixels per byte of file: a flat picture deflates about 1030 times at most, a flat JPEG about 400."""
+STREAM_MEMORY = 768 << 20
+"""Budget of tiles and strips unless the user names one: with the packages themselves it stays below 1.5 GB."""
+_WRITTEN_ROWS = 64
+_KEPT_ROWS = 16  # rows kept before the last begin asked for: chroma lags behind the tiles by a few rows
+
+
+class StreamedSource:
+    """Rows of a file from top to bottom (see `srdeploy.upscale.planes.PixelSource`). Only recent rows are kept."""
+
+    def __init__(self, path: Path) -> None:
+        """Open a file; its header was checked by `check_header`.
+
+        Raises:
+            InputError: libvips cannot read it in a stream.
+            MissingExtraError: pyvips is not installed.
+        """
+        vips: Any = import_extra("pyvips", "huge")
+        self._vips = vips
+        self._path = path
+        try:
+            image = vips.Image.new_from_file(str(path), access="sequential", fail_on="truncated")
+        except vips.Error as error:
+            raise InputError(f"{path} cannot be streamed ({_first_line(error)})") from error
+        if image.get_typeof("interlaced") and image.get("interlaced"):
+            raise InputError(
+                f"{path} is interlaced or progressive, so its rows do not come from top to bottom",
+                expected="a baseline JPEG, a PNG without interlacing or a TIFF",
+                next_step="save it again without interlacing",
+            )
+        if image.format not in ("uchar", "ushort") or image.interpretation in ("cmyk", "lab", "labs"):
+            raise InputError(
+                f"{path} has pixels of {image.interpretation}, {image.format}",
+                expected="gray or RGB of 8 or 16 bits",
+            )
+        self._dtype = np.dtype(np.uint8 if image.format == "uchar" else np.uint16)
+        self._image = image
+        self._region = vips.Region.new(image)
+        self._rows: deque[NDArray[Any]] = deque()
+        self._first = 0  # number of the first row kept
+        self._asked = 0
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width, channels."""
+        return self._image.height, self._image.width, self._image.bands
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the pixels."""
+        return self._dtype
+
+    def rows(self, begin: int, end: int) -> NDArray[Any]:
+        """Return rows begin..end; `begin` may lag behind an earlier one by up to 16 rows.
+
+        Raises:
+            InputError: the file ends early or is damaged.
+        """
+        self._asked = max(self._asked, begin)
+        while self._first + len(self._rows) < end:
+            self._fetch(min(end - self._first - len(self._rows), 64))
+        while self._rows and self._first < self._asked - _KEPT_ROWS and self._first < begin:
+            self._rows.popleft()
+            self._first += 1
+        if begin < self._first:
+            raise ValueError(f"rows from {begin} are gone; the first kept is {self._first}")
+        return np.stack([self._rows[row - self._first] for row in range(begin, end)])
+
+    def _fetch(self, count: int) -> None:
+        height, width, channels = self.shape
+        top = self._first + len(self._rows)
+        count = min(count, height - top)
+        try:
+            data = self._region.fetch(0, top, width, count)
+        except self._vips.Error as error:
+            raise InputError(
+                f"{self._path} is damaged or truncated near row {top} ({_first_line(error)})",
+                next_step="copy the file again from where it came from",
+            ) from error
+        self._rows.extend(np.frombuffer(data, self._dtype).reshape(count, width, channels))
+
+
+def check_header(path: Path) -> tuple[int, int]:
+    """Return (height, width) as the header says, after refusing absurd ones; nothing is decoded.
+
+    Raises:
+        InputError: no image, or larger than can be true or can be streamed.
+    """
+    with opened(path, max_pixels=None) as image:
+        width, height = image.size
+    pixels = width * height
+    size = path.stat().st_size
+    if pixels > MAX_STREAMED_PIXELS or (pixels > 1 << 24 and pixels > MAX_EXPANSION * size):
+        raise InputError(
+            f"{path} declares {width}x{height} pixels in {size:,} bytes",
+            expected=f"at most {MAX_STREAMED_PIXELS:,} pixels and {MAX_EXPANSION:,} per byte",
+            next_step="the header is damaged, or the file is a decompression bomb",
+        )
+    return height, width
+
+
+def upscale_streamed(
+    up: Upscaler, source: Path, output: Path, *, as_float: bool = False, progress: Progress = SILENT
+) -> ImageReport:
+    """Upscale a file into a (temporary) file without holding either in memory.
+
+    Args:
+        up: the network.
+        source: PNG, JPEG or TIFF of any size.
+        output: .png or .tif.
+        as_float: write 32-bit floats (TIFF).
+        progress: told about tiles.
+
+    Raises:
+        InputError, UsageError, GateError: as for pictures in memory.
+        CapabilityError: the output's format cannot be streamed.
+    """
+    check_header(source)
+    metadata = picture_metadata(source)
+    pixels = StreamedSource(source)
+    dtype = np.dtype(np.float32) if as_float else pixels.dtype
+    rows, report = up.rows(pixels, memory_bytes=STREAM_MEMORY, progress=progress)
+    height, width = report.output_size
+    channels = pixels.shape[2]
+    name = check_output(output, size=(height, width), channels=channels, dtype=dtype)
+    if name not in ("PNG", "TIFF"):
+        raise CapabilityError(f"{name} cannot be written in a stream", expected="a .png or .tif output")
+    like = resized(metadata, width=width, height=height)
+
+    def pieces() -> Iterator[NDArray[Any]]:
+        for band in rows:
+            for begin in range(0, len(band), _WRITTEN_ROWS):
+                yield converted(band[begin : begin + _WRITTEN_ROWS], dtype)
+
+    # Deflating takes about as long as a small network: it runs beside it.
+    with open_rows(output, name, (height, width, channels), dtype, like) as writer:
+        Pipeline(read=pieces(), compute=lambda piece: piece, write=writer.write).run()
+    return report
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

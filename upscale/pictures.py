@@ -1,0 +1,118 @@
+"""One image file in, one image file out: the same bits, alpha, profile, EXIF and resolution, only larger."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from srdeploy.core.artifact import atomic_file
+from srdeploy.core.errors import UsageError
+from srdeploy.core.imaging.read import MAX_PIXELS, Picture, opened, read_image
+from srdeploy.core.progress import SILENT, Progress
+from srdeploy.upscale.huge import check_header, upscale_streamed
+from srdeploy.upscale.image_file import check_output, check_quality, write_image
+from srdeploy.upscale.upscaler import ImageReport, Upscaler
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """How results are written.
+
+    Attributes:
+        as_float: 32-bit floating-point TIFF, not clamped.
+        quality: of JPEG and WebP (1 to 100), or the video codec's CRF; None for the format's default.
+        force: replace existing files.
+    """
+
+    as_float: bool = False
+    quality: int | None = None
+    force: bool = False
+
+
+def refuse_same(source: Path, output: Path) -> None:
+    """Refuse an output that is the input, or lies inside the input folder.
+
+    Raises:
+        UsageError: so it is.
+    """
+    if output.exists() and source.exists() and output.samefile(source):
+        raise UsageError(f"{output} is the input itself", next_step="choose another output name")
+    inside = source.resolve() in output.resolve().parents
+    if source.is_dir() and inside:
+        raise UsageError(
+            f"{output} lies inside the input folder {source}",
+            expected="an output folder elsewhere: its pictures would become inputs of the next run",
+        )
+
+
+def upscale_file(
+    up: Upscaler,
+    source: Path,
+    output: Path,
+    options: OutputOptions | None = None,
+    *,
+    progress: Progress = SILENT,
+) -> ImageReport:
+    """Upscale one image file; pictures that do not fit in memory are streamed.
+
+    Args:
+        up: the network.
+        source: the image.
+        output: .png, .jpg, .webp or .tif.
+        options: how to write.
+        progress: told about tiles.
+
+    Raises:
+        InputError: the source is not an image that is understood.
+        UsageError: the output exists, is the source, or its format cannot hold the picture.
+        GateError: a tile came out broken and no fallback repaired it; nothing is written.
+        OutputError: the disk is full or the folder cannot be written.
+    """
+    options = options or OutputOptions()
+    refuse_same(source, output)
+    check_quality(output, options.quality)
+    with atomic_file(output, force=options.force) as temporary:
+        if is_streamed(source, up):
+            return upscale_streamed(up, source, temporary, as_float=options.as_float, progress=progress)
+        picture = read_image(source)
+        check_fits(picture, up, output, options)
+        pixels, report = upscale_picture(up, picture, options, progress=progress)
+        write_image(temporary, pixels, like=picture, quality=options.quality)
+        return report
+
+
+def is_streamed(source: Path, up: Upscaler) -> bool:
+    """Tell whether a picture is too large to be held in memory: 89 megapixels, or 358 after upscaling.
+
+    Raises:
+        InputError: no image, or an absurd header.
+    """
+    with opened(source, max_pixels=None) as image:
+        pixels = image.size[0] * image.size[1]
+    if pixels <= MAX_PIXELS and pixels * up.contract.scale**2 <= 4 * MAX_PIXELS:
+        return False
+    check_header(source)
+    return True
+
+
+def check_fits(picture: Picture, up: Upscaler, output: Path, options: OutputOptions) -> None:
+    """Refuse, before anything is computed, an output format that cannot hold the result.
+
+    Raises:
+        UsageError: see `srdeploy.upscale.image_file.check_output`.
+    """
+    height, width, channels = picture.pixels.shape
+    _, _, *size = up.contract.output_shape((1, up.contract.channels, height, width))
+    check_output(output, size=(size[0], size[1]), channels=channels, dtype=_dtype(picture, options))
+
+
+def upscale_picture(
+    up: Upscaler, picture: Picture, options: OutputOptions, *, progress: Progress = SILENT
+) -> tuple[np.ndarray[Any, Any], ImageReport]:
+    """Upscale a decoded picture to pixels of the type that will be written."""
+    return up.upscale(picture.pixels, dtype=_dtype(picture, options), progress=progress)
+
+
+def _dtype(picture: Picture, options: OutputOptions) -> np.dtype[Any]:
+    return np.dtype(np.float32) if options.as_float else picture.pixels.dtype

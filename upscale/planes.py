@@ -1,0 +1,164 @@
+"""Between pixels and network planes: colour, gray and alpha, for networks on RGB and networks on Y.
+
+A picture becomes one group of planes, or two when it has an alpha channel that is not the same everywhere: colour
+premultiplied by alpha, and alpha itself. Both go through the network, so both get the same edges, and the colour hidden
+under transparent pixels cannot bleed into the visible ones. Y networks see the luma of BT.601; chroma is enlarged
+bicubically, as in the papers' protocol.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from srdeploy.core.imaging.colour import rgb_from_ycbcr, y_from_rgb, ycbcr_from_rgb
+from srdeploy.core.imaging.resize import imresize
+from srdeploy.upscale.tiles import Planes
+
+Floats = NDArray[np.float32]
+
+_LUMA_BLACK = 16 / 255
+_LUMA_SPAN = 219 / 255  # white is 235/255
+_BICUBIC_REACH = 3  # input rows that a bicubic output row depends on, on each side, rounded up
+_OPAQUE_STEP = 0.5 / 255  # below half an 8-bit step of alpha nothing is visible and colour is noise
+
+
+class PixelSource(Protocol):
+    """Where pixels come from, top to bottom.
+
+    `shape` is (H, W, C) with C = 1 gray, 2 gray + alpha, 3 RGB, 4 RGB + alpha; `rows` gives (end - begin, W, C) of
+    uint8, uint16, or float32 in 0..1. Ranges are asked in growing order and may overlap what was asked before.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width, channels."""
+
+    def rows(self, begin: int, end: int) -> NDArray[Any]:
+        """Return rows begin..end."""
+
+
+@dataclass(frozen=True, eq=False)
+class ArraySource:
+    """Pixels that are in memory: (H, W, C)."""
+
+    pixels: NDArray[Any]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width, channels."""
+        height, width, channels = self.pixels.shape
+        return height, width, channels
+
+    def rows(self, begin: int, end: int) -> NDArray[Any]:
+        """Return rows as they are."""
+        return self.pixels[begin:end]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How pixels of one kind pass through a network.
+
+    Attributes:
+        colours: what the network takes.
+        channels: of the picture, 1 to 4.
+        alpha: whether alpha goes through the network; when it is the same everywhere, `constant_alpha` holds it.
+        scale, trim: of the network.
+    """
+
+    colours: Literal["rgb", "y"]
+    channels: int
+    scale: int
+    trim: int
+    alpha: bool
+    constant_alpha: float | None = None
+
+    @property
+    def groups(self) -> int:
+        """Groups of planes: 2 with alpha, else 1."""
+        return 2 if self.alpha else 1
+
+    def planes(self, pixels: NDArray[Any]) -> Planes:
+        """Return what the network takes: (H, W, C) pixels to (G, C, H, W) float32."""
+        values = unit_floats(pixels)
+        colour = values[..., :-1] if self.channels in (2, 4) else values
+        if not self.alpha:
+            return self._colour_planes(colour)[None]
+        alpha = values[..., -1:]
+        return np.stack([self._colour_planes(colour * alpha), self._colour_planes(alpha)])
+
+    def pixels(self, planes: Planes, around: "Chroma") -> Floats:
+        """Return finished rows: network output (G, C, rows, W') to (rows, W', channels) float32, not clamped.
+
+        Args:
+            planes: the network's output.
+            around: the enlarged chroma of the same rows, used by Y networks on colour.
+        """
+        colour = self._colour(planes[0], around)
+        if not self.alpha:
+            if self.constant_alpha is None:
+                return colour
+            alpha = np.full((*colour.shape[:2], 1), self.constant_alpha, np.float32)
+            return np.concatenate([colour, alpha], axis=2)
+        alpha = self._gray(planes[1])
+        # Both overshoot at an edge, and by the same factor: so divide before anything is clamped. Alpha clamped first
+        # would leave the colour's overshoot as a bright rim.
+        plain = np.divide(colour, alpha, out=np.zeros_like(colour), where=alpha > _OPAQUE_STEP)
+        return np.concatenate([plain.clip(0, 1), alpha.clip(0, 1)], axis=2)
+
+    def _colour_planes(self, colour: Floats) -> Floats:
+        """(H, W, 1 or 3) to (C, H, W)."""
+        if self.colours == "rgb":
+            return np.ascontiguousarray(np.broadcast_to(colour, (*colour.shape[:2], 3)).transpose(2, 0, 1))
+        if colour.shape[2] == 1:
+            luma: Floats = np.float32(_LUMA_BLACK) + np.float32(_LUMA_SPAN) * colour.transpose(2, 0, 1)
+            return luma
+        return y_from_rgb(colour.astype(np.float64)).astype(np.float32)[None]
+
+    def _colour(self, plane: Floats, around: "Chroma") -> Floats:
+        if self.channels <= 2:
+            return self._gray(plane)
+        if self.colours == "rgb":
+            return plane.transpose(1, 2, 0)
+        ycbcr = np.concatenate([plane.transpose(1, 2, 0), around.rows(plane.shape[1])], axis=2)
+        return rgb_from_ycbcr(ycbcr)
+
+    def _gray(self, plane: Floats) -> Floats:
+        """(C, H, W) to (H, W, 1): the mean of three equal-input channels, or luma back to full swing."""
+        if self.colours == "rgb":
+            mean: Floats = plane.mean(axis=0, dtype=np.float32, keepdims=True)
+            return mean.transpose(1, 2, 0)
+        gray: Floats = ((plane - np.float32(_LUMA_BLACK)) / np.float32(_LUMA_SPAN)).transpose(1, 2, 0)
+        return gray
+
+
+class Chroma:
+    """Cb and Cr of a picture, enlarged bicubically a few rows at a time, from top to bottom."""
+
+    def __init__(self, source: PixelSource, conversion: Conversion) -> None:
+        self._source = source
+        self._conversion = conversion
+        self._next = 0  # next output row
+
+    def rows(self, count: int) -> Floats:
+        """Return the next `count` output rows: (count, W', 2) float32."""
+        scale, trim = self._conversion.scale, self._conversion.trim
+        height, width, _ = self._source.shape
+        begin, end = self._next, self._next + count
+        self._next = end
+        first = max(0, begin // scale - _BICUBIC_REACH)
+        last = min(height, -(-end // scale) + _BICUBIC_REACH)
+        values = unit_floats(self._source.rows(first, last))
+        colour = values[..., :3].astype(np.float64)
+        if self._conversion.alpha:
+            colour *= values[..., 3:]
+        chroma = imresize(ycbcr_from_rgb(colour)[..., 1:], scale=scale)
+        return chroma[begin - first * scale : end - first * scale, : scale * width - trim].astype(np.float32)
+
+
+def unit_floats(pixels: NDArray[Any]) -> Floats:
+    """Return pixels as float32: whole numbers divided by their peak, floats as they are."""
+    if pixels.dtype.kind == "f":
+        return pixels.astype(np.float32, copy=False)
+    return pixels.astype(np.float32) / np.float32(np.iinfo(pixels.dtype).max)

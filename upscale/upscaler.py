@@ -1,0 +1,467 @@
+"""Open an engine, an ONNX file or a bundle, and upscale pictures of any size with it.
+
+    with Upscaler.open("rcan_x4.srd") as up:
+        large = up(small)  # numpy (H, W, C) uint8, uint16 or float32; torch (C, H, W) or (N, C, H, W)
+
+The picture runs as a whole when it fits the memory budget and the engine, else in tiles. Every tile is checked for
+NaN, infinity and collapse to one colour (`srdeploy.upscale.guards`).
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from srdeploy.core.artifact import sha256_of_file
+from srdeploy.core.contract import ModelContract
+from srdeploy.core.errors import InputError, UsageError
+from srdeploy.core.imaging.read import quantized
+from srdeploy.core.manifest import manifest_path
+from srdeploy.core.precision import Precision
+from srdeploy.core.progress import SILENT, Progress
+from srdeploy.core.runner import Runner, RunnerInfo, run_image
+from srdeploy.upscale.budget import Decision, TileSettings, decide, default_memory, needs_tiles
+from srdeploy.upscale.guards import Guard, Tally, check_input, check_rows
+from srdeploy.upscale.lock_step import LockStep, lock_step_of
+from srdeploy.upscale.planes import ArraySource, Chroma, Conversion, Floats, PixelSource
+from srdeploy.upscale.tiles import Planes, SeamProbe, seam_score, stitch
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class ImageReport:
+    """How one picture was run.
+
+    Attributes:
+        size: (H, W) of the input.
+        output_size: (H', W').
+        decision: tiles or whole, and why.
+        tally: tiles run, and tiles repaired on the fallback.
+        seam_score: see `srdeploy.upscale.tiles.seam_score`; None without seams or where the output was not kept.
+        fidelity_db: see `srdeploy.upscale.tiles.SeamProbe`; None where tiles equal the whole image or
+            reach beyond it, and for engines that take nothing but full batches.
+    """
+
+    size: tuple[int, int]
+    output_size: tuple[int, int]
+    decision: Decision
+    tally: Tally = field(default_factory=Tally)
+    seam_score: float | None = None
+    fidelity_db: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        plan = self.decision.plan
+        return {
+            "size": list(self.size),
+            "output_size": list(self.output_size),
+            "mode": self.decision.reason,
+            "tiles": plan.tiles,
+            "tile": [plan.rows.window, plan.columns.window],
+            "overlap": plan.halo,
+            "batch": self.decision.batch,
+            "work": round(plan.work, 3),
+            "equals_whole_image": self.decision.exact,
+            "tiles_run_again": dict(self.tally.repaired),
+            "seam_score": None if self.seam_score is None else round(self.seam_score, 4),
+            "fidelity_db": None if self.fidelity_db is None else round(self.fidelity_db, 2),
+        }
+
+
+class Upscaler:
+    """An opened network and the settings to run it with. Use it as a context manager.
+
+    Calls from several threads are safe: they take turns.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        settings: TileSettings | None = None,
+        *,
+        open_fallback: Callable[[], Runner] | None = None,
+        onnx: Path | None = None,
+        threads: int | None = None,
+        identity: str | None = None,
+    ) -> None:
+        """Wrap an opened runner, which is closed with the upscaler.
+
+        Args:
+            runner: the engine.
+            settings: tiles and memory.
+            open_fallback: opens the FP32 runner for tiles that the engine fails on; None when there is none.
+            onnx: the graph behind the engine, needed to run channel attention in lock-step.
+            threads: CPU threads for the lock-step stages.
+            identity: SHA-256 of the engine or ONNX file; by default the checkpoint's with the engine's name.
+        """
+        self._identity = identity or f"{runner.info.contract.checkpoint_sha256} {runner.info.name}"
+        self._settings = settings or TileSettings()
+        self._resources = contextlib.ExitStack()
+        self._runner = self._resources.enter_context(runner)
+        self._open_fallback = open_fallback
+        self._fallback: Runner | None = None
+        self._onnx = onnx
+        self._threads = threads
+        self._stages: LockStep | None = None
+        # Asked once: frames of a video must not change from whole to tiles because memory was free or not for a moment.
+        self._free_memory = default_memory()
+        self._lock = threading.RLock()
+        self._closed = False
+
+    @classmethod
+    def open(
+        cls,
+        path: Path | str,
+        settings: TileSettings | None = None,
+        *,
+        engine: str | None = None,
+        precision: Precision | None = None,
+        device: str = "auto",
+        threads: int | None = None,
+        fallback: Path | None = None,
+    ) -> "Upscaler":
+        """Open an engine, an ONNX file (ONNX Runtime unless `engine` says otherwise) or a bundle.
+
+        Args:
+            path: the file, or the bundle's folder; of a bundle the best engine that runs here is taken.
+            settings: tiles and memory.
+            engine, precision: take only these from a bundle; `engine` also for an ONNX file.
+            device: "auto", "cpu", "cuda" or "cuda:N".
+            threads: CPU threads, None for all.
+            fallback: FP32 ONNX file for tiles that the engine fails on; a bundle brings its own.
+
+        Raises:
+            InputError, CapabilityError, UsageError: as `srdeploy.runtime.engines.registry.open_engine` and
+                `srdeploy.runtime.bundle.choose_engine`.
+        """
+        from srdeploy.runtime.engines.registry import is_engine, open_engine
+
+        path = Path(path)
+        if not path.exists():
+            raise InputError(f"{path} does not exist", expected="an engine, an ONNX file or a bundle")
+        if path.is_dir():
+            path, engine, bundled = _from_bundle(path, engine, precision)
+            fallback = fallback or bundled
+        elif path.suffix != ".onnx" and not manifest_path(path).exists():
+            raise InputError(
+                f"{path} is no ONNX file, and no readable manifest {manifest_path(path).name} lies beside it",
+                expected="an engine, an ONNX file or a bundle",
+                next_step=f"if it is a checkpoint: srdeploy export {path} -o model.onnx",
+            )
+        runner = open_engine(path, engine=engine, device=device, threads=threads)
+        # Lock-step cuts the graph that the engine computes. A built FP32 engine computes what the FP32 graph says; one
+        # of another precision does not, and stays uncut.
+        onnx = path if path.suffix == ".onnx" and not is_engine(path) else None
+        if fallback is not None and runner.info.contract.precision is Precision.FP32:
+            onnx = fallback
+        same = fallback is not None and path == fallback and runner.info.engine == "onnxruntime"
+
+        def open_fallback() -> Runner:
+            assert fallback is not None
+            return open_engine(fallback, engine="onnxruntime", threads=threads)
+
+        return cls(
+            runner,
+            settings,
+            open_fallback=None if fallback is None or same else open_fallback,
+            onnx=onnx,
+            threads=threads,
+            identity=f"{sha256_of_file(path)} {runner.info.engine}",
+        )
+
+    @property
+    def runner(self) -> Runner:
+        """The opened engine.
+
+        Raises:
+            UsageError: the upscaler is closed.
+        """
+        if self._closed:
+            raise UsageError("the upscaler is closed", next_step="use it inside its with block")
+        return self._runner
+
+    @property
+    def identity(self) -> str:
+        """What decides the result: network bytes, engine family and tile settings, in one string."""
+        settings = self._settings
+        return f"{self._identity} {settings.mode} {settings.side} {settings.overlap}"
+
+    @property
+    def info(self) -> RunnerInfo:
+        """What engine runs."""
+        return self._runner.info
+
+    @property
+    def contract(self) -> ModelContract:
+        """What network it is: scale, colours."""
+        return self._runner.info.contract
+
+    @overload
+    def __call__(self, image: NDArray[Any]) -> NDArray[Any]: ...
+
+    @overload
+    def __call__(self, image: "torch.Tensor") -> "torch.Tensor": ...
+
+    def __call__(self, image: "NDArray[Any] | torch.Tensor") -> "NDArray[Any] | torch.Tensor":
+        """Upscale one picture (or a batch of torch planes).
+
+        Args:
+            image: numpy (H, W) or (H, W, C) of uint8, uint16 or float32 in 0..1, with C = 1 gray, 2 gray + alpha,
+                3 RGB, 4 RGB + alpha (not premultiplied); or torch (C, H, W) or (N, C, H, W) of uint8 or float32 in
+                0..1, on the CPU or a GPU.
+
+        Returns:
+            The same kind: layout, type and (torch) device. Whole numbers are clamped and rounded half to even; floats
+            are not clamped.
+
+        Raises:
+            UsageError: another type or shape, or the tile settings do not fit.
+            InputError: a float image holds NaN or infinity.
+            GateError: a tile came out as NaN, infinity or one colour, and no fallback could repair it.
+        """
+        if isinstance(image, np.ndarray):
+            return self.upscale(image)[0]
+        if type(image).__module__.split(".")[0] == "torch":
+            from srdeploy.upscale.tensors import upscale_tensor
+
+            return upscale_tensor(self, image)
+        raise UsageError(f"an image of type {type(image).__name__}", expected="a numpy array or a torch tensor")
+
+    def upscale(
+        self, image: NDArray[Any], *, dtype: Any = None, progress: Progress = SILENT
+    ) -> tuple[NDArray[Any], ImageReport]:
+        """Upscale a numpy picture, and tell how: as calling the upscaler; `dtype` asks for another output type."""
+        pixels = _checked(image)
+        target = np.dtype(dtype or pixels.dtype)
+        rows, report = self.rows(ArraySource(pixels), progress=progress)
+        height, width = report.output_size
+        output = np.empty((height, width, pixels.shape[2]), target)
+        with self._lock:
+            begin = 0
+            for band in rows:
+                output[begin : begin + len(band)] = converted(band, target)
+                begin += len(band)
+        if not report.decision.plan.whole:
+            report.seam_score = seam_score(output, report.decision.plan, self.contract.scale)
+        return (output[..., 0] if image.ndim == 2 else output), report
+
+    def decide(self, height: int, width: int, channels: int = 3, *, memory_bytes: int | None = None) -> Decision:
+        """Tell how a picture of this size would be run; `memory_bytes` is the budget where the settings name none."""
+        groups = 2 if channels in (2, 4) else 1
+        budget = self._settings.memory_bytes or memory_bytes or self._free_memory
+        settings = replace(self._settings, memory_bytes=budget)
+        if self._wants_lock_step(height, width, settings):
+            decision = self._lock_step().decide(height, width, settings, groups=groups)
+            if decision is not None:
+                return decision
+        return decide(height, width, self.contract, self.info.profile, settings, groups=groups)
+
+    def _wants_lock_step(self, height: int, width: int, settings: TileSettings) -> bool:
+        """Tell whether channel attention meets a picture in tiles, and nothing speaks for overlapped ones."""
+        if self.contract.receptive_radius is not None or settings.mode in ("whole", "overlapped"):
+            return False
+        if not needs_tiles(height, width, self.contract, self.info.profile, settings):
+            return False
+        return settings.mode == "exact" or (settings.overlap is None and self._can_cut())
+
+    def rows(
+        self, source: PixelSource, *, memory_bytes: int | None = None, progress: Progress = SILENT
+    ) -> tuple[Iterator[Floats], ImageReport]:
+        """Upscale a picture that may be too large for memory.
+
+        Args:
+            source: gives its rows.
+            memory_bytes: budget where the settings name none.
+            progress: told about tiles.
+
+        Returns:
+            Finished rows from top to bottom, each (rows, W', C) float32 not clamped; and the report, complete when the
+            rows are exhausted.
+        """
+        height, width, channels = source.shape
+        constant = _constant_alpha(source)
+        contract = self.contract
+        conversion = Conversion(
+            colours=contract.colours,
+            channels=channels,
+            scale=contract.scale,
+            trim=contract.trim,
+            alpha=channels in (2, 4) and constant is None,
+            constant_alpha=constant,
+        )
+        decision = self.decide(height, width, channels if conversion.alpha else 3, memory_bytes=memory_bytes)
+        _, _, *output_size = contract.output_shape((1, contract.channels, height, width))
+        report = ImageReport((height, width), (output_size[0], output_size[1]), decision)
+        run = self._lock_step_bands if decision.lock_step else self._bands
+        return run(source, conversion, report, progress), report
+
+    def run_planes(self, planes: Planes) -> Planes:
+        """Run what is the network's input already, as a whole: (N, C, H, W) to (N, C, H', W'), every picture checked.
+
+        Raises:
+            InputError, GateError: as calling the upscaler.
+        """
+        check_input(planes)
+        return Guard(self._run, self.info.name, self._fallback_run(), Tally())(planes)
+
+    def run_tensors(self, feeds: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+        """Run tensors on the engine's device, unchecked; for engines that take them there."""
+        runner: Any = self.runner
+        with self._lock:
+            outputs: dict[str, torch.Tensor] = runner.run_tensors(feeds)
+        return outputs
+
+    def close(self) -> None:
+        """Free the engines; the upscaler cannot be used any more."""
+        self._closed = True
+        self._resources.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _bands(
+        self, source: PixelSource, conversion: Conversion, report: ImageReport, progress: Progress
+    ) -> Iterator[Floats]:
+        chroma = Chroma(source, conversion)
+        plan = report.decision.plan
+        guard = Guard(self._run, self.info.name, self._fallback_run(), report.tally)
+        probe = None
+        padded = plan.rows.padding or plan.columns.padding
+        if not (report.decision.exact or plan.whole or padded or report.decision.fill_batches):
+            multiple = int(self.contract.configuration.get("unshuffle", 1) or 1)
+            probe = SeamProbe(plan, scale=conversion.scale, trim=conversion.trim, multiple=multiple)
+
+        def read_rows(begin: int, end: int) -> Planes:
+            strip = conversion.planes(source.rows(begin, end))
+            if probe is not None:
+                probe.see(begin, strip)
+            return strip
+
+        begin = 0
+        with progress.task("upscaling", total=plan.tiles * conversion.groups) as advance:
+            for planes in stitch(
+                plan,
+                scale=conversion.scale,
+                trim=conversion.trim,
+                read_rows=read_rows,
+                run=guard,
+                batch=report.decision.batch,
+                fill_batches=report.decision.fill_batches,
+                done=lambda tiles: advance(tiles),
+            ):
+                if probe is not None:
+                    probe.take(begin, planes)
+                begin += planes.shape[2]
+                yield conversion.pixels(planes, chroma)
+        if probe is not None:
+            report.fidelity_db = probe.fidelity_db(Guard(self._run, self.info.name, self._fallback_run(), Tally()))
+
+    def _lock_step_bands(
+        self, source: PixelSource, conversion: Conversion, report: ImageReport, progress: Progress
+    ) -> Iterator[Floats]:
+        """As `_bands`, in lock-step; finished rows are checked as tiles are."""
+        lock = self._lock_step()
+        plan, chroma = report.decision.plan, Chroma(source, conversion)
+        tiles = plan.tiles * conversion.groups * len(lock.stages)
+
+        def group_rows(group: int) -> Callable[[int, int], Planes]:
+            return lambda begin, end: conversion.planes(source.rows(begin, end))[group : group + 1]
+
+        with progress.task("upscaling in lock-step", total=tiles) as advance:
+            groups = [
+                lock.bands(
+                    group_rows(group), report.decision, scale=conversion.scale, done=lambda tiles: advance(tiles)
+                )
+                for group in range(conversion.groups)
+            ]
+            begin = 0
+            for bands in zip(*groups, strict=True):
+                planes = np.concatenate(bands)
+                end = begin + planes.shape[2] // conversion.scale
+                report.tally.tiles += len(plan.columns.starts) * conversion.groups
+                check_rows(conversion.planes(source.rows(begin, end)), planes, self.info.name)
+                begin = end
+                yield conversion.pixels(planes, chroma)
+
+    def _can_cut(self) -> bool:
+        """Tell whether this engine's network can be run in stages."""
+        try:
+            self._lock_step()
+        except UsageError:
+            return False
+        return True
+
+    def _lock_step(self) -> LockStep:
+        if self._stages is None:
+            memory = self._settings.memory_bytes or self._free_memory
+            self._stages = lock_step_of(self.runner, self._onnx, threads=self._threads, memory_bytes=memory)
+        return self._stages
+
+    def _run(self, tiles: Planes) -> Planes:
+        with self._lock:
+            return run_image(self.runner, np.ascontiguousarray(tiles))
+
+    def _fallback_run(self) -> Callable[[], Callable[[Planes], Planes]] | None:
+        opener = self._open_fallback
+        if opener is None:
+            return None
+
+        def runner() -> Callable[[Planes], Planes]:
+            with self._lock:
+                if self._fallback is None:
+                    self._fallback = self._resources.enter_context(opener())
+                fallback = self._fallback
+            return lambda tiles: run_image(fallback, np.ascontiguousarray(tiles))
+
+        return runner
+
+
+def converted(band: Floats, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return finished rows (rows, W', C) as the output's type: rounded whole numbers, or floats as they are."""
+    if dtype.kind == "f":
+        return band.astype(dtype, copy=False)
+    return quantized(band.transpose(2, 0, 1), dtype.type)
+
+
+def _checked(image: NDArray[Any]) -> NDArray[Any]:
+    if image.dtype not in (np.uint8, np.uint16, np.float32):
+        raise UsageError(f"pixels of type {image.dtype}", expected="uint8, uint16 or float32")
+    pixels = image[..., None] if image.ndim == 2 else image
+    if pixels.ndim != 3 or pixels.shape[2] not in (1, 2, 3, 4) or 0 in pixels.shape:
+        raise UsageError(f"an image of shape {image.shape}", expected="(H, W) or (H, W, C) with C from 1 to 4")
+    check_input(pixels)
+    return pixels
+
+
+def _constant_alpha(source: PixelSource) -> float | None:
+    """Return the alpha that all pixels share; None when they differ, or there is none, or nobody looked."""
+    if source.shape[2] not in (2, 4) or not isinstance(source, ArraySource):
+        return None
+    alpha = source.pixels[..., -1]
+    if alpha.min() != alpha.max():
+        return None
+    peak = 1.0 if alpha.dtype.kind == "f" else float(np.iinfo(alpha.dtype).max)
+    return float(alpha.flat[0]) / peak
+
+
+def _from_bundle(folder: Path, engine: str | None, precision: Precision | None) -> tuple[Path, str | None, Path | None]:
+    """Return the engine file of a bundle, the family to open it with, and the FP32 graph as fallback."""
+    from srdeploy.runtime.bundle import choose_engine, read_bundle
+
+    bundle = read_bundle(folder)
+    fallback = bundle.onnx(Precision.FP32) if "model.fp32.onnx" in bundle.files else None
+    chosen = choose_engine(bundle, engine=engine, precision=precision)
+    return bundle.file(chosen.file), chosen.engine, fallback

@@ -1,0 +1,493 @@
+"""Upscale a video: decode, compute and encode at the same time, in segments that survive being killed.
+
+Finished segments lie in OUTPUT.parts/ with a journal of what they hold and what they were made from; the same command
+takes them up again. At the end they are joined without encoding again, together with the audio, subtitles, chapters and
+metadata of the input, and the folder is removed. Memory does not grow with the length of the video.
+"""
+
+import contextlib
+import heapq
+import json
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from srdeploy.core.artifact import atomic_file, sha256_of_bytes, sha256_of_file
+from srdeploy.core.errors import InputError, OutputError, UsageError
+from srdeploy.core.extras import import_extra
+from srdeploy.core.progress import SILENT, Progress
+from srdeploy.upscale.pictures import refuse_same
+from srdeploy.upscale.pipeline import Pipeline
+from srdeploy.upscale.upscaler import Upscaler
+from srdeploy.upscale.video_io import Encoding, Frame, VideoInfo, VideoReader, VideoWriter, choose_encoding
+
+SEGMENT_FRAMES = 120
+"""Frames per segment: what a kill can cost, and the longest distance between key frames."""
+CONTAINERS = (".mp4", ".m4v", ".mkv", ".mov", ".webm")
+_JOURNAL = "segments.jsonl"
+
+
+@dataclass(frozen=True)
+class VideoOptions:
+    """How a video is written.
+
+    Attributes:
+        codec: FFmpeg's name of the encoder; None for libx264, libvpx-vp9 in .webm.
+        quality: the codec's CRF, lower is better; None for a transparent one.
+        force: replace an existing output.
+        segment_frames: frames per segment.
+    """
+
+    codec: str | None = None
+    quality: int | None = None
+    force: bool = False
+    segment_frames: int = SEGMENT_FRAMES
+
+
+@dataclass
+class VideoReport:
+    """How a video was made.
+
+    Attributes:
+        frames: in the output.
+        resumed: of these, frames taken over from an earlier run.
+        seconds: wall time of this run.
+        stage_seconds: time that decoding, computing and encoding took each; they overlap.
+        repaired: tiles run again on the fallback, by fault.
+        mode: tiles or whole, and why.
+        encoding: codec, stored format, options.
+        notes: lines a user should read.
+    """
+
+    frames: int = 0
+    resumed: int = 0
+    seconds: float = 0.0
+    stage_seconds: dict[str, float] = field(default_factory=lambda: {"decode": 0.0, "compute": 0.0, "encode": 0.0})
+    repaired: dict[str, int] = field(default_factory=dict)
+    mode: str = ""
+    encoding: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def frames_per_second(self) -> float:
+        """Frames made by this run per second of wall time."""
+        return (self.frames - self.resumed) / self.seconds if self.seconds else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return {
+            "frames": self.frames,
+            "frames_resumed": self.resumed,
+            "seconds": round(self.seconds, 3),
+            "frames_per_second": round(self.frames_per_second, 3),
+            "stage_seconds": {name: round(value, 3) for name, value in self.stage_seconds.items()},
+            "tiles_run_again": self.repaired,
+            "mode": self.mode,
+            "encoding": self.encoding,
+            "notes": list(self.notes),
+        }
+
+
+def upscale_video(
+    up: Upscaler,
+    source: Path,
+    output: Path,
+    options: VideoOptions | None = None,
+    *,
+    progress: Progress = SILENT,
+) -> VideoReport:
+    """Upscale a video file; an interrupted run is taken up where its last whole segment ended.
+
+    Args:
+        up: the network.
+        source: anything FFmpeg's libraries decode; the first video stream is upscaled, audio and subtitles are copied.
+        output: .mp4, .mkv, .mov or .webm.
+        options: how to write.
+        progress: told about frames, with frames per second.
+
+    Raises:
+        InputError: damaged, truncated, interlaced, or no video.
+        UsageError: the output exists or is the source, or the container or codec cannot hold the result.
+        GateError: a frame came out broken and no fallback repaired it; nothing is written.
+        OutputError: the disk is full or the folder cannot be written; finished segments stay for the next run.
+    """
+    options = options or VideoOptions()
+    refuse_same(source, output)
+    if output.suffix.lower() not in CONTAINERS:
+        raise UsageError(f"video output {output}", expected="a name ending in " + ", ".join(CONTAINERS))
+    started = time.monotonic()
+    with atomic_file(output, force=options.force) as temporary, contextlib.closing(VideoReader(source)) as reader:
+        job = _VideoJob(up, reader, output, options)
+        try:
+            report = job.run(progress)
+        except BaseException as error:
+            if not job.parts.frames:
+                job.parts.remove()
+            elif isinstance(error, KeyboardInterrupt):
+                progress.note(f"{job.parts.frames} frames are kept in {job.parts.folder}; the same command goes on")
+            raise
+        with progress.task("joining segments, copying audio and subtitles"):
+            join_segments(job.parts.segments, source, temporary, reader.info)
+    job.parts.remove()
+    report.seconds = time.monotonic() - started
+    return report
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A finished segment: its frames' timestamps in order of presentation, and how long the last one is shown.
+
+    Both in ticks of the input; 0 when the input does not say.
+    """
+
+    path: Path
+    pts: tuple[int, ...]
+    last_duration: int
+
+
+class Parts:
+    """The finished segments of one video, in OUTPUT.parts/."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        """Take up the segments made with the same key; others are removed.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        self.folder = folder
+        self.segments: list[Segment] = []
+        self._key = key
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            journal = folder / _JOURNAL
+            text = journal.read_text(encoding="utf-8", errors="replace") if journal.exists() else ""
+            self._take_up(text)
+            # Rewritten from what was found whole: a line cut short by a kill must not spoil the next one.
+            with atomic_file(journal, force=True) as temporary:
+                temporary.write_text("".join(line + "\n" for line in self._lines), encoding="utf-8")
+            for path in folder.iterdir():
+                if path not in (journal, *(segment.path for segment in self.segments)):
+                    path.unlink()
+        except OSError as error:
+            raise OutputError(f"cannot write {folder}: {error.strerror}", next_step="choose another output") from error
+
+    @property
+    def frames(self) -> int:
+        """Frames in the finished segments."""
+        return sum(len(segment.pts) for segment in self.segments)
+
+    def path(self, number: int) -> Path:
+        """Return where a segment belongs. Matroska holds every codec."""
+        return self.folder / f"{number:06d}.mkv"
+
+    def add(self, segment: Segment) -> None:
+        """Record a finished segment."""
+        path = segment.path
+        entry = {"key": self._key, "file": path.name, "pts": segment.pts, "last_duration": segment.last_duration}
+        entry["sha256"] = sha256_of_file(path)
+        with (self.folder / _JOURNAL).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry) + "\n")
+        self.segments.append(segment)
+
+    def remove(self) -> None:
+        """Remove the folder; the video is complete."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _take_up(self, text: str) -> None:
+        self._lines: list[str] = []
+        for line in text.splitlines():
+            try:
+                entry = json.loads(line)
+                path = self.path(len(self.segments))
+                whole = (
+                    entry["key"] == self._key
+                    and entry["file"] == path.name
+                    and path.is_file()
+                    and sha256_of_file(path) == entry["sha256"]
+                )
+                segment = Segment(path, tuple(int(value) for value in entry["pts"]), int(entry["last_duration"]))
+            except (ValueError, KeyError, TypeError):
+                whole = False
+            if not whole:  # what follows a gap is of no use
+                return
+            self._lines.append(line)
+            self.segments.append(segment)
+
+
+@dataclass
+class _OpenSegment:
+    """A segment that is being written."""
+
+    path: Path
+    writer: VideoWriter
+    file: contextlib.ExitStack
+    pts: list[int] = field(default_factory=list)
+    last_duration: int = 0
+
+    def write(self, frame: Frame) -> None:
+        """Encode one frame."""
+        self.writer.write(frame)
+        self.pts.append(frame.pts)
+        self.last_duration = frame.duration
+
+    def finish(self) -> Segment:
+        """Encode what the encoder still holds and give the file its name; on failure nothing is left of it."""
+        with self.file:
+            try:
+                self.writer.close()
+            except BaseException:
+                self._abort()
+                raise
+        return Segment(self.path, tuple(self.pts), self.last_duration)
+
+    def drop(self) -> None:
+        """Throw an unfinished segment away."""
+        self._abort()
+        with contextlib.suppress(_Dropped), self.file:
+            raise _Dropped
+
+    def _abort(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk was met before, and closing meets it again
+            self.writer.abort()
+
+
+@dataclass
+class _VideoJob:
+    """The three stages of a video."""
+
+    up: Upscaler
+    reader: VideoReader
+    output: Path
+    options: VideoOptions
+    parts: Parts = field(init=False)
+    report: VideoReport = field(default_factory=VideoReport)
+
+    def __post_init__(self) -> None:
+        info, contract = self.reader.info, self.up.contract
+        _, _, *size = contract.output_shape((1, contract.channels, info.height, info.width))
+        self.size = (size[0], size[1])
+        self.encoding = choose_encoding(
+            info, self.output, size=self.size, codec=self.options.codec, quality=self.options.quality
+        )
+        self.report.encoding = {
+            "codec": self.encoding.codec,
+            "pix_fmt": self.encoding.pix_fmt,
+            "options": self.encoding.options,
+        }
+        self.report.notes = self.encoding.notes
+        self.report.mode = self.up.decide(info.height, info.width).reason
+        self.parts = Parts(self.output.with_name(self.output.name + ".parts"), self._key(self.encoding))
+        self.begun = len(self.parts.segments)
+        self.segment: _OpenSegment | None = None
+        self.finishing: Future[None] | None = None
+
+    def run(self, progress: Progress) -> VideoReport:
+        """Make the segments that are missing."""
+        self.report.resumed = self.parts.frames
+        if self.parts.frames:
+            progress.note(f"going on after {self.parts.frames} frames made earlier")
+        total = self.reader.info.frames or None
+        with progress.task("upscaling frames", total=total) as advance:
+            advance(self.parts.frames)
+            rate = _Rate(advance)
+            with ThreadPoolExecutor(max_workers=1, thread_name_prefix="srdeploy-finish") as finisher:
+                try:
+                    Pipeline(self._read(), self._compute, lambda frame: self._write(frame, finisher, rate)).run()
+                    self._end_segment(finisher)
+                    self._wait_for_finishing()
+                finally:
+                    if self.segment is not None:
+                        self.segment.drop()
+        if not self.parts.segments:
+            raise InputError(f"{self.reader.path} holds no frame", expected="a video")
+        self.report.frames = self.parts.frames
+        return self.report
+
+    def _read(self) -> Iterator[Frame]:
+        frames = self.reader.frames(skip=self.parts.frames)
+        while True:
+            started = time.monotonic()
+            frame = next(frames, None)
+            self.report.stage_seconds["decode"] += time.monotonic() - started
+            if frame is None:
+                return
+            yield frame
+
+    def _compute(self, frame: Frame) -> Frame:
+        started = time.monotonic()
+        pixels, report = self.up.upscale(frame.pixels)
+        for fault, count in report.tally.repaired.items():
+            self.report.repaired[fault] = self.report.repaired.get(fault, 0) + count
+        self.report.stage_seconds["compute"] += time.monotonic() - started
+        return Frame(np.ascontiguousarray(pixels), frame.pts, frame.duration)
+
+    def _write(self, frame: Frame, finisher: ThreadPoolExecutor, rate: "_Rate") -> None:
+        started = time.monotonic()
+        if self.segment is None:
+            self.segment = self._begin_segment()
+        self.segment.write(frame)
+        if len(self.segment.pts) == self.options.segment_frames:
+            self._end_segment(finisher)
+        self.report.stage_seconds["encode"] += time.monotonic() - started
+        rate.step()
+
+    def _begin_segment(self) -> _OpenSegment:
+        path = self.parts.path(self.begun)
+        with contextlib.ExitStack() as file:
+            temporary = file.enter_context(atomic_file(path, force=True))
+            writer = VideoWriter(temporary, self.reader.info, self.encoding, self.size)
+            self.begun += 1
+            return _OpenSegment(path, writer, file.pop_all())
+
+    def _end_segment(self, finisher: ThreadPoolExecutor) -> None:
+        """Finish a segment beside the next one: an encoder holds dozens of frames back until it is told the end."""
+        self._wait_for_finishing()
+        if self.segment is not None:
+            segment, self.segment = self.segment, None
+            self.finishing = finisher.submit(lambda: self.parts.add(segment.finish()))
+
+    def _wait_for_finishing(self) -> None:
+        finishing, self.finishing = self.finishing, None
+        if finishing is not None:
+            finishing.result()
+
+    def _key(self, encoding: Encoding) -> str:
+        parts = [sha256_of_file(self.reader.path), self.up.identity, encoding.codec, encoding.pix_fmt]
+        return sha256_of_bytes(json.dumps([*parts, encoding.options, self.options.segment_frames]).encode())
+
+
+class _Dropped(Exception):  # noqa: N818 - not an error: it tells atomic_file not to keep the file
+    pass
+
+
+class _Rate:
+    """Advances a task by frames and shows frames per second."""
+
+    def __init__(self, advance: Callable[..., None]) -> None:
+        self._advance = advance
+        self._started = time.monotonic()
+        self._frames = 0
+
+    def step(self) -> None:
+        self._frames += 1
+        seconds = time.monotonic() - self._started
+        self._advance(1, f"{self._frames / seconds:.2f} frames/s" if seconds else None)
+
+
+def join_segments(segments: list[Segment], source: Path, output: Path, info: VideoInfo) -> None:
+    """Put segments one after the other without encoding, with the other streams of the source.
+
+    Segments keep the order of their frames; the timestamps are the input's own, which no container in between rounds.
+
+    Raises:
+        UsageError: the output's container cannot hold an audio or subtitle stream of the source.
+    """
+    av: Any = import_extra("av", "video")
+    with av.open(str(source)) as original, av.open(str(segments[0].path)) as first, av.open(str(output), "w") as joined:
+        film = joined.add_stream_from_template(first.streams.video[0], opaque=True)
+        film.time_base = info.time_base
+        film.codec_context.framerate = info.frame_rate
+        if info.rotation:
+            film.set_display_rotation(info.rotation)
+        copied = {}
+        for stream in [*original.streams.audio, *original.streams.subtitles]:
+            copied[stream.index] = _copied_stream(av, joined, stream, output)
+        joined.metadata.update(original.metadata)
+        film.metadata.update({k: v for k, v in _film(original).metadata.items() if k in ("language", "title")})
+        joined.set_chapters(original.chapters())
+        packets = heapq.merge(
+            _film_packets(av, segments, film, info.time_base),
+            _copied_packets(original, copied),
+            key=lambda entry: entry[0],
+        )
+        try:
+            for _, packet in packets:
+                joined.mux_one(packet)
+        except av.FFmpegError as error:
+            if isinstance(error, OSError) and error.errno and not isinstance(error, av.InvalidDataError):
+                raise OSError(error.errno, error.strerror) from error
+            raise UsageError(
+                f"{output.suffix} cannot hold the streams of {source} ({error.strerror})", next_step="write an .mkv"
+            ) from error
+
+
+def _film(container: Any) -> Any:
+    return container.streams.video[0]
+
+
+def _copied_stream(av: Any, joined: Any, stream: Any, output: Path) -> Any:
+    name = stream.codec_context.name if stream.codec_context else "unknown"
+    try:
+        copy = joined.add_stream_from_template(stream)
+    except (av.FFmpegError, av.codec.codec.UnknownCodecError, ValueError) as error:
+        raise UsageError(
+            f"{output.suffix} cannot hold the input's {stream.type} stream ({name})",
+            expected="a container that can",
+            next_step="write an .mkv",
+        ) from error
+    copy.metadata.update(stream.metadata)
+    return copy
+
+
+def _film_packets(av: Any, segments: list[Segment], film: Any, time_base: Fraction) -> Iterator[tuple[Fraction, Any]]:
+    """Yield (decoding time in seconds, packet). Decoding times are made anew: the sorted timestamps, some places later.
+
+    A packet must not be decoded later than it is shown, so the shift is the encoder's longest reordering.
+    """
+    delay = max(_reordering(av, segment) for segment in segments)
+    first = segments[0].pts[0]
+    second = next((pts for segment in segments for pts in segment.pts if pts > first), first + 1)
+    waiting = deque(first - (second - first) * place for place in range(delay, 0, -1))
+    for number, segment in enumerate(segments):
+        waiting.extend(segment.pts)
+        following = segments[number + 1].pts[0] if number + 1 < len(segments) else None
+        durations = _durations(segment, following)
+        for packet, pts in _timed_packets(av, segment):
+            packet.time_base = time_base
+            packet.pts, packet.dts, packet.duration = pts, waiting.popleft(), durations[pts]
+            packet.stream = film
+            yield packet.dts * time_base, packet
+
+
+def _durations(segment: Segment, following: int | None) -> dict[int, int]:
+    """Return how long each frame is shown, by its timestamp; `following` is the next segment's first."""
+    pts = segment.pts
+    last = segment.last_duration or (pts[-1] - pts[-2] if len(pts) > 1 else 1)
+    ends = [*pts[1:], following if following is not None else pts[-1] + last]
+    return {begin: end - begin for begin, end in zip(pts, ends, strict=True)}
+
+
+def _timed_packets(av: Any, segment: Segment) -> list[tuple[Any, int]]:
+    """Return a segment's packets in decoding order, each with its frame's timestamp."""
+    with av.open(str(segment.path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    if len(packets) != len(segment.pts) or any(packet.pts is None for packet in packets):
+        raise RuntimeError(f"{segment.path} holds {len(packets)} packets for {len(segment.pts)} frames")
+    ranks = {index: rank for rank, index in enumerate(sorted(range(len(packets)), key=lambda i: packets[i].pts))}
+    return [(packet, segment.pts[ranks[index]]) for index, packet in enumerate(packets)]
+
+
+def _reordering(av: Any, segment: Segment) -> int:
+    """Return by how many places a packet of the segment is shown earlier than it is decoded, at most."""
+    shown = {pts: place for place, pts in enumerate(segment.pts)}
+    return max(place - shown[pts] for place, (_, pts) in enumerate(_timed_packets(av, segment)))
+
+
+def _copied_packets(original: Any, copied: dict[int, Any]) -> Iterator[tuple[Fraction, Any]]:
+    streams = [original.streams[index] for index in copied]
+    if not streams:
+        return
+    for packet in original.demux(streams):
+        if packet.dts is None and packet.pts is None:
+            continue
+        when = (packet.dts if packet.dts is not None else packet.pts) * packet.time_base
+        packet.stream = copied[packet.stream_index]
+        yield when, packet
