@@ -38,7 +38,7 @@ from srdeploy.calibration.graph import read_model
 from srdeploy.calibration.images.dataset import CalibrationSet, make_calibration_set
 from srdeploy.calibration.options import Cost, QuantizeOptions
 from srdeploy.calibration.quantize import quantize
-from srdeploy.calibration.search.evaluate import Judge
+from srdeploy.calibration.search.evaluate import Evaluator
 from srdeploy.cli.console import RichProgress, markdown_table
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.environment import machine, package_versions
@@ -109,12 +109,12 @@ def main() -> None:
 
 
 def compare(source: Path, checkpoint: Path, arguments: argparse.Namespace, bound: float | None) -> list[dict[str, Any]]:
-    quality = bound is not None  # random weights have none
+    has_quality = bound is not None  # random weights have none
     model, contract, _ = read_model(source)
     progress = RichProgress()
-    crops = arguments.crops if quality else 4
+    crops = arguments.crops if has_quality else 4
     calibration = make_calibration_set(
-        arguments.photos, contract=contract, hr=True, count=crops, crop=48, whole=2 if quality else 0
+        arguments.photos, contract=contract, hr=True, count=crops, crop=48, whole=2 if has_quality else 0
     )
     opener = opener_for(arguments.threads)
     entries = [Entry("FP32", source)]
@@ -131,16 +131,16 @@ def compare(source: Path, checkpoint: Path, arguments: argparse.Namespace, bound
         entries[-1].seconds = time.perf_counter() - start
         progress.note(f"{source.stem}: {name} took {entries[-1].seconds:.0f} s")
     runners = [opened(entry.path, contract, arguments.threads) for entry in entries]
-    if quality:
+    if has_quality:
         hr = hr_samples(arguments.hr, contract)
-        for judge, field in (
-            (Judge(model, calibration.judges, contract), "drop_photos"),
-            (Judge(model, hr, contract), ""),
+        for evaluator, field in (
+            (Evaluator(model, calibration.held_out, contract), "drop_photos"),
+            (Evaluator(model, hr, contract), ""),
         ):
             for entry, runner in zip(entries, runners, strict=True):
-                verdict = judge.runner(runner)
-                setattr(entry, field or "drop_hr", verdict.drop_db)
-                entry.fidelity = verdict.fidelity_db
+                quality = evaluator.evaluate_runner(runner)
+                setattr(entry, field or "drop_hr", quality.drop_db)
+                entry.fidelity = quality.fidelity_db
     for entry, runner in zip(entries, runners, strict=True):
         entry.int8_macs = runner.info.built["macs_share"].get("int8", 0.0)
     shape = (1, contract.channels, arguments.size, arguments.size)

@@ -34,7 +34,7 @@ class Island:
     reason: str
 
 
-def islands_for(graph: Graph, precision: Precision, seen: Mapping[str, Observation] | None) -> tuple[Island, ...]:
+def find_islands(graph: Graph, precision: Precision, seen: Mapping[str, Observation] | None) -> tuple[Island, ...]:
     """Find the nodes that have to stay FP32.
 
     Args:
@@ -59,7 +59,7 @@ def float_tensors(graph: Graph) -> list[str]:
     return [name for node in graph.model.graph.node for name in node.output if graph.resolution.get(name, 0.0) > 0.0]
 
 
-def typed_graph(model: onnx.ModelProto, precision: Precision, islands: Iterable[Island]) -> onnx.ModelProto:
+def convert_to_half(model: onnx.ModelProto, precision: Precision, islands: Iterable[Island]) -> onnx.ModelProto:
     """Return a copy of a graph that computes in FP16 or BF16.
 
     Q/DQ pairs may be in it: their scales become FP16 too, which is what makes the rest of an INT8 graph FP16.
@@ -86,8 +86,8 @@ def typed_graph(model: onnx.ModelProto, precision: Precision, islands: Iterable[
     return result
 
 
-def emulated_graph(model: onnx.ModelProto, precision: Precision, islands: Iterable[Island]) -> onnx.ModelProto:
-    """Return an FP32 graph with the rounding and the overflow of `typed_graph`.
+def emulate_half(model: onnx.ModelProto, precision: Precision, islands: Iterable[Island]) -> onnx.ModelProto:
+    """Return an FP32 graph with the rounding and the overflow of `convert_to_half`.
 
     CPU engines compute FP16 graphs in FP32 throughout, and so hide overflow, and have no BF16 convolution. Here every
     weight is rounded to the type, and every result passes through it, as on a GPU that sums up in FP32.

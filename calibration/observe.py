@@ -80,7 +80,7 @@ class Observation:
         self.counts[BINS // 4 : 3 * BINS // 4] = pairs
         self.limit *= 2
 
-    def centres(self) -> NDArray[np.float64]:
+    def bin_centers(self) -> NDArray[np.float64]:
         """Return the middle of every bin."""
         width = 2 * self.limit / BINS
         middles: NDArray[np.float64] = -self.limit + width * (np.arange(BINS, dtype=np.float64) + 0.5)
@@ -109,17 +109,17 @@ def observe(
     Raises:
         InputError: a tensor became NaN or infinite; the layer that wrote it is named.
     """
-    session = session_for(_with_reductions(graph, tensors), threads)
+    session = session_for(_add_reductions(graph, tensors), threads)
     seen: dict[str, Observation] = {}
     with progress.task("collecting activation ranges", total=count) as advance:
         for batch in batches:
             base = max(1, math.isqrt(batch.shape[2] * batch.shape[3] // SAMPLE_PIXELS))
             feeds = {INPUT: batch, "srdeploy_step": np.array([base, base], dtype=np.int64)}
             outputs = session.run(None, feeds)
-            for tensor, (low, high, mean, sample) in zip(tensors, _fours(outputs), strict=True):
+            for tensor, (low, high, mean, sample) in zip(tensors, _per_tensor(outputs), strict=True):
                 if not (np.isfinite(mean).all() and np.isfinite(low).all() and np.isfinite(high).all()):
                     raise InputError(
-                        f"activation {tensor} of {_writer(graph, tensor)} is NaN or infinite",
+                        f"activation {tensor} of {_describe_producer(graph, tensor)} is NaN or infinite",
                         expected="finite activations on every calibration image",
                         next_step="check the checkpoint's weights and value range with: srdeploy inspect",
                     )
@@ -138,12 +138,12 @@ def run_outputs(
     threads: int | None = None,
 ) -> Iterator[dict[str, NDArray[np.float32]]]:
     """Run a graph over images and yield some of its tensors per image: only for few tensors or small images."""
-    session = session_for(with_outputs(model, tensors), threads)
+    session = session_for(add_outputs(model, tensors), threads)
     for batch in batches:
         yield dict(zip(tensors, session.run(list(tensors), {INPUT: batch}), strict=True))
 
 
-def with_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
+def add_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
     """Return a copy of a model that also gives some of its inner tensors as outputs."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
@@ -155,7 +155,7 @@ def with_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelPr
     return copy
 
 
-def _with_reductions(graph: Graph, tensors: Sequence[str]) -> onnx.ModelProto:
+def _add_reductions(graph: Graph, tensors: Sequence[str]) -> onnx.ModelProto:
     model = onnx.ModelProto()
     model.CopyFrom(graph.model)
     del model.graph.output[:]
@@ -183,13 +183,13 @@ def _with_reductions(graph: Graph, tensors: Sequence[str]) -> onnx.ModelProto:
     return model
 
 
-def _fours(outputs: Sequence[NDArray[Any]]) -> Iterator[tuple[NDArray[Any], ...]]:
-    # The outputs stand in the order in which _with_reductions appended them: min, max, mean, sample.
+def _per_tensor(outputs: Sequence[NDArray[Any]]) -> Iterator[tuple[NDArray[Any], ...]]:
+    # The outputs stand in the order in which _add_reductions appended them: min, max, mean, sample.
     for start in range(0, len(outputs), 4):
         yield tuple(outputs[start : start + 4])
 
 
-def _writer(graph: Graph, tensor: str) -> str:
+def _describe_producer(graph: Graph, tensor: str) -> str:
     node = graph.producer.get(tensor)
     if node is None:
         return "the input"

@@ -8,7 +8,7 @@ from typing import Literal
 
 from srdeploy.calibration.int8.placement import Recipe
 from srdeploy.calibration.int8.ranges import Method
-from srdeploy.calibration.search.evaluate import Verdict
+from srdeploy.calibration.search.evaluate import GraphQuality
 from srdeploy.core.environment import int8_sums_saturate
 from srdeploy.core.errors import UsageError
 
@@ -59,7 +59,7 @@ class QuantizeOptions:
         if not self.time_budget_s > 0:
             raise UsageError(f"--time-budget {self.time_budget_s}", expected="a positive number of seconds")
 
-    def recipe_for(self, recipe: Recipe) -> Recipe:
+    def apply_to_recipe(self, recipe: Recipe) -> Recipe:
         """Return the target's recipe with what the user and this processor decide about it."""
         if self.deconvolution != "auto":
             recipe = replace(recipe, deconvolution=self.deconvolution)
@@ -75,19 +75,19 @@ class QuantizeOptions:
         """Return the layers the user wants float, with the reason."""
         return dict.fromkeys(self.keep, "asked for with --keep")
 
-    def satisfied(self, verdict: Verdict) -> bool:
-        """Tell whether a verdict keeps the bound."""
+    def is_satisfied_by(self, quality: GraphQuality) -> bool:
+        """Tell whether a quality keeps the bound."""
         drop, fidelity = self.max_psnr_drop, self.min_fidelity
-        return (drop is None or verdict.drop_db <= drop) and (fidelity is None or verdict.fidelity_db >= fidelity)
+        return (drop is None or quality.drop_db <= drop) and (fidelity is None or quality.fidelity_db >= fidelity)
 
-    def hopeful(self, verdict: Verdict, left: float) -> bool:
-        """Tell whether the bound may be kept once only a share `left` of the error power of a verdict is left.
+    def may_satisfy(self, quality: GraphQuality, left: float) -> bool:
+        """Tell whether the bound may be kept once only a share `left` of the error power of a quality is left.
 
         The drop is nearly proportional to the power while it is small, the fidelity is its logarithm. Both are allowed
         a tenth of optimism: a measurement costs less than a layer changed in vain.
         """
-        fidelity = verdict.fidelity_db - 10 * math.log10(max(left, 1e-9))
-        drop_may = self.max_psnr_drop is None or verdict.drop_db * left <= 1.1 * self.max_psnr_drop
+        fidelity = quality.fidelity_db - 10 * math.log10(max(left, 1e-9))
+        drop_may = self.max_psnr_drop is None or quality.drop_db * left <= 1.1 * self.max_psnr_drop
         return drop_may and (self.min_fidelity is None or fidelity >= self.min_fidelity - 0.4)
 
     def bound(self) -> str:

@@ -9,19 +9,19 @@ from typing import Any
 import onnx
 
 from srdeploy.calibration.graph import Graph, read_model
-from srdeploy.calibration.half import Island, emulated_graph, float_tensors, islands_for, typed_graph
+from srdeploy.calibration.half import Island, convert_to_half, emulate_half, find_islands, float_tensors
 from srdeploy.calibration.images.dataset import CalibrationSet
-from srdeploy.calibration.int8.placement import RECIPES, share_of_macs
+from srdeploy.calibration.int8.builder import GraphBuilder
+from srdeploy.calibration.int8.placement import RECIPES, macs_share_of
 from srdeploy.calibration.int8.ranges import Ranges, read_ranges
-from srdeploy.calibration.int8.workbench import Workbench
 from srdeploy.calibration.journal import Journal
 from srdeploy.calibration.observe import observe
 from srdeploy.calibration.options import QuantizeOptions
-from srdeploy.calibration.rewrites.deconvolution import deconvolutions_rewritten
-from srdeploy.calibration.rewrites.streams import readers_scaled
-from srdeploy.calibration.rewrites.tail import tail_merged
+from srdeploy.calibration.rewrites.deconvolution import rewrite_deconvolutions
+from srdeploy.calibration.rewrites.streams import add_reader_scales
+from srdeploy.calibration.rewrites.tail import merge_tail
 from srdeploy.calibration.search.choose import Choice, choose
-from srdeploy.calibration.search.evaluate import Judge, OpenEngine, Verdict, opened
+from srdeploy.calibration.search.evaluate import Evaluator, GraphQuality, OpenEngine, open_model
 from srdeploy.calibration.search.readback import Readback, read_back
 from srdeploy.core.artifact import atomic_files, sha256_of_bytes
 from srdeploy.core.contract import ModelContract
@@ -32,8 +32,8 @@ from srdeploy.core.precision import Precision, Target
 from srdeploy.core.progress import SILENT, Progress
 
 CPU_TARGETS = (Target.OPENVINO, Target.ONNXRUNTIME)
-REWRITTEN = "OpenVINO has no INT8 kernel for these deconvolutions: they became exact convolutions"
-FOREIGN = (
+DECONVOLUTIONS_REWRITTEN = "OpenVINO has no INT8 kernel for these deconvolutions: they became exact convolutions"
+NOT_RUN_HERE = (
     "8-bit weights were asked for and this processor lacks VNNI: the graph is for others, was judged by emulation, and "
     "what engines do with it was not read back"
 )
@@ -48,7 +48,7 @@ class QuantizeResult:
         output: the ONNX file; its manifest lies beside it.
         precision: of the heavy layers.
         target: the engine family it is laid out for.
-        verdict: fidelity and drop; None without images.
+        quality: fidelity and drop; None without images.
         int8_layers: names of the layers that are 8-bit in the graph; empty for FP16 and BF16.
         int8_macs: their share of the multiply-adds, 0..1.
         weight_bits: 8, or 7 for weights within +-64; None for graphs that are not INT8.
@@ -66,7 +66,7 @@ class QuantizeResult:
     output: Path
     precision: Precision
     target: Target
-    verdict: Verdict | None
+    quality: GraphQuality | None
     int8_layers: tuple[str, ...] = ()
     int8_macs: float = 0.0
     weight_bits: int | None = None
@@ -85,7 +85,7 @@ class QuantizeResult:
             "output": str(self.output),
             "precision": self.precision.value,
             "target": self.target.value,
-            "quality": self.verdict.to_json() if self.verdict else None,
+            "quality": self.quality.to_json() if self.quality else None,
             "int8_layers": len(self.int8_layers),
             "int8_macs_share": round(self.int8_macs, 4),
             "weight_bits": self.weight_bits,
@@ -101,7 +101,7 @@ class QuantizeResult:
 
 
 @dataclass(frozen=True)
-class _Made:
+class _Outcome:
     """A finished graph before it is written."""
 
     model: onnx.ModelProto
@@ -149,11 +149,11 @@ def quantize(
     paths = {"set": folder / "set.json", "ranges": folder / "ranges.json", "sensitivity": folder / "sensitivity.json"}
     with atomic_files(output, manifest_path(output), *paths.values(), force=force) as temporaries:
         if precision in (Precision.FP16, Precision.BF16):
-            made = _half_graph(model, contract, precision, target, calibration, progress)
+            made = _make_half(model, contract, precision, target, calibration, progress)
         else:
             assert calibration is not None
             ranges = read_ranges(options.ranges, model_sha256=sha256) if options.ranges else None
-            made = _quantized_or_rewritten(
+            made = _make_quantized(
                 model, contract, sha256, precision, target, calibration, options, ranges, open_engine, progress
             )
         _describe(made.model, contract, precision, target, made.result, calibration, sha256)
@@ -200,17 +200,17 @@ def _check(precision: Precision, target: Target, calibration: CalibrationSet | N
         raise UsageError(f"precision fp8 for {target.value}", expected="target tensorrt or tensorrt-rtx")
 
 
-def _half_graph(
+def _make_half(
     model: onnx.ModelProto,
     contract: ModelContract,
     precision: Precision,
     target: Target,
     calibration: CalibrationSet | None,
     progress: Progress,
-) -> _Made:
+) -> _Outcome:
     notes = []
     if precision == Precision.BF16 and target not in CPU_TARGETS:
-        model, rewritten = deconvolutions_rewritten(model, phases=False)
+        model, rewritten = rewrite_deconvolutions(model, phases=False)
         if rewritten:
             notes.append(f"{rewritten} deconvolutions became 2x2 convolutions: TensorRT has no BF16 deconvolution")
     graph = Graph(model)
@@ -219,17 +219,17 @@ def _half_graph(
         seen = observe(graph, float_tensors(graph), calibration, count=len(calibration), progress=progress)
     else:
         notes.append("no images were given: that no activation overflows was not checked")
-    islands = islands_for(graph, precision, seen)
-    typed = typed_graph(model, precision, islands)
-    verdict = None
+    islands = find_islands(graph, precision, seen)
+    typed = convert_to_half(model, precision, islands)
+    quality = None
     if calibration is not None:
-        emulated = emulated_graph(model, precision, islands)
-        verdict = Judge(model, calibration.judges, contract).graph(emulated)
-    result = QuantizeResult(Path(), precision, target, verdict, islands=islands, notes=tuple(notes))
-    return _Made(typed, result)
+        emulated = emulate_half(model, precision, islands)
+        quality = Evaluator(model, calibration.held_out, contract).evaluate_model(emulated)
+    result = QuantizeResult(Path(), precision, target, quality, islands=islands, notes=tuple(notes))
+    return _Outcome(typed, result)
 
 
-def _quantized_or_rewritten(
+def _make_quantized(
     model: onnx.ModelProto,
     contract: ModelContract,
     sha256: str,
@@ -240,21 +240,21 @@ def _quantized_or_rewritten(
     ranges: Ranges | None,
     open_engine: OpenEngine | None,
     progress: Progress,
-) -> _Made:
+) -> _Outcome:
     """Quantize; where the engine leaves deconvolutions float, quantize again with exact 2x2 convolutions instead."""
     arguments = (model, contract, sha256, precision, target, calibration)
     try:
-        return _quantized_graph(*arguments, options, ranges, open_engine, progress)
+        return _quantize_graph(*arguments, options, ranges, open_engine, progress)
     except BuildError:
         has = any(node.op_type == "ConvTranspose" for node in model.graph.node)
         if target != Target.OPENVINO or options.deconvolution != "auto" or not has:
             raise
-    progress.note(REWRITTEN)
-    made = _quantized_graph(*arguments, replace(options, deconvolution="rewrite"), None, open_engine, progress)
-    return replace(made, result=replace(made.result, notes=(*made.result.notes, REWRITTEN)))
+    progress.note(DECONVOLUTIONS_REWRITTEN)
+    made = _quantize_graph(*arguments, replace(options, deconvolution="rewrite"), None, open_engine, progress)
+    return replace(made, result=replace(made.result, notes=(*made.result.notes, DECONVOLUTIONS_REWRITTEN)))
 
 
-def _quantized_graph(
+def _quantize_graph(
     model: onnx.ModelProto,
     contract: ModelContract,
     sha256: str,
@@ -265,53 +265,55 @@ def _quantized_graph(
     ranges: Ranges | None,
     open_engine: OpenEngine | None,
     progress: Progress,
-) -> _Made:
-    recipe = options.recipe_for(RECIPES[target])
+) -> _Outcome:
+    recipe = options.apply_to_recipe(RECIPES[target])
     if recipe.deconvolution == "rewrite":
-        model, _ = deconvolutions_rewritten(model, phases=target in CPU_TARGETS)
+        model, _ = rewrite_deconvolutions(model, phases=target in CPU_TARGETS)
         recipe = replace(recipe, deconvolution="int8")
     merged: tuple[str, ...] = ()
-    if recipe.merged:
-        model, merged = tail_merged(model, apart=options.keep)
-        recipe = replace(recipe, merged=bool(merged))
+    if recipe.merge_tail:
+        model, merged = merge_tail(model, apart=options.keep)
+        recipe = replace(recipe, merge_tail=bool(merged))
     journal = Journal(sha256, calibration.sha256, repr(recipe), precision.value)
-    if recipe.own_scales:
-        model = readers_scaled(model)
+    if recipe.reader_scales:
+        model = add_reader_scales(model)
     if journal.resumed:
         progress.note("going on with what an earlier, interrupted run measured")
-    bench = Workbench(model, recipe, precision, calibration, progress, ranges, journal)
-    missing = [tensor for tensor in bench.tensors if ranges is not None and tensor not in ranges.ranges]
+    builder = GraphBuilder(model, recipe, precision, calibration, progress, ranges, journal)
+    missing = [tensor for tensor in builder.tensors if ranges is not None and tensor not in ranges.ranges]
     if missing:
         raise InputError(
             f"{options.ranges} has no range of {missing[0]}: it was made for a graph laid out otherwise",
             expected="the --target, --keep and --deconvolution of the run that wrote it",
             next_step="leave --ranges out to collect new ones",
         )
-    # An engine that is known to compute this graph wrongly here cannot judge it.
+    # An engine that is known to compute this graph wrongly here cannot evaluator it.
     foreign = target in CPU_TARGETS and int8_weights_overflow(recipe.weight_bits)
     runnable = open_engine if target in CPU_TARGETS and not foreign else None
-    choice = choose(bench, contract, options, runnable, calibration.samples, calibration.judges, journal, progress)
-    quantized, placement = bench.build(choice.decisions)
+    choice = choose(builder, contract, options, runnable, calibration.samples, calibration.held_out, journal, progress)
+    quantized, placement = builder.build(choice.decisions)
     islands: tuple[Island, ...] = ()
     if recipe.half:
-        islands = islands_for(
-            bench.equalized(choice.decisions.strength)[0], Precision.FP16, bench.scaled_seen(choice.decisions.strength)
+        islands = find_islands(
+            builder.equalized(choice.decisions.strength)[0],
+            Precision.FP16,
+            builder.scaled_seen(choice.decisions.strength),
         )
-        emulated = emulated_graph(quantized, Precision.FP16, islands)
-        quantized = typed_graph(quantized, Precision.FP16, islands)
-    judge = Judge(model, calibration.judges, contract)
+        emulated = emulate_half(quantized, Precision.FP16, islands)
+        quantized = convert_to_half(quantized, Precision.FP16, islands)
+    evaluator = Evaluator(model, calibration.held_out, contract)
     readback, latency = None, None
     if runnable is not None:
-        with opened(quantized, runnable) as runner, opened(model, runnable) as float_runner:
-            verdict = judge.runner(runner)
-            quick, slow = judge.latencies_ms(runner, float_runner)
+        with open_model(quantized, runnable) as runner, open_model(model, runnable) as float_runner:
+            quality = evaluator.evaluate_runner(runner)
+            quick, slow = evaluator.latencies_ms(runner, float_runner)
             latency = quick, slow
-            readback = read_back(runner.info, bench.graph, placement)
+            readback = read_back(runner.info, builder.graph, placement)
     else:
-        verdict = judge.graph(emulated if recipe.half else quantized)
-    if not options.satisfied(verdict):  # FP16 around the 8-bit layers, or another run, tips it over the edge
+        quality = evaluator.evaluate_model(emulated if recipe.half else quantized)
+    if not options.is_satisfied_by(quality):  # FP16 around the 8-bit layers, or another run, tips it over the edge
         raise GateError(
-            f"the finished graph loses {verdict.drop_db:.4f} dB at a fidelity of {verdict.fidelity_db:.2f} dB",
+            f"the finished graph loses {quality.drop_db:.4f} dB at a fidelity of {quality.fidelity_db:.2f} dB",
             expected=options.bound(),
             next_step="allow a little more, or use --precision fp16",
         )
@@ -319,9 +321,9 @@ def _quantized_graph(
         output=Path(),
         precision=precision,
         target=target,
-        verdict=verdict,
+        quality=quality,
         int8_layers=placement.layers,
-        int8_macs=share_of_macs(bench.graph, placement.layers),
+        int8_macs=macs_share_of(builder.graph, placement.layers),
         weight_bits=recipe.weight_bits if precision == Precision.INT8 else None,
         floats=placement.floats,
         islands=islands,
@@ -329,9 +331,9 @@ def _quantized_graph(
         choice=choice,
         latency_ms=latency,
         merged=merged,
-        notes=(*_notes(target, latency), *((FOREIGN,) if foreign else ())),
+        notes=(*_notes(target, latency), *((NOT_RUN_HERE,) if foreign else ())),
     )
-    return _Made(quantized, result, bench.ranges(choice.decisions, model_sha256=sha256), journal)
+    return _Outcome(quantized, result, builder.ranges(choice.decisions, model_sha256=sha256), journal)
 
 
 def _notes(target: Target, latency: tuple[float, float] | None) -> tuple[str, ...]:
@@ -362,7 +364,7 @@ def _describe(
         "quantization": {
             "target": target.value,
             "fp32_sha256": sha256,
-            "quality": result.verdict.to_json() if result.verdict else None,
+            "quality": result.quality.to_json() if result.quality else None,
             "int8_macs_share": round(result.int8_macs, 4),
             "weight_bits": result.weight_bits,
             "calibration_sha256": calibration.sha256 if calibration else None,

@@ -159,8 +159,8 @@ def _show(result: "QuantizeResult") -> None:
                 f"{100 * point.int8_macs:.1f} %",
                 len(point.keep),
                 len(point.splits),
-                f"{point.verdict.fidelity_db:.2f}",
-                f"{point.verdict.drop_db:.4f}",
+                f"{point.quality.fidelity_db:.2f}",
+                f"{point.quality.drop_db:.4f}",
                 "" if point.latency_ms is None else f"{point.latency_ms:.1f}",
             )
             for point in result.choice.points
@@ -181,11 +181,11 @@ def _show(result: "QuantizeResult") -> None:
         progress.note(f"FP32: {island.node} {island.reason}")
     if len(result.islands) > 5:
         progress.note(f"FP32: {len(result.islands)} nodes, listed with reasons in {result.output.name}.json")
-    if result.verdict is not None:
-        kind = "measured against HR images" if result.verdict.measured else "expected from the fidelity"
+    if result.quality is not None:
+        kind = "measured against HR images" if result.quality.measured else "expected from the fidelity"
         progress.note(
-            f"fidelity {result.verdict.fidelity_db:.2f} dB (worst image {result.verdict.worst_db:.2f}), "
-            f"drop {result.verdict.drop_db:.4f} dB ({kind}, {result.verdict.images} images kept aside)"
+            f"fidelity {result.quality.fidelity_db:.2f} dB (worst image {result.quality.worst_db:.2f}), "
+            f"drop {result.quality.drop_db:.4f} dB ({kind}, {result.quality.images} images kept aside)"
         )
     for note in result.notes:
         warning_line(note)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srdeploy.calibration.images.sampling import Crop, choose_crops, coverage
-from srdeploy.calibration.images.sources import Photo, photos_from
+from srdeploy.calibration.images.sources import Photo, read_photos
 from srdeploy.core.artifact import atomic_file, sha256_of_bytes
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import InputError, UsageError
@@ -24,13 +24,13 @@ from srdeploy.core.progress import SILENT, Progress
 
 MIN_IMAGES = 3
 MIN_PIXELS = 2 * 32 * 32
-JUDGE_EVERY = 4
-JUDGE_AT_MOST = 8
+HELD_OUT_EVERY = 4
+MAX_HELD_OUT = 8
 WHOLE_PIXELS = 256 * 256
 """A whole image is cut to about this many LR pixels in its middle: enough for channel attention, bounded in time."""
 
-JUDGE_PIXELS = 160 * 160
-"""An image to judge on is cut likewise: many points of a search are judged on all of them."""
+HELD_OUT_PIXELS = 160 * 160
+"""An image to judge on is cut likewise: a search evaluates many graphs on all of them."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """What a graph is calibrated with and judged on. Iterating gives the calibration batches.
+    """Images that a graph is calibrated and evaluated with. Iterating yields the calibration batches.
 
     Attributes:
         samples: crops and whole images that ranges are taken from.
-        judges: images kept aside to measure the drop on.
+        held_out: images kept aside to measure the drop on.
         document: what `set.json` says: files with SHA-256, crop recipe, coverage, files passed over.
     """
 
     samples: tuple[Sample, ...]
-    judges: tuple[Sample, ...]
+    held_out: tuple[Sample, ...]
     document: dict[str, Any] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[NDArray[np.float32]]:
@@ -124,27 +124,27 @@ def make_calibration_set(
             expected=f"at least one crop, of at least {max(8, contract.min_size)} pixels",
         )
     bad: list[tuple[str, str]] = []
-    photos = _usable_photos(images, bad, progress)
+    photos = _read_usable_photos(images, bad, progress)
     _refuse_bad(images, bad, photos, skip_bad)
     if contract.colours == "rgb" and all(_is_grey(photo.pixels) for photo in photos):
         raise InputError(f"{images} holds only grey images", expected="colour images for an RGB network")
     photos = sorted(photos, key=lambda photo: photo.sha256)  # an order that does not depend on names
-    lows = [_shrunk(photo.pixels, contract.scale) if hr else photo.pixels for photo in photos]
-    judged = [index for index in range(len(photos)) if index % JUDGE_EVERY == JUDGE_EVERY - 1][:JUDGE_AT_MOST]
-    if not judged:
-        judged = [len(photos) - 1]
-    used = [index for index in range(len(photos)) if index not in judged]
+    lows = [_shrink(photo.pixels, contract.scale) if hr else photo.pixels for photo in photos]
+    kept_aside = [index for index in range(len(photos)) if index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1][:MAX_HELD_OUT]
+    if not kept_aside:
+        kept_aside = [len(photos) - 1]
+    used = [index for index in range(len(photos)) if index not in kept_aside]
     crops = choose_crops([lows[index] for index in used], count=count, size=crop, seed=seed)
     crops = [Crop(used[c.image], c.top, c.left, c.height, c.width, c.reason) for c in crops]
-    crops += [_middle(index, lows[index], WHOLE_PIXELS, "whole") for index in used[:whole]]
-    judges = [_middle(index, lows[index], JUDGE_PIXELS, "judge") for index in judged]
+    crops += [_center_crop(index, lows[index], WHOLE_PIXELS, "whole") for index in used[:whole]]
+    held_out = [_center_crop(index, lows[index], HELD_OUT_PIXELS, "judge") for index in kept_aside]
     total = sum(entry.height * entry.width for entry in crops)
     if total < MIN_PIXELS:
         raise InputError(f"{images} gives {total} LR pixels to calibrate with", expected=f"at least {MIN_PIXELS}")
     return CalibrationSet(
         samples=tuple(_sample(entry, photos, lows, contract, hr=False) for entry in crops),
-        judges=tuple(_sample(entry, photos, lows, contract, hr=hr) for entry in judges),
-        document=_document(images, photos, lows, crops, judges, bad, hr=hr, count=count, crop=crop, seed=seed),
+        held_out=tuple(_sample(entry, photos, lows, contract, hr=hr) for entry in held_out),
+        document=_document(images, photos, lows, crops, held_out, bad, hr=hr, count=count, crop=crop, seed=seed),
     )
 
 
@@ -154,11 +154,11 @@ def windows_of(samples: Sequence[Sample], count: int, side: int = 64) -> list[Sa
     return [Sample(sample.name, sample.pixels[:, :, :side, :side]) for sample in samples[::step][:count]]
 
 
-def _usable_photos(images: Path, bad: list[tuple[str, str]], progress: Progress) -> list[Photo]:
+def _read_usable_photos(images: Path, bad: list[tuple[str, str]], progress: Progress) -> list[Photo]:
     photos: dict[str, Photo] = {}
     with progress.task(f"reading images from {images.name}") as advance:
-        for photo in photos_from(images, bad=bad):
-            reason = _why_useless(photo.pixels)
+        for photo in read_photos(images, bad=bad):
+            reason = _rejection_reason(photo.pixels)
             if reason:
                 bad.append((photo.name, reason))
             else:
@@ -183,7 +183,7 @@ def _refuse_bad(images: Path, bad: Sequence[tuple[str, str]], photos: Sequence[P
         )
 
 
-def _why_useless(pixels: NDArray[np.uint8]) -> str | None:
+def _rejection_reason(pixels: NDArray[np.uint8]) -> str | None:
     """Tell why an image says nothing about real activations, None when it looks like a picture."""
     if min(pixels.shape[:2]) < 8:
         return f"{pixels.shape[1]}x{pixels.shape[0]} pixels are too few"
@@ -202,12 +202,12 @@ def _is_grey(pixels: NDArray[np.uint8]) -> bool:
     return bool((pixels[..., 0] == pixels[..., 1]).all() and (pixels[..., 1] == pixels[..., 2]).all())
 
 
-def _shrunk(pixels: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
+def _shrink(pixels: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
     height, width = (size - size % scale for size in pixels.shape[:2])
     return imresize(pixels[:height, :width], scale=1 / scale)
 
 
-def _middle(index: int, pixels: NDArray[np.uint8], most: int, reason: str) -> Crop:
+def _center_crop(index: int, pixels: NDArray[np.uint8], most: int, reason: str) -> Crop:
     height, width = pixels.shape[:2]
     shrink = min(1.0, (most / (height * width)) ** 0.5)
     tall, wide = max(8, int(height * shrink)), max(8, int(width * shrink))
@@ -230,11 +230,11 @@ def _document(
     photos: Sequence[Photo],
     lows: Sequence[NDArray[np.uint8]],
     crops: Sequence[Crop],
-    judges: Sequence[Crop],
+    held_out: Sequence[Crop],
     bad: Sequence[tuple[str, str]],
     **recipe: Any,
 ) -> dict[str, Any]:
-    judging = {crop.image for crop in judges}
+    kept_aside = {crop.image for crop in held_out}
     return {
         "schema": 1,
         "source": images.name,
@@ -245,13 +245,13 @@ def _document(
                 "sha256": photo.sha256,
                 "height": int(photo.pixels.shape[0]),
                 "width": int(photo.pixels.shape[1]),
-                "use": "judging" if index in judging else "calibration",
+                "use": "judging" if index in kept_aside else "calibration",
             }
             for index, photo in enumerate(photos)
         ],
         "passed_over": [{"name": name, "reason": reason} for name, reason in bad],
         "crops": [{**asdict(crop), "image": photos[crop.image].name} for crop in crops],
-        "judges": [{**asdict(crop), "image": photos[crop.image].name} for crop in judges],
+        "judges": [{**asdict(crop), "image": photos[crop.image].name} for crop in held_out],
         "coverage": coverage(lows, crops),
         "lr_pixels": sum(crop.height * crop.width for crop in crops),
     }

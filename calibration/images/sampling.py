@@ -94,10 +94,10 @@ def _candidates(index: int, pixels: NDArray[np.uint8], size: int, random: np.ran
     if len(windows) > MAX_CANDIDATES_PER_IMAGE:
         picks = np.sort(random.choice(len(windows), MAX_CANDIDATES_PER_IMAGE, replace=False))
         windows = [windows[pick] for pick in picks]
-    return [_described(Crop(index, top, left, tall, wide, "stratum"), pixels) for top, left in windows]
+    return [_describe_crop(Crop(index, top, left, tall, wide, "stratum"), pixels) for top, left in windows]
 
 
-def _described(crop: Crop, pixels: NDArray[np.uint8]) -> _Candidate:
+def _describe_crop(crop: Crop, pixels: NDArray[np.uint8]) -> _Candidate:
     window = crop.cut(pixels).astype(np.float32) / 255
     luma = window.mean(axis=2)
     texture = (

@@ -19,7 +19,7 @@ from srdeploy.core.extras import import_extra
 from srdeploy.core.imaging.read import EXTENSIONS, find_images, read_image, rgb8
 
 VIDEO_EXTENSIONS = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".y4m")
-LARGEST_ZIPPED_BYTES = 512 * 1024**2
+MAX_ZIP_ENTRY_BYTES = 512 * 1024**2
 """Of one image in a zip: beyond, it is no image but a bomb."""
 VIDEO_FRAMES = 64
 """Frames taken from a video, evenly over its length: neighbours tell nothing new."""
@@ -40,7 +40,7 @@ class Photo:
     pixels: NDArray[np.uint8]
 
 
-def photos_from(source: Path, *, bad: list[tuple[str, str]]) -> Iterator[Photo]:
+def read_photos(source: Path, *, bad: list[tuple[str, str]]) -> Iterator[Photo]:
     """Decode all images of a source in a fixed order.
 
     Args:
@@ -57,7 +57,7 @@ def photos_from(source: Path, *, bad: list[tuple[str, str]]) -> Iterator[Photo]:
         yield from _from_video(source)
     else:
         for path in _paths(source):
-            photo = _decoded(path, path.name, bad)
+            photo = _decode(path, path.name, bad)
             if photo is not None:
                 yield photo
 
@@ -77,7 +77,7 @@ def _paths(source: Path) -> list[Path]:
     return find_images(source)
 
 
-def _decoded(path: Path, name: str, bad: list[tuple[str, str]]) -> Photo | None:
+def _decode(path: Path, name: str, bad: list[tuple[str, str]]) -> Photo | None:
     try:
         return Photo(name, sha256_of_file(path), rgb8(read_image(path)))
     except (InputError, OSError) as error:
@@ -93,13 +93,13 @@ def _from_zip(source: Path, bad: list[tuple[str, str]]) -> Iterator[Photo]:
             if not names:
                 raise InputError(f"{source} contains no images", expected=f"files named {', '.join(EXTENSIONS)}")
             for name in names:
-                if entries[name].file_size > LARGEST_ZIPPED_BYTES:
+                if entries[name].file_size > MAX_ZIP_ENTRY_BYTES:
                     bad.append((name, f"it has {entries[name].file_size / 1e6:.0f} MB"))
                     continue
                 # A name of our own: the archive's own paths are not trusted.
                 path = Path(folder) / f"image{PurePosixPath(name).suffix.lower()}"
                 path.write_bytes(archive.read(name))
-                photo = _decoded(path, name, bad)
+                photo = _decode(path, name, bad)
                 if photo is not None:
                     yield photo
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:

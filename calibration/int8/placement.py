@@ -22,41 +22,41 @@ from srdeploy.core.precision import Precision, Target
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a target takes 8-bit graphs.
+    """The layout of 8-bit graphs for one target.
 
     Attributes:
         kind: type of activations.
         half: the float part and all scales are FP16.
         deconvolution: "int8" (weights per output channel on axis 1), "float" or "rewrite" (exact convolutions and a
             pixel shuffle, see rewrite.py).
-        merged: the linear end of the network becomes one layer (see tail.py).
-        first, last: whether the layers that read and write the image are quantized.
+        merge_tail: replace the linear end of the network by one layer (see tail.py).
+        quantize_first, quantize_last: whether the layers that read and write the image are quantized.
         min_channels: layers with fewer input or output channels stay float.
-        chained: the engine computes a layer with integers only where its output is quantized as well, so outputs of
-            layers get pairs too.
-        concat_pairs: a shared concatenation gets a pair of the same scale behind it as well, which changes no number:
-            the engine looks for the pair right in front of the convolution, and moves it up through the concatenation.
-        shuffled: a pixel shuffle moves bytes: what it writes is quantized before it, where that fuses with the
+        quantize_outputs: quantize the outputs of layers too; the engine computes a layer with integers only then.
+        concat_pairs: add a Q/DQ pair of the same scale after a shared concatenation. It changes no number: the engine
+            expects the pair directly before the convolution and moves it through the concatenation.
+        quantize_before_shuffle: quantize the input of a pixel shuffle instead of its output, where quantization fuses
+            with the convolution and the shuffle moves bytes.
+        reader_scales: give each reader of a residual stream its own scale per channel (see streams.py); the engine
+            multiplies while it quantizes.
+        allow_splits: allow a layer to run as two 8-bit convolutions, where these are faster than one float
             convolution.
-        own_scales: the engine multiplies by a scale per channel while it quantizes, so each reader of a residual
-            stream gets scales of its own (see equalize.py).
-        splits: 8-bit multiply-adds are so much faster than float ones that two of them beat leaving a layer float.
         weight_bits: 8, or 7 for weights within +-64, which processors without VNNI need.
-        why: reasons, for people.
+        why: reason to report for each decision.
     """
 
     kind: Kind
     half: bool
     deconvolution: str
-    merged: bool
-    first: bool
-    last: bool
+    merge_tail: bool
+    quantize_first: bool
+    quantize_last: bool
     min_channels: int
-    chained: bool
+    quantize_outputs: bool
     concat_pairs: bool
-    shuffled: bool
-    own_scales: bool
-    splits: bool
+    quantize_before_shuffle: bool
+    reader_scales: bool
+    allow_splits: bool
     why: Mapping[str, str]
     weight_bits: int = 8
 
@@ -65,15 +65,15 @@ _TENSORRT = Recipe(
     kind="int8",
     half=True,
     deconvolution="float",
-    merged=False,  # not measured on GPUs
-    first=False,
-    last=False,
+    merge_tail=False,  # not measured on GPUs
+    quantize_first=False,
+    quantize_last=False,
     min_channels=16,
-    chained=False,
+    quantize_outputs=False,
     concat_pairs=True,
-    shuffled=False,
-    own_scales=False,  # not measured on GPUs
-    splits=False,  # INT8 is twice as fast as FP16: two passes would gain nothing
+    quantize_before_shuffle=False,
+    reader_scales=False,  # not measured on GPUs
+    allow_splits=False,  # INT8 is twice as fast as FP16: two passes would gain nothing
     why={
         "deconvolution": "TensorRT generations disagree about INT8 deconvolutions with scales per channel",
         "first": "too few input channels for INT8 tensor cores",
@@ -89,30 +89,30 @@ RECIPES: dict[Target, Recipe] = {
         kind="uint8",
         half=False,
         deconvolution="int8",
-        merged=True,
-        first=True,
-        last=True,
+        merge_tail=True,
+        quantize_first=True,
+        quantize_last=True,
         min_channels=1,
-        chained=False,
+        quantize_outputs=False,
         concat_pairs=False,
-        shuffled=True,
-        own_scales=True,
-        splits=True,
+        quantize_before_shuffle=True,
+        reader_scales=True,
+        allow_splits=True,
         why={},
     ),
     Target.ONNXRUNTIME: Recipe(
         kind="uint8",
         half=False,
         deconvolution="rewrite",
-        merged=True,
-        first=True,
-        last=False,
+        merge_tail=True,
+        quantize_first=True,
+        quantize_last=False,
         min_channels=1,
-        chained=True,
+        quantize_outputs=True,
         concat_pairs=True,
-        shuffled=True,
-        own_scales=False,  # passes of their own: 5 % slower for 1.1 dB, which one float layer buys as cheaply
-        splits=False,  # the second half would have to be quantized at its output, which is what splitting avoids
+        quantize_before_shuffle=True,
+        reader_scales=False,  # passes of their own: 5 % slower for 1.1 dB, which one float layer buys as cheaply
+        allow_splits=False,  # the second half would have to be quantized at its output, which is what splitting avoids
         why={
             "chained": "its output is read by the residual stream in full precision, and integer kernels round theirs",
             "last": "integer kernels need a quantized output, and that would be the image",
@@ -155,8 +155,8 @@ def place(
         share: quantize what meets in a concatenation once, with one scale, instead of every concatenation anew.
         splits: layers that will be split, and so need the float value of what they read.
     """
-    floats = {layer.name: reason for layer in graph.layers if (reason := _why_float(layer, recipe, precision))}
-    if recipe.chained:
+    floats = {layer.name: reason for layer in graph.layers if (reason := _float_reason(layer, recipe, precision))}
+    if recipe.quantize_outputs:
         floats |= {
             layer.name: recipe.why["chained"]
             for layer in graph.layers
@@ -166,7 +166,7 @@ def place(
     chosen = [layer for layer in graph.layers if layer.name not in floats]
     nodes = {layer.node for layer in chosen}
     sources = {layer.input: _source(graph, layer, recipe, nodes, splits) for layer in chosen}
-    joined = [*sources.values(), *(_joins(graph, chosen) if recipe.chained else [])]
+    joined = [*sources.values(), *(_joins(graph, chosen) if recipe.quantize_outputs else [])]
     groups = _concat_leaves(graph, joined) if share else {}
     readers: dict[str, list[str]] = {}
     for layer in chosen:
@@ -183,7 +183,7 @@ def place(
                 readers[tensor] = [node.name for node in graph.consumers[tensor]]
                 leaf = _leaves(graph, source)[0] if share else source
                 groups[tensor] = groups.get(leaf, leaf)
-    if recipe.chained:
+    if recipe.quantize_outputs:
         for layer in chosen:
             for tensor in _outputs(graph, layer):
                 readers.setdefault(tensor, [node.name for node in graph.consumers[tensor]])
@@ -206,21 +206,21 @@ def can_split(graph: Graph, layer: Layer) -> bool:
     return layer.op == "Conv" and layer.role in ("trunk", "last") and not _is_concat(graph, layer.input)
 
 
-def share_of_macs(graph: Graph, names: Collection[str]) -> float:
+def macs_share_of(graph: Graph, names: Collection[str]) -> float:
     """Return the share of the multiply-adds that some layers have, 0..1."""
     total = sum(layer.macs for layer in graph.layers)
     return sum(layer.macs for layer in graph.layers if layer.name in names) / total if total else 0.0
 
 
-def _why_float(layer: Layer, recipe: Recipe, precision: Precision) -> str | None:
+def _float_reason(layer: Layer, recipe: Recipe, precision: Precision) -> str | None:
     narrow = min(layer.channels_in, layer.channels_out)
     if layer.role == "attention":
         return "channel attention works on 1x1 maps and steers every channel"
     if layer.role == "edge":
         return "it corrects the outermost pixels of the image: a strip, computed in no time"
-    if layer.role == "first" and not recipe.first:
+    if layer.role == "first" and not recipe.quantize_first:
         return recipe.why["first"]
-    if layer.role == "last" and not recipe.last:
+    if layer.role == "last" and not recipe.quantize_last:
         return recipe.why["last"]
     if precision == Precision.FP8 and (layer.op != "Conv" or narrow <= 16):
         return "FP8 convolutions exist for more than 16 channels only, and not as deconvolutions"
@@ -270,7 +270,7 @@ def _source(graph: Graph, layer: Layer, recipe: Recipe, nodes: Collection[str], 
     node = graph.producer.get(tensor)
     readers = graph.consumers[tensor]
     split = any(other.name in splits for other in graph.layers if other.input == tensor)
-    if not recipe.shuffled or split or node is None or node.op_type != "DepthToSpace":
+    if not recipe.quantize_before_shuffle or split or node is None or node.op_type != "DepthToSpace":
         return tensor
     alone = all(reader.name in nodes for reader in readers) and graph.only_consumer(node.input[0]) is node
     return node.input[0] if alone else tensor

@@ -58,7 +58,7 @@ class QuantWeight:
         return (self.codes.astype(np.float32) * self.scales.reshape(shape)).astype(np.float32)
 
 
-def fp8_weight(weights: NDArray[np.float32], axis: int) -> QuantWeight:
+def quantize_weights_fp8(weights: NDArray[np.float32], axis: int) -> QuantWeight:
     """Round weights to E4M3 with one scale per output channel."""
     rows = np.abs(np.moveaxis(weights, axis, 0).reshape(weights.shape[axis], -1))
     scales = (np.maximum(rows.max(axis=1), 1e-12) / FP8_MAX).astype(np.float32)
@@ -92,14 +92,14 @@ def insert_qdq(
     new: list[onnx.TensorProto] = []
     renamed: dict[tuple[str, str], str] = {}
     for site in sites:
-        pair, constants = _activation_pair(site.tensor, params[site.tensor], scale_type)
+        pair, constants = _make_activation_pair(site.tensor, params[site.tensor], scale_type)
         new += constants
         producer = graph.producer.get(site.tensor)
         (before.setdefault(producer.name, []) if producer is not None else first).extend(pair)
         for reader in site.readers:
             renamed[reader, site.tensor] = pair[1].output[0]
     for name, weight in weights.items():
-        node, constants = _weight_node(name, weight, scale_type)
+        node, constants = _make_weight_node(name, weight, scale_type)
         new += constants
         first.append(node)
         for reader in graph.consumers[name]:
@@ -114,7 +114,7 @@ def insert_qdq(
         copy.CopyFrom(node)
         copy.input[:] = [renamed.get((node.name, name), name) for name in node.input]
         if node.name in splits:
-            tail, constants = _second_convolution(node, copy, params[node.input[0]], scale_type)
+            tail, constants = _split_convolution(node, copy, params[node.input[0]], scale_type)
             new += constants
             result.graph.node.extend(tail)
         result.graph.node.extend(before.get(node.name, []))
@@ -124,7 +124,7 @@ def insert_qdq(
     return result
 
 
-def _second_convolution(
+def _split_convolution(
     node: onnx.NodeProto, first: onnx.NodeProto, params: QuantParams, scale_type: type[np.floating]
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
     """Turn `first`, the quantized copy of `node`, into the high half and return the low half and the sum."""
@@ -132,7 +132,7 @@ def _second_convolution(
     high, low, rest = f"{output}_high", f"{output}_low", f"{output}_rest"
     # What rounding leaves over lies within half a step; what clipping leaves over is cut off as before.
     fine = params_for_range(-params.scale / 2, params.scale / 2, params.kind)
-    pair, constants = _activation_pair(rest, fine, scale_type)
+    pair, constants = _make_activation_pair(rest, fine, scale_type)
     second = onnx.NodeProto()
     second.CopyFrom(first)
     second.name = f"{node.name}_low"
@@ -144,7 +144,7 @@ def _second_convolution(
     return [before, *pair, second, total], constants
 
 
-def _activation_pair(
+def _make_activation_pair(
     tensor: str, params: QuantParams, scale_type: type[np.floating]
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
     scale, zero, codes, back = (f"{tensor}_{part}" for part in ("scale", "zero_point", "quantized", "dequantized"))
@@ -159,7 +159,7 @@ def _activation_pair(
     return nodes, constants
 
 
-def _weight_node(
+def _make_weight_node(
     name: str, weight: QuantWeight, scale_type: type[np.floating]
 ) -> tuple[onnx.NodeProto, list[onnx.TensorProto]]:
     codes, scale, zero, back = (f"{name}_{part}" for part in ("quantized", "scale", "zero_point", "dequantized"))

@@ -26,7 +26,7 @@ _FACTORS = np.linspace(1.0, 0.3, 36)
 SCHEMA = 1
 
 
-def range_of(seen: Observation, method: Method, kind: Kind) -> tuple[float, float]:
+def compute_range(seen: Observation, method: Method, kind: Kind) -> tuple[float, float]:
     """Return the range (low, high) that codes of a kind should cover, 0.0 included.
 
     Args:
@@ -38,7 +38,7 @@ def range_of(seen: Observation, method: Method, kind: Kind) -> tuple[float, floa
     low, high = seen.range
     low, high = min(low, 0.0), max(high, 0.0)
     filled = seen.counts > 0
-    values: NDArray[np.float64] = seen.centres()[filled]
+    values: NDArray[np.float64] = seen.bin_centers()[filled]
     counts: NDArray[np.float64] = seen.counts[filled].astype(np.float64)
     if method == "minmax" or values.size < 2:
         return low, high
@@ -49,7 +49,7 @@ def range_of(seen: Observation, method: Method, kind: Kind) -> tuple[float, floa
         return max(low, min(bottom, 0.0)), min(high, max(top, 0.0))
     # Values sampled into the histogram never reach the outermost extremes that min-max saw; add those once.
     values, counts = np.append(values, (low, high)), np.append(counts, (1.0, 1.0))
-    cost = _squared_error if method == "mse" else _divergence
+    cost = _squared_error if method == "mse" else _kl_divergence
     if kind != "uint8":
         reach = max(-low, high)
         factor = _best(lambda f: cost(values, counts, -f * reach, f * reach, kind))
@@ -72,7 +72,9 @@ def _squared_error(
     return float((counts * difference**2).sum())
 
 
-def _divergence(values: NDArray[np.float64], counts: NDArray[np.float64], low: float, high: float, kind: Kind) -> float:
+def _kl_divergence(
+    values: NDArray[np.float64], counts: NDArray[np.float64], low: float, high: float, kind: Kind
+) -> float:
     """Kullback-Leibler divergence between the clipped distribution and what its codes can say about it."""
     params = params_for_range(low, high, kind)
     clipped = np.clip(values, params.low, params.high)

@@ -28,7 +28,7 @@ MOMENTS_BYTES = 1 << 30
 """Covariances kept at a time; a network with more is passed over several times."""
 DAMPING = 0.005
 """Added to the diagonal, relative to its mean: what was not seen is not trusted wholly."""
-_SHRINKS = (1.0, 0.93, 0.86, 0.8)
+_STEP_FACTORS = (1.0, 0.93, 0.86, 0.8)
 """Steps tried, relative to the one that just holds the largest weight: a clipped weight is made good like any other."""
 _BLOCK = 64
 _SMALLEST = 1e-12
@@ -59,7 +59,7 @@ class _Moments:
         return self.products.astype(np.float64) / self.count - np.outer(mean, mean)
 
 
-def input_covariances(
+def collect_covariances(
     graph: Graph,
     layers: Sequence[Layer],
     batches: Sequence[NDArray[np.float32]],
@@ -98,7 +98,7 @@ def input_covariances(
                 yield layer, [entry.covariance() for entry in moments.pop(layer.name)]
 
 
-def compensated_codes(
+def round_with_compensation(
     weights: NDArray[np.float32],
     scales: NDArray[np.float32],
     covariances: Sequence[NDArray[np.float64]],
@@ -110,7 +110,7 @@ def compensated_codes(
     Args:
         weights: (out, in, kh, kw).
         scales: (out,), the scale of each output channel that holds its largest weight.
-        covariances: of the windows read, as `input_covariances` gives them.
+        covariances: of the windows read, as `collect_covariances` gives them.
         top: the largest code.
         representable: brings scales to what the graph can hold.
 
@@ -119,15 +119,15 @@ def compensated_codes(
     """
     rows = weights.reshape(weights.shape[0], -1).astype(np.float64)
     # All steps at once: rows of different steps are as independent as rows of different channels.
-    steps = representable(np.concatenate([scales * np.float32(shrink) for shrink in _SHRINKS]))
-    copies = np.tile(rows, (len(_SHRINKS), 1))
+    steps = representable(np.concatenate([scales * np.float32(shrink) for shrink in _STEP_FACTORS]))
+    copies = np.tile(rows, (len(_STEP_FACTORS), 1))
     codes, power, start = np.zeros_like(copies), np.zeros(len(copies)), 0
     for covariance in covariances:
         part = slice(start, start := start + len(covariance))
         codes[:, part] = _compensated(copies[:, part] / steps[:, None], covariance, top)
         errors = codes[:, part] * steps[:, None] - copies[:, part]
         power += np.einsum("ri,ri->r", errors @ covariance, errors)
-    chosen = power.reshape(len(_SHRINKS), -1).argmin(axis=0) * rows.shape[0] + np.arange(rows.shape[0])
+    chosen = power.reshape(len(_STEP_FACTORS), -1).argmin(axis=0) * rows.shape[0] + np.arange(rows.shape[0])
     return codes[chosen].astype(np.int8).reshape(weights.shape), steps[chosen]
 
 

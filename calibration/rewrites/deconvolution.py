@@ -10,7 +10,7 @@ from onnx import helper, numpy_helper
 from srdeploy.calibration.graph import Graph, attribute, with_nodes
 
 
-def deconvolutions_rewritten(model: onnx.ModelProto, *, phases: bool) -> tuple[onnx.ModelProto, int]:
+def rewrite_deconvolutions(model: onnx.ModelProto, *, phases: bool) -> tuple[onnx.ModelProto, int]:
     """Return a graph whose deconvolutions are convolutions followed by a pixel shuffle, and how many were rewritten.
 
     A deconvolution of stride s computes each of its s x s output phases from a small window of the input. With `phases`

@@ -19,7 +19,7 @@ from onnx import numpy_helper
 
 from srdeploy.calibration.graph import GLOBAL_POOLS, Graph, attribute
 from srdeploy.calibration.observe import Observation
-from srdeploy.calibration.rewrites.streams import own_scales
+from srdeploy.calibration.rewrites.streams import reader_scales_of
 from srdeploy.core.contract import INPUT, OUTPUT, corrects_edges
 
 _HOMOGENEOUS = ("Relu", "LeakyRelu", "PRelu", "Identity", *GLOBAL_POOLS)
@@ -92,7 +92,7 @@ class ChannelClasses:
             self.of[result] = self.of[image]
         elif node.op_type == "Mul" and len(data) == 1 and self._scalar(node, graph):
             self.of[result] = self.of[data[0]]
-        elif own_scales(node) is not None and data:
+        elif reader_scales_of(node) is not None and data:
             self.of[result] = self._new(self.of[data[0]].size)
         elif node.op_type == "DepthToSpace" and data:
             self._shuffle(node, data[0], result)
@@ -126,7 +126,7 @@ class ChannelClasses:
         self.of[result] = groups[:, 0].copy()
 
 
-def equalized(
+def equalize_channels(
     graph: Graph, seen: Mapping[str, Observation], tensors: Sequence[str], strength: float
 ) -> tuple[onnx.ModelProto, dict[str, NDArray[np.float64]]]:
     """Return a graph of the same function whose channels span similar ranges.
@@ -156,7 +156,7 @@ def equalized(
         if layer.bias:
             arrays[layer.bias] *= out
     for node in model.graph.node:
-        name = own_scales(node)
+        name = reader_scales_of(node)
         if name is not None and node.output[0] in classes.of:
             factor = factors[classes.roots(node.output[0])] / factors[classes.roots(node.input[0])]
             arrays[name] = graph.array(name).astype(np.float64) * factor.reshape(1, -1, 1, 1)
@@ -175,7 +175,7 @@ def _signs(graph: Graph, classes: ChannelClasses, seen: Mapping[str, Observation
     signs = np.ones(classes.count)
     for node in graph.model.graph.node:
         name = node.output[0]
-        if own_scales(node) is not None and name in classes.of and name in seen:
+        if reader_scales_of(node) is not None and name in classes.of and name in seen:
             signs[classes.roots(name)] = np.where(-seen[name].low > seen[name].high, -1.0, 1.0)
     signs[0] = 1.0
     return signs

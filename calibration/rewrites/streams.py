@@ -17,11 +17,11 @@ _OWN = "_own_scales"
 _NEXT_TO_NOTHING = 1e-12
 
 
-def readers_scaled(model: onnx.ModelProto) -> onnx.ModelProto:
+def add_reader_scales(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a graph in which the convolutions that read a residual stream do so through a scale per channel.
 
-    All scales are 1 until `equalized` chooses them. A stream is a tensor that is a sum or goes into one. What also goes
-    into a concatenation is left alone: it is quantized once, for all that meets there.
+    All scales are 1 until `equalize_channels` sets them. A stream is a tensor that an Add writes or reads. Tensors that
+    a Concat also reads are unchanged: they are quantized once, with one scale for the whole concatenation.
     """
     graph = Graph(model)
     nodes: list[onnx.NodeProto] = []
@@ -47,7 +47,7 @@ def readers_scaled(model: onnx.ModelProto) -> onnx.ModelProto:
     return with_nodes(model, nodes, constants)
 
 
-def scales_settled(model: onnx.ModelProto, floats: Collection[str]) -> onnx.ModelProto:
+def fold_reader_scales(model: onnx.ModelProto, floats: Collection[str]) -> onnx.ModelProto:
     """Return a graph with readers' scales in the form that engines compute well.
 
     Layers in `floats`, by name, read streams directly: their weights take the scales up. A product with negative
@@ -59,7 +59,7 @@ def scales_settled(model: onnx.ModelProto, floats: Collection[str]) -> onnx.Mode
     sources: dict[tuple[str, str], str] = {}
     for layer in graph.layers:
         node = graph.producer.get(layer.input)
-        name = own_scales(node) if node is not None else None
+        name = reader_scales_of(node) if node is not None else None
         if node is None or name is None or layer.name not in floats:
             continue
         folded = graph.array(layer.weight) * graph.array(name).reshape(1, -1, 1, 1)
@@ -73,7 +73,7 @@ def scales_settled(model: onnx.ModelProto, floats: Collection[str]) -> onnx.Mode
     read = {name for node in copies for name in node.input}
     nodes = []
     for node in copies:
-        name = own_scales(node)
+        name = reader_scales_of(node)
         if name is not None and node.output[0] not in read:
             continue
         nodes.append(node)
@@ -85,6 +85,6 @@ def scales_settled(model: onnx.ModelProto, floats: Collection[str]) -> onnx.Mode
     return with_nodes(model, nodes, constants)
 
 
-def own_scales(node: onnx.NodeProto) -> str | None:
-    """Return the constant of a product that `readers_scaled` wrote, None for any other node."""
+def reader_scales_of(node: onnx.NodeProto) -> str | None:
+    """Return the constant of a product that `add_reader_scales` wrote, None for any other node."""
     return node.input[1] if node.op_type == "Mul" and node.input[1].endswith(_OWN) else None

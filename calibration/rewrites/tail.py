@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from srdeploy.calibration.graph import Graph, Layer, attribute, is_plain_convolution, with_nodes
-from srdeploy.calibration.rewrites.tail_map import SIDES, AffineMap, Link, Tail, tail_of
+from srdeploy.calibration.rewrites.tail_map import SIDES, AffineMap, Link, Tail, compute_tail
 from srdeploy.core.contract import EDGE, OUTPUT
 
 NAME = "merged_tail"
@@ -26,7 +26,7 @@ _FAR = ("bottom", "right")
 _END = 2**62
 
 
-def tail_merged(model: onnx.ModelProto, *, apart: Collection[str] = ()) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+def merge_tail(model: onnx.ModelProto, *, apart: Collection[str] = ()) -> tuple[onnx.ModelProto, tuple[str, ...]]:
     """Return a graph whose linear end is one layer, named "merged_tail", and the names of the layers that it replaces.
 
     The graph is returned as it is, with no names, where its end is a single layer, where merging would cost more
@@ -36,7 +36,7 @@ def tail_merged(model: onnx.ModelProto, *, apart: Collection[str] = ()) -> tuple
     layers, nodes = _chain(graph)
     if len(layers) < 2 or {layer.name for layer in layers} & set(apart):
         return model, ()
-    tail = tail_of([_link(graph, layer) for layer in layers])
+    tail = compute_tail([_link(graph, layer) for layer in layers])
     if tail is None or tail.inner.weight.size >= sum(layer.macs for layer in layers):
         return model, ()
     writer = _Writer(layers[0].input, layers[-1].output, tail)

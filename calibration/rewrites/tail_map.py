@@ -45,7 +45,7 @@ class AffineMap:
         return AffineMap(self.weight - other.weight, self.bias - other.bias)
 
     def within(self, edges: Mapping[str, int]) -> "AffineMap":
-        """Return the map without the taps that lie beyond the image's edges; see `pixel_map` for `edges`."""
+        """Return the map without the taps that lie beyond the image's edges; see `compute_pixel_map` for `edges`."""
         reach = self.weight.shape[2] // 2
         weight = self.weight.copy()
         _blank(weight, -reach, -reach, 1, edges)
@@ -73,13 +73,13 @@ class Tail:
     corners: Mapping[tuple[str, str], AffineMap]
 
 
-def tail_of(links: Sequence[Link]) -> Tail | None:
+def compute_tail(links: Sequence[Link]) -> Tail | None:
     """Return a chain as one convolution; None where more than the outermost LR pixels would need a correction."""
-    inner = pixel_map(links, {})
+    inner = compute_pixel_map(links, {})
     reach, scale = inner.weight.shape[2] // 2, float(np.abs(inner.weight).max())
 
     def correction(edges: Mapping[str, int]) -> AffineMap:
-        return pixel_map(links, edges, reach) - inner.within(edges)
+        return compute_pixel_map(links, edges, reach) - inner.within(edges)
 
     sides = {side: correction({side: 0}) for side in SIDES}
     corners = {
@@ -98,7 +98,7 @@ def tail_of(links: Sequence[Link]) -> Tail | None:
     return Tail(int(np.prod([link.block for link in links])), inner, sides, corners) if exact else None
 
 
-def pixel_map(links: Sequence[Link], edges: Mapping[str, int], reach: int | None = None) -> AffineMap:
+def compute_pixel_map(links: Sequence[Link], edges: Mapping[str, int], reach: int | None = None) -> AffineMap:
     """Return what a chain computes of one LR pixel from the LR pixels around it.
 
     Args:

@@ -19,20 +19,20 @@ from typing import Any
 import onnx
 
 from srdeploy.calibration.images.dataset import Sample, windows_of
-from srdeploy.calibration.int8.placement import share_of_macs
+from srdeploy.calibration.int8.builder import Decisions, GraphBuilder
+from srdeploy.calibration.int8.placement import macs_share_of
 from srdeploy.calibration.int8.ranges import Method
-from srdeploy.calibration.int8.workbench import Decisions, Workbench
 from srdeploy.calibration.journal import Journal
 from srdeploy.calibration.options import QuantizeOptions
-from srdeploy.calibration.search.evaluate import Judge, OpenEngine, Verdict, opened
+from srdeploy.calibration.search.evaluate import Evaluator, GraphQuality, OpenEngine, open_model
 from srdeploy.calibration.search.sensitivity import (
-    SPLIT_LEAVES,
+    SPLIT_ERROR_SHARE,
     Change,
     Sensitivity,
-    fidelity_of,
-    key_of,
+    journal_key,
+    measure_costs,
+    measure_fidelity,
     measure_sensitivities,
-    with_costs,
 )
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import BuildError, GateError, UsageError
@@ -76,7 +76,7 @@ class Point:
     keep: tuple[str, ...]
     splits: tuple[str, ...]
     int8_macs: float
-    verdict: Verdict
+    quality: GraphQuality
     latency_ms: float | None
 
     def to_json(self) -> dict[str, Any]:
@@ -86,7 +86,7 @@ class Point:
             "layers_split": list(self.splits),
             "int8_macs_share": round(self.int8_macs, 4),
             "latency_ms": None if self.latency_ms is None else round(self.latency_ms, 2),
-            **self.verdict.to_json(),
+            **self.quality.to_json(),
         }
 
 
@@ -118,24 +118,24 @@ class Choice:
 
 
 def choose(
-    bench: Workbench,
+    builder: GraphBuilder,
     contract: ModelContract,
     options: QuantizeOptions,
     open_engine: OpenEngine | None,
     samples: Sequence[Sample],
-    judges: Sequence[Sample],
+    held_out: Sequence[Sample],
     journal: Journal,
     progress: Progress = SILENT,
 ) -> Choice:
     """Choose decisions for a graph.
 
     Args:
-        bench: makes candidates.
+        builder: makes candidates.
         contract: of the network.
         options: what the user decided already, the bound and the time.
-        open_engine: the target's engine; None judges on ONNX Runtime's plain kernels.
+        open_engine: the target's engine; None held_out on ONNX Runtime's plain kernels.
         samples: calibration samples, of which some are used to compare candidates.
-        judges: images kept aside for the bound.
+        held_out: images kept aside for the bound.
         journal: remembers what was measured.
         progress: where to report.
 
@@ -144,30 +144,39 @@ def choose(
         UsageError: a layer to keep is not in the graph.
     """
     deadline = time.monotonic() + options.time_budget_s
-    _check_kept(bench, options)
-    tuning = Judge(bench.graph.model, windows_of(samples, TUNING_SAMPLES), contract)
-    decisions, trials = _tuned(bench, tuning, options, deadline, journal, progress)
-    judge = Judge(bench.graph.model, judges, contract)
-    first = _point(bench, judge, decisions, open_engine, check=True)
-    if options.satisfied(first.verdict):
+    _check_kept(builder, options)
+    tuning = Evaluator(builder.graph.model, windows_of(samples, TUNING_SAMPLES), contract)
+    decisions, trials = _tune(builder, tuning, options, deadline, journal, progress)
+    evaluator = Evaluator(builder.graph.model, held_out, contract)
+    first = _measure_point(builder, evaluator, decisions, open_engine, check=True)
+    if options.is_satisfied_by(first.quality):
         return Choice(decisions, tuple(trials), (first,))
-    return _bounded(bench, tuning, judge, decisions, trials, first, options, open_engine, deadline, journal, progress)
+    return _meet_bound(
+        builder, tuning, evaluator, decisions, trials, first, options, open_engine, deadline, journal, progress
+    )
 
 
-def _tuned(
-    bench: Workbench, judge: Judge, options: QuantizeOptions, deadline: float, journal: Journal, progress: Progress
+def _tune(
+    builder: GraphBuilder,
+    evaluator: Evaluator,
+    options: QuantizeOptions,
+    deadline: float,
+    journal: Journal,
+    progress: Progress,
 ) -> tuple[Decisions, list[Trial]]:
     """Answer the first question: one decision after the other, the best so far kept."""
     base = Decisions(keep=options.kept(), strength=options.strength or 0.0, method=options.method or "minmax")
-    if bench.stored is not None:
-        base = replace(base, strength=bench.stored.strength, method=bench.stored.method)
+    if builder.stored is not None:
+        base = replace(base, strength=builder.stored.strength, method=builder.stored.method)
     trials: list[Trial] = []
 
     def best(candidates: Iterable[tuple[str, Decisions]], so_far: Decisions) -> Decisions:
         for note, candidate in candidates:
             if any(trial.decisions == candidate for trial in trials) or (trials and time.monotonic() > deadline):
                 continue
-            fidelity = journal.number(key_of("trial", candidate), partial(fidelity_of, bench, judge, candidate))
+            fidelity = journal.number(
+                journal_key("trial", candidate), partial(measure_fidelity, builder, evaluator, candidate)
+            )
             trials.append(Trial(candidate, fidelity, note))
             advance(note=f"{trials[-1].fidelity_db:.2f} dB: {note}")
         top = max(trials, key=lambda trial: trial.fidelity_db)
@@ -175,22 +184,22 @@ def _tuned(
 
     with progress.task("comparing ways to quantize") as advance:
         chosen = best([("the plainest: min-max, nothing else", base)], base)
-        if options.strength is None and bench.stored is None:
+        if options.strength is None and builder.stored is None:
             chosen = best(
                 [(f"channels equalized, strength {s}", replace(chosen, strength=s)) for s in STRENGTHS], chosen
             )
-        if options.method is None and bench.stored is None:
+        if options.method is None and builder.stored is None:
             chosen = best([(f"ranges by {m}", replace(chosen, method=m)) for m in AUTOMATIC_METHODS], chosen)
-        if bench.precision == Precision.INT8:
+        if builder.precision == Precision.INT8:
             chosen = best([("weights' errors cancel", replace(chosen, compensate=True))], chosen)
         chosen = best([("without bias correction", replace(chosen, correct_bias=False))], chosen)
     return chosen, trials
 
 
-def _bounded(
-    bench: Workbench,
-    tuning: Judge,
-    judge: Judge,
+def _meet_bound(
+    builder: GraphBuilder,
+    tuning: Evaluator,
+    evaluator: Evaluator,
     decisions: Decisions,
     trials: Sequence[Trial],
     first: Point,
@@ -206,9 +215,9 @@ def _bounded(
     activations, or become float. What that costs is measured on the engine, since it differs by processor: with VNNI
     two 8-bit convolutions are much quicker than a float one, without it they are not.
     """
-    sensitivities = measure_sensitivities(bench, tuning, decisions, deadline, journal, progress)
+    sensitivities = measure_sensitivities(builder, tuning, decisions, deadline, journal, progress)
     timed = open_engine if options.cost != "macs" else None
-    sensitivities = with_costs(bench, judge, decisions, sensitivities, timed, deadline, journal, progress)
+    sensitivities = measure_costs(builder, evaluator, decisions, sensitivities, timed, deadline, journal, progress)
     points = [first]
     done: list[Change] = []
     left = {entry.layers: entry.error for entry in sensitivities}
@@ -220,7 +229,7 @@ def _bounded(
             changes.remove(best)
             advance()
             done.append(best)
-            left[best.layers] = best.error * (SPLIT_LEAVES if best.split else 0.0)
+            left[best.layers] = best.error * (SPLIT_ERROR_SHARE if best.split else 0.0)
             others = [change for change in changes if change.layers != best.layers]
             if best.split:  # the way from there to float is what is left to pay
                 others += [
@@ -229,37 +238,41 @@ def _bounded(
                     if change.layers == best.layers
                 ]
             changes = others
-            if changes and not options.hopeful(first.verdict, sum(left.values()) / total):
+            if changes and not options.may_satisfy(first.quality, sum(left.values()) / total):
                 continue
-            points.append(_point(bench, judge, _changed(decisions, done, total), open_engine))
-            advance(0, note=f"{points[-1].verdict.drop_db:.4f} dB")
-            if options.satisfied(points[-1].verdict):
-                needed = needed_changes(done, first.verdict, points[-1].verdict, options)
+            points.append(_measure_point(builder, evaluator, _apply_changes(decisions, done, total), open_engine))
+            advance(0, note=f"{points[-1].quality.drop_db:.4f} dB")
+            if options.is_satisfied_by(points[-1].quality):
+                needed = remove_superfluous(done, first.quality, points[-1].quality, options)
                 if len(needed) < len(done) and time.monotonic() < deadline:
-                    points.append(_point(bench, judge, _changed(decisions, needed, total), open_engine))
-                    done = needed if options.satisfied(points[-1].verdict) else done
-                taken = _changed(decisions, done, total)
+                    points.append(
+                        _measure_point(builder, evaluator, _apply_changes(decisions, needed, total), open_engine)
+                    )
+                    done = needed if options.is_satisfied_by(points[-1].quality) else done
+                taken = _apply_changes(decisions, done, total)
                 return Choice(taken, tuple(trials), tuple(points), tuple(sensitivities))
             if time.monotonic() > deadline:
                 break
-    best_point = max(points, key=lambda point: point.verdict.fidelity_db)
+    best_point = max(points, key=lambda point: point.quality.fidelity_db)
     raise GateError(
-        f"the best graph found loses {best_point.verdict.drop_db:.4f} dB at a fidelity of "
-        f"{best_point.verdict.fidelity_db:.2f} dB with {100 * best_point.int8_macs:.1f} % of the multiply-adds in INT8 "
+        f"the best graph found loses {best_point.quality.drop_db:.4f} dB at a fidelity of "
+        f"{best_point.quality.fidelity_db:.2f} dB with {100 * best_point.int8_macs:.1f} % of the multiply-adds in INT8 "
         f"({len(points)} measured: {_table(points)})",
         expected=options.bound(),
         next_step="allow a larger drop, give it more time with --time-budget, or use --precision fp16",
     )
 
 
-def _changed(decisions: Decisions, changes: Iterable[Change], total: float) -> Decisions:
+def _apply_changes(decisions: Decisions, changes: Iterable[Change], total: float) -> Decisions:
     """Return decisions with changes made; layers that become float get their part of the `total` error as reason."""
     for change in changes:
         decisions = change.applied(decisions, f"its 8-bit error is {100 * change.error / total:.1f} % of the image's")
     return decisions
 
 
-def needed_changes(done: Sequence[Change], first: Verdict, reached: Verdict, options: QuantizeOptions) -> list[Change]:
+def remove_superfluous(
+    done: Sequence[Change], first: GraphQuality, reached: GraphQuality, options: QuantizeOptions
+) -> list[Change]:
     """Return those of the changes made that the bound needs.
 
     The last change is often a large one, and makes cheaper ones before it superfluous. Error powers add up, so what
@@ -274,49 +287,54 @@ def needed_changes(done: Sequence[Change], first: Verdict, reached: Verdict, opt
     total = sum({change.layers: change.error for change in done}.values())
     lost = 10 ** (-first.fidelity_db / 10) - 10 ** (-reached.fidelity_db / 10)  # error power that all of them removed
     gained = first.drop_db - reached.drop_db
-    kept, verdict = list(done), reached
+    kept, quality = list(done), reached
     for change in sorted(done, key=lambda change: -change.cost):
         others = [other for other in kept if other is not change]
         siblings = [other for other in others if other.layers == change.layers]
         if any(not other.split for other in siblings):  # a split under a float layer costs nothing any more
             continue
-        before, after = SPLIT_LEAVES if siblings else 1.0, SPLIT_LEAVES if change.split else 0.0
+        before, after = SPLIT_ERROR_SHARE if siblings else 1.0, SPLIT_ERROR_SHARE if change.split else 0.0
         part = change.error * (before - after) / max(total, 1e-30)
-        power = 10 ** (-verdict.fidelity_db / 10) + part * lost
+        power = 10 ** (-quality.fidelity_db / 10) + part * lost
         without = replace(
-            verdict, fidelity_db=-10 * math.log10(power), drop_db=verdict.drop_db + part * max(gained, 0.0)
+            quality, fidelity_db=-10 * math.log10(power), drop_db=quality.drop_db + part * max(gained, 0.0)
         )
-        if options.satisfied(without):
-            kept, verdict = others, without
+        if options.is_satisfied_by(without):
+            kept, quality = others, without
     return kept
 
 
-def _point(
-    bench: Workbench, judge: Judge, decisions: Decisions, open_engine: OpenEngine | None, *, check: bool = False
+def _measure_point(
+    builder: GraphBuilder,
+    evaluator: Evaluator,
+    decisions: Decisions,
+    open_engine: OpenEngine | None,
+    *,
+    check: bool = False,
 ) -> Point:
     """Measure a graph; `check` whether the engine computes it as written before anything else is asked of it."""
-    model, placement = bench.build(decisions)
+    model, placement = builder.build(decisions)
     latency = None
     if open_engine is None:
-        verdict = judge.graph(model)
+        quality = evaluator.evaluate_model(model)
     else:
-        with opened(model, open_engine) as runner:
+        with open_model(model, open_engine) as runner:
             if check:
-                _check_as_written(judge.only(1), model, runner)
-            verdict = judge.runner(runner)
-            (latency,) = judge.latencies_ms(runner)
+                _check_as_written(evaluator.first(1), model, runner)
+            quality = evaluator.evaluate_runner(runner)
+            (latency,) = evaluator.latencies_ms(runner)
     return Point(
-        tuple(decisions.keep), decisions.splits, share_of_macs(bench.graph, placement.layers), verdict, latency
+        tuple(decisions.keep), decisions.splits, macs_share_of(builder.graph, placement.layers), quality, latency
     )
 
 
-def _check_as_written(judge: Judge, model: onnx.ModelProto, runner: Runner) -> None:
+def _check_as_written(evaluator: Evaluator, model: onnx.ModelProto, runner: Runner) -> None:
     """Refuse an engine that computes a graph otherwise than it is written; a search would only hide that.
 
     Raises:
         BuildError: on the judged images the engine is far from the graph's own arithmetic.
     """
-    written, computed = judge.graph(model), judge.runner(runner)
+    written, computed = evaluator.evaluate_model(model), evaluator.evaluate_runner(runner)
     if computed.fidelity_db < written.fidelity_db - AS_WRITTEN_DB:
         raise BuildError(
             f"{runner.info.engine} computes this INT8 graph otherwise than it is written: a fidelity of "
@@ -326,14 +344,14 @@ def _check_as_written(judge: Judge, model: onnx.ModelProto, runner: Runner) -> N
         )
 
 
-def _check_kept(bench: Workbench, options: QuantizeOptions) -> None:
-    if not bench.tensors:
+def _check_kept(builder: GraphBuilder, options: QuantizeOptions) -> None:
+    if not builder.tensors:
         raise UsageError(
-            f"no layer of this network fits {bench.precision.value} on this target",
+            f"no layer of this network fits {builder.precision.value} on this target",
             expected="wider layers",
             next_step="use --precision fp16",
         )
-    names = {layer.name for layer in bench.graph.layers}
+    names = {layer.name for layer in builder.graph.layers}
     unknown = [name for name in options.keep if name not in names]
     if unknown:
         close = sorted(name for name in names if unknown[0].split(".")[0] in name)[:3] or sorted(names)[:3]
@@ -341,4 +359,4 @@ def _check_kept(bench: Workbench, options: QuantizeOptions) -> None:
 
 
 def _table(points: Sequence[Point]) -> str:
-    return ", ".join(f"{100 * point.int8_macs:.1f} %: {point.verdict.drop_db:.4f} dB" for point in points[-5:])
+    return ", ".join(f"{100 * point.int8_macs:.1f} %: {point.quality.drop_db:.4f} dB" for point in points[-5:])

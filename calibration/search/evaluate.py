@@ -31,7 +31,7 @@ HIGHEST_DB = 150.0
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GraphQuality:
     """What a graph costs.
 
     Attributes:
@@ -62,7 +62,7 @@ class Verdict:
         }
 
 
-class Judge:
+class Evaluator:
     """Compares graphs with the FP32 graph on fixed samples; its outputs, `expected`, are computed once."""
 
     def __init__(self, reference: onnx.ModelProto, samples: Sequence[Sample], contract: ModelContract) -> None:
@@ -71,28 +71,28 @@ class Judge:
         session = session_for(reference)
         self.expected = [session.run([OUTPUT], {INPUT: sample.pixels})[0] for sample in self.samples]
 
-    def only(self, count: int) -> "Judge":
-        """Return a judge of the first images only."""
+    def first(self, count: int) -> "Evaluator":
+        """Return a evaluator of the first images only."""
         fewer = copy(self)
         fewer.samples, fewer.expected = self.samples[:count], self.expected[:count]
         return fewer
 
-    def graph(self, model: onnx.ModelProto, open_engine: OpenEngine | None = None) -> Verdict:
-        """Judge a graph on an engine; on ONNX Runtime's plain CPU kernels when none is given."""
+    def evaluate_model(self, model: onnx.ModelProto, open_engine: OpenEngine | None = None) -> GraphQuality:
+        """Evaluate a graph on an engine; on ONNX Runtime's plain CPU kernels when none is given."""
         if open_engine is None:
             session = session_for(model)
-            return self._verdict(session.run([OUTPUT], {INPUT: sample.pixels})[0] for sample in self.samples)
-        with opened(model, open_engine) as runner:
-            return self.runner(runner)
+            return self._quality(session.run([OUTPUT], {INPUT: sample.pixels})[0] for sample in self.samples)
+        with open_model(model, open_engine) as runner:
+            return self.evaluate_runner(runner)
 
-    def runner(self, runner: Runner) -> Verdict:
-        """Judge an opened engine."""
-        return self._verdict(run_image(runner, sample.pixels) for sample in self.samples)
+    def evaluate_runner(self, runner: Runner) -> GraphQuality:
+        """Evaluate an open engine."""
+        return self._quality(run_image(runner, sample.pixels) for sample in self.samples)
 
-    def latencies_ms(self, *runners: Runner, repeats: int = 5, quickest: bool = False) -> tuple[float, ...]:
+    def latencies_ms(self, *runners: Runner, repeats: int = 5, fastest: bool = False) -> tuple[float, ...]:
         """Return each runner's median time in milliseconds for the first sample, interleaved: no benchmark, a guide.
 
-        The `quickest` instead of the median is what a processor can do; others on the machine only ever add to it.
+        The `fastest` instead of the median is what a processor can do; others on the machine only ever add to it.
         """
         pixels = self.samples[0].pixels
         times: list[list[float]] = [[] for _ in runners]
@@ -101,9 +101,9 @@ class Judge:
                 start = time.perf_counter()
                 run_image(runner, pixels)
                 own.append(1e3 * (time.perf_counter() - start))
-        return tuple(float(min(own) if quickest else np.median(own)) for own in times)
+        return tuple(float(min(own) if fastest else np.median(own)) for own in times)
 
-    def _verdict(self, outputs: Iterable[NDArray[np.float32]]) -> Verdict:
+    def _quality(self, outputs: Iterable[NDArray[np.float32]]) -> GraphQuality:
         fidelities, truths, losses = [], [], []
         scale = self._contract.scale
         for output, expected, sample in zip(outputs, self.expected, self.samples, strict=True):
@@ -121,10 +121,10 @@ class Judge:
         measured = bool(truths)
         psnr = float(np.mean(truths)) if measured else TYPICAL_PSNR_DB.get(scale, 35.0)
         drop = float(np.mean(losses)) if losses else drop_for_fidelity(psnr, fidelity)
-        return Verdict(fidelity, float(min(fidelities)), drop, psnr, measured, len(fidelities))
+        return GraphQuality(fidelity, float(min(fidelities)), drop, psnr, measured, len(fidelities))
 
 
-class opened(AbstractContextManager[Runner]):  # noqa: N801  # used like a function
+class open_model(AbstractContextManager[Runner]):  # noqa: N801  # used like a function
     """Write a graph to a temporary file and open it with an engine for the block."""
 
     def __init__(self, model: onnx.ModelProto, open_engine: OpenEngine) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from srdeploy.calibration.graph import Graph
-from srdeploy.calibration.int8.placement import Placement, share_of_macs
+from srdeploy.calibration.int8.placement import Placement, macs_share_of
 from srdeploy.core.errors import BuildError
 from srdeploy.core.runner import RunnerInfo
 
@@ -59,7 +59,7 @@ def read_back(info: RunnerInfo, graph: Graph, placement: Placement) -> Readback 
     versions = ", ".join(f"{name} {version}" for name, version in info.versions.items())
     shares: Mapping[str, float] = info.built.get("macs_share") or {}
     ran, total = int(convolutions.get("int8", 0)), int(sum(convolutions.values()))
-    asked, wanted = len(placement.layers), share_of_macs(graph, placement.layers)
+    asked, wanted = len(placement.layers), macs_share_of(graph, placement.layers)
     # Where an engine cannot count multiply-adds (shapes that depend on data), its layers were counted all the same.
     counted = shares.get("int8", 0.0) > 0
     macs = float(shares["int8"]) if counted else wanted * min(1.0, ran / max(asked, 1))

@@ -13,13 +13,13 @@ from functools import partial
 from typing import Any
 
 from srdeploy.calibration.graph import Layer
-from srdeploy.calibration.int8.placement import can_split, share_of_macs
-from srdeploy.calibration.int8.workbench import Decisions, Workbench
+from srdeploy.calibration.int8.builder import Decisions, GraphBuilder
+from srdeploy.calibration.int8.placement import can_split, macs_share_of
 from srdeploy.calibration.journal import Journal
-from srdeploy.calibration.search.evaluate import Judge, OpenEngine, opened
+from srdeploy.calibration.search.evaluate import Evaluator, OpenEngine, open_model
 from srdeploy.core.progress import SILENT, Progress
 
-SPLIT_LEAVES = 0.1
+SPLIT_ERROR_SHARE = 0.1
 """Splitting a layer takes its activations' error away; that of its weights stays, about a tenth in power."""
 
 
@@ -43,7 +43,7 @@ class Change:
 
     def worth(self, left: Mapping[tuple[str, ...], float]) -> float:
         """Return the error that the change removes per cost, when `left` is what the groups still bring."""
-        return (left[self.layers] - self.error * (SPLIT_LEAVES if self.split else 0.0)) / max(self.cost, 1e-9)
+        return (left[self.layers] - self.error * (SPLIT_ERROR_SHARE if self.split else 0.0)) / max(self.cost, 1e-9)
 
     def applied(self, decisions: Decisions, reason: str) -> Decisions:
         """Return decisions with the change made; the reason is kept with layers that become float."""
@@ -95,8 +95,8 @@ class Sensitivity:
 
 
 def measure_sensitivities(
-    bench: Workbench,
-    judge: Judge,
+    builder: GraphBuilder,
+    evaluator: Evaluator,
     decisions: Decisions,
     deadline: float,
     journal: Journal,
@@ -107,8 +107,8 @@ def measure_sensitivities(
     Returns:
         Disjoint groups that cover all quantized layers, in graph order.
     """
-    _, placement = bench.build(decisions)
-    layers = [layer for layer in bench.graph.layers if layer.name in placement.layers]
+    _, placement = builder.build(decisions)
+    layers = [layer for layer in builder.graph.layers if layer.name in placement.layers]
     size = max(1, round(len(layers) ** 0.5))
     groups = [tuple(layers[start : start + size]) for start in range(0, len(layers), size)]
     measured: dict[str, Sensitivity] = {}
@@ -118,9 +118,11 @@ def measure_sensitivities(
         names = tuple(layer.name for layer in group)
         others = dict.fromkeys((layer.name for layer in layers if layer.name not in names), "not looked at")
         alone = decisions.keeping({**decisions.keep, **others})
-        fidelity = journal.number(key_of(f"alone:{names}", decisions), partial(fidelity_of, bench, judge, alone))
+        fidelity = journal.number(
+            journal_key(f"alone:{names}", decisions), partial(measure_fidelity, builder, evaluator, alone)
+        )
         error = 10.0 ** (-fidelity / 10)
-        measured[names[0]] = Sensitivity(names, error, share_of_macs(bench.graph, names))
+        measured[names[0]] = Sensitivity(names, error, macs_share_of(builder.graph, names))
 
     with progress.task("measuring the sensitivity of layers", total=len(groups)) as advance:
         for group in groups:
@@ -138,9 +140,9 @@ def measure_sensitivities(
     return sorted(measured.values(), key=lambda entry: order[entry.layers[0]])
 
 
-def with_costs(
-    bench: Workbench,
-    judge: Judge,
+def measure_costs(
+    builder: GraphBuilder,
+    evaluator: Evaluator,
     decisions: Decisions,
     sensitivities: Sequence[Sensitivity],
     open_engine: OpenEngine | None,
@@ -154,21 +156,21 @@ def with_costs(
     where no engine runs, they are multiply-adds, brought to the same scale: one more pass in 8 bits, or three more for
     a float layer, as with VNNI.
     """
-    layers = {layer.name: layer for layer in bench.graph.layers}
+    layers = {layer.name: layer for layer in builder.graph.layers}
     total = sum(entry.error for entry in sensitivities)
     result = []
-    plain = _Stopwatch(bench, judge, decisions, open_engine) if open_engine is not None else None
+    plain = _LatencyComparison(builder, evaluator, decisions, open_engine) if open_engine is not None else None
     with progress.task("measuring what exact layers cost", total=len(sensitivities)) as advance:
         for entry in sensitivities:
             kinds = [False]
-            if bench.recipe.splits and all(can_split(bench.graph, layers[name]) for name in entry.layers):
+            if builder.recipe.allow_splits and all(can_split(builder.graph, layers[name]) for name in entry.layers):
                 kinds = [True, False]
             changes = []
             for split in kinds:
                 change = Change(entry.layers, split, entry.error, entry.macs_share * (1.0 if split else 3.0))
                 worth_measuring = entry.error >= 0.01 * total and time.monotonic() < deadline
                 if plain is not None and worth_measuring:
-                    key = key_of(f"cost:{split}:{entry.layers}", decisions)
+                    key = journal_key(f"cost:{split}:{entry.layers}", decisions)
                     change = replace(change, cost=journal.number(key, partial(plain.share, change)), measured=True)
                 changes.append(change)
             result.append(replace(entry, changes=tuple(changes)))
@@ -176,30 +178,32 @@ def with_costs(
     return result
 
 
-class _Stopwatch:
+class _LatencyComparison:
     """Compares the latency of changed graphs with that of the plain one, on the engine."""
 
-    def __init__(self, bench: Workbench, judge: Judge, decisions: Decisions, open_engine: OpenEngine) -> None:
-        self._bench, self._judge, self._decisions, self._open = bench, judge, decisions, open_engine
-        self._plain = bench.build(decisions)[0]
+    def __init__(
+        self, builder: GraphBuilder, evaluator: Evaluator, decisions: Decisions, open_engine: OpenEngine
+    ) -> None:
+        self._builder, self._evaluator, self._decisions, self._open = builder, evaluator, decisions, open_engine
+        self._plain = builder.build(decisions)[0]
 
     def share(self, change: "Change") -> float:
         """Return by which part of the plain graph's latency a change makes it slower, at least a thousandth."""
-        model, _ = self._bench.build(change.applied(self._decisions, ""))
+        model, _ = self._builder.build(change.applied(self._decisions, ""))
         slower = []
         for _ in range(3):  # where its buffers happen to lie makes an engine up to a quarter slower
-            with opened(self._plain, self._open) as plain, opened(model, self._open) as changed:
-                before, after = self._judge.latencies_ms(plain, changed, repeats=5, quickest=True)
+            with open_model(self._plain, self._open) as plain, open_model(model, self._open) as changed:
+                before, after = self._evaluator.latencies_ms(plain, changed, repeats=5, fastest=True)
                 slower.append(after / before - 1)
         return max(sorted(slower)[1], 0.001)
 
 
-def fidelity_of(bench: Workbench, judge: Judge, decisions: Decisions) -> float:
+def measure_fidelity(builder: GraphBuilder, evaluator: Evaluator, decisions: Decisions) -> float:
     """Return the fidelity in dB of the graph that decisions lead to."""
-    return judge.graph(bench.build(decisions)[0]).fidelity_db
+    return evaluator.evaluate_model(builder.build(decisions)[0]).fidelity_db
 
 
-def key_of(kind: str, decisions: Decisions) -> str:
+def journal_key(kind: str, decisions: Decisions) -> str:
     """Return the name of a measurement in the journal."""
     return f"{kind}:{json.dumps(asdict(decisions), sort_keys=True)}"
 

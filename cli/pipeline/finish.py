@@ -135,7 +135,7 @@ def _bundle_engine(candidate: Candidate, verdicts: Verdicts, bench: BenchResult 
 
 
 def _rank(engine: BundleEngine) -> tuple[bool, float]:
-    """Order engines: first those that never ran here (they want a better machine), then the quickest.
+    """Order engines: first those that never ran here (they want a better machine), then the fastest.
 
     `choose_engine` puts verified engines first where both can run.
     """

@@ -73,7 +73,7 @@ def verify_engines(
     calibration: "CalibrationSet",
     say: list[str],
 ) -> Verdicts:
-    """Judge all engines that can run here.
+    """Evaluator all engines that can run here.
 
     Of an engine that cannot (no GPU), its graph is judged on ONNX Runtime: the weights and the rounding are the
     engine's own, the kernels are not, and the report says so.
@@ -175,7 +175,7 @@ def _samples(work: Work, contract: ModelContract, calibration: "CalibrationSet")
     elif request.images.is_dir():
         files = [path for path in find_images(request.images) if sha256_of_file(path) not in calibration.image_hashes]
     else:  # a zip, list, pattern or video: only calibration can read it
-        return [Sample(entry.name, entry.pixels, entry.truth) for entry in calibration.judges]
+        return [Sample(entry.name, entry.pixels, entry.truth) for entry in calibration.held_out]
     chosen = (
         [files[index * len(files) // MAX_JUDGED] for index in range(MAX_JUDGED)] if len(files) > MAX_JUDGED else files
     )

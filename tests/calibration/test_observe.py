@@ -11,7 +11,7 @@ from onnx import numpy_helper
 from srdeploy.calibration.graph import Graph
 from srdeploy.calibration.images.dataset import CalibrationSet
 from srdeploy.calibration.int8.arithmetic import fake_quantize, params_for_range
-from srdeploy.calibration.int8.ranges import METHODS, range_of, read_ranges
+from srdeploy.calibration.int8.ranges import METHODS, compute_range, read_ranges
 from srdeploy.calibration.observe import Observation, observe, run_outputs
 from srdeploy.core.errors import InputError, UsageError
 
@@ -70,10 +70,10 @@ def test_clipping_for_least_error_beats_covering_outliers(kind: str) -> None:
     seen = observed(values)
 
     def error(method: str) -> float:
-        low, high = range_of(seen, method, kind)  # type: ignore[arg-type]
+        low, high = compute_range(seen, method, kind)  # type: ignore[arg-type]
         return float(np.mean((values - fake_quantize(values, params_for_range(low, high, kind))) ** 2))  # type: ignore[arg-type]
 
-    assert range_of(seen, "minmax", kind) == pytest.approx((-0.6, 0.6))  # type: ignore[arg-type]
+    assert compute_range(seen, "minmax", kind) == pytest.approx((-0.6, 0.6))  # type: ignore[arg-type]
     assert error("mse") < 0.5 * error("minmax")
     assert error("mse") <= min(error(method) for method in METHODS) * 1.15
 
@@ -82,7 +82,7 @@ def test_clipping_for_least_error_beats_covering_outliers(kind: str) -> None:
 def test_ranges_hold_zero_and_never_exceed_what_was_seen(method: str) -> None:
     seen = observed(np.random.default_rng(1).uniform(0.25, 2.0, 5000))
 
-    low, high = range_of(seen, method, "uint8")  # type: ignore[arg-type]
+    low, high = compute_range(seen, method, "uint8")  # type: ignore[arg-type]
 
     assert low == 0.0
     assert 0.5 < high <= 2.0
@@ -91,7 +91,7 @@ def test_ranges_hold_zero_and_never_exceed_what_was_seen(method: str) -> None:
 def test_percentiles_leave_out_what_is_rarer_than_they_say() -> None:
     values = np.concatenate([np.linspace(0, 1, 1_000_000), [50.0]])
 
-    low, high = range_of(observed(values), "percentile", "uint8")
+    low, high = compute_range(observed(values), "percentile", "uint8")
 
     assert low == 0.0
     assert high == pytest.approx(1.0, abs=0.02)

@@ -69,9 +69,9 @@ def test_what_was_asked_for_in_8_bits_runs_in_8_bits(
     assert result.readback is not None
     assert result.readback.ran >= len(result.int8_layers) > 0
     assert "multiply-adds in INT8" in result.readback.line()
-    assert result.verdict is not None
-    assert result.verdict.measured
-    assert result.verdict.fidelity_db > 30
+    assert result.quality is not None
+    assert result.quality.measured
+    assert result.quality.fidelity_db > 30
     assert result.latency_ms is not None
     manifest = verified_manifest(output)
     assert manifest.details["readback"]["ran_int8"] == result.readback.ran
@@ -157,8 +157,8 @@ def test_tensorrt_graphs_are_typed_throughout(
     assert scales
     assert all(types[name] == TensorProto.FLOAT16 for name in scales)
     assert all(types[f"{name.removesuffix('_scale')}_zero_point"] == codes for name in scales)
-    assert result.verdict is not None
-    assert result.verdict.fidelity_db > 25
+    assert result.quality is not None
+    assert result.quality.fidelity_db > 25
     assert "head" in result.floats
     assert "tail" in result.floats
 
@@ -189,8 +189,8 @@ def test_the_bound_is_kept_by_splitting_and_the_search_is_deterministic(
             options=QuantizeOptions(strength=0.5, method="minmax", min_fidelity=fidelity),
         )
         sensitivity = json.loads((artifacts_folder(tmp_path / name) / "sensitivity.json").read_text())
-        assert result.verdict is not None
-        return (tmp_path / name).read_bytes(), sensitivity, result.verdict.fidelity_db
+        assert result.quality is not None
+        return (tmp_path / name).read_bytes(), sensitivity, result.quality.fidelity_db
 
     plain = run("plain.onnx", None)
     bound = plain[2] + 3
@@ -241,7 +241,7 @@ def test_ranges_are_reused_without_looking_at_the_images_again(
         return (tmp_path / name).read_bytes()
 
     first = run("one.onnx", None)
-    monkeypatch.setattr("srdeploy.calibration.int8.workbench.observe", None)  # a pass over the images would now fail
+    monkeypatch.setattr("srdeploy.calibration.int8.builder.observe", None)  # a pass over the images would now fail
     second = run("two.onnx", artifacts_folder(tmp_path / "one.onnx") / "ranges.json")
 
     quantized = [onnx.load_model_from_string(data).graph for data in (first, second)]
@@ -264,7 +264,7 @@ def test_an_interrupted_search_goes_on_where_it_stopped(
         )
 
     measured: list[str] = []
-    original = choose.fidelity_of
+    original = choose.measure_fidelity
 
     def counted(*arguments: object) -> float:
         if len(measured) == 2:
@@ -273,7 +273,7 @@ def test_an_interrupted_search_goes_on_where_it_stopped(
         measured.append("measured")
         return original(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(choose, "fidelity_of", counted)
+    monkeypatch.setattr(choose, "measure_fidelity", counted)
     with pytest.raises(KeyboardInterrupt):
         run()
     assert not (tmp_path / "int8.onnx").exists()
@@ -323,7 +323,7 @@ def test_half_precision_without_images_says_what_was_not_checked(network_paths: 
         calibration=None,
     )
 
-    assert result.verdict is None
+    assert result.quality is None
     assert any("overflow" in note for note in result.notes)
     assert {island.reason for island in result.islands}
 

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from srdeploy.calibration.rewrites.tail import tail_merged
+from srdeploy.calibration.rewrites.tail import merge_tail
 from srdeploy.core.errors import CapabilityError, UsageError
 from srdeploy.core.runner import Runner, run_image
 from srdeploy.models.checkpoint.load import LoadedCheckpoint
@@ -61,7 +61,7 @@ def test_lock_step_equals_the_eager_whole_image(
 def test_lock_step_of_a_graph_whose_end_is_merged_equals_the_whole_image(
     engine: str, rcan_onnx: Path, tmp_path: Path
 ) -> None:
-    merged, names = tail_merged(onnx.load(rcan_onnx))
+    merged, names = merge_tail(onnx.load(rcan_onnx))
     assert names
     path = tmp_path / "merged.onnx"
     onnx.save(merged, path)

@@ -10,10 +10,10 @@ from onnx import TensorProto
 
 from srdeploy.calibration.graph import Graph
 from srdeploy.calibration.images.dataset import CalibrationSet
+from srdeploy.calibration.int8.builder import Decisions, GraphBuilder
 from srdeploy.calibration.int8.placement import RECIPES, can_split, place
-from srdeploy.calibration.int8.workbench import Decisions, Workbench
-from srdeploy.calibration.rewrites.deconvolution import deconvolutions_rewritten
-from srdeploy.calibration.search.evaluate import Judge
+from srdeploy.calibration.rewrites.deconvolution import rewrite_deconvolutions
+from srdeploy.calibration.search.evaluate import Evaluator
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.precision import Precision, Target
 
@@ -21,8 +21,8 @@ Networks = dict[str, Callable[..., onnx.ModelProto]]
 Calibrations = dict[str, CalibrationSet]
 
 
-def bench_for(name: str, target: Target, networks: Networks, calibrations: Calibrations) -> Workbench:
-    return Workbench(networks[name](), RECIPES[target], Precision.INT8, calibrations[name])
+def bench_for(name: str, target: Target, networks: Networks, calibrations: Calibrations) -> GraphBuilder:
+    return GraphBuilder(networks[name](), RECIPES[target], Precision.INT8, calibrations[name])
 
 
 @pytest.mark.parametrize("target", [Target.OPENVINO, Target.TENSORRT])
@@ -69,13 +69,13 @@ def test_openvino_gets_uint8_and_tensorrt_symmetric_int8(networks: Networks, cal
 def test_what_meets_in_a_concatenation_has_one_scale_and_is_not_quantized_again(
     networks: Networks, calibrations: Calibrations
 ) -> None:
-    bench = bench_for("dense", Target.OPENVINO, networks, calibrations)
+    builder = bench_for("dense", Target.OPENVINO, networks, calibrations)
 
-    shared = bench.build(Decisions(share=True))
-    single = bench.build(Decisions(share=False))
+    shared = builder.build(Decisions(share=True))
+    single = builder.build(Decisions(share=False))
 
     concats = {node.output[0] for node in shared[0].graph.node if node.op_type == "Concat"}
-    scales = bench.params(shared[1], Decisions(share=True))
+    scales = builder.params(shared[1], Decisions(share=True))
     met = {scales[site.tensor] for site in shared[1].sites if site.share != site.tensor or "relu" in site.share}
     assert not concats & {site.tensor for site in shared[1].sites}
     assert concats & {site.tensor for site in single[1].sites}
@@ -83,10 +83,10 @@ def test_what_meets_in_a_concatenation_has_one_scale_and_is_not_quantized_again(
 
 
 def test_onnxruntime_chains_integers_from_layer_to_layer(networks: Networks, calibrations: Calibrations) -> None:
-    model, count = deconvolutions_rewritten(networks["dense"](), phases=False)
-    bench = Workbench(model, RECIPES[Target.ONNXRUNTIME], Precision.INT8, calibrations["dense"])
+    model, count = rewrite_deconvolutions(networks["dense"](), phases=False)
+    builder = GraphBuilder(model, RECIPES[Target.ONNXRUNTIME], Precision.INT8, calibrations["dense"])
 
-    quantized, placement = bench.build(Decisions())
+    quantized, placement = builder.build(Decisions())
 
     graph = Graph(quantized)
     assert count == 1
@@ -110,25 +110,25 @@ def test_fp8_takes_wide_convolutions_only(networks: Networks) -> None:
 def test_eight_bits_stay_close_to_the_float_graph(
     name: str, networks: Networks, calibrations: Calibrations, contracts: dict[str, ModelContract]
 ) -> None:
-    bench = bench_for(name, Target.OPENVINO, networks, calibrations)
-    judge = Judge(bench.graph.model, calibrations[name].judges, contracts[name])
-    swing = np.mean([np.ptp(expected) for expected in judge.expected])
+    builder = bench_for(name, Target.OPENVINO, networks, calibrations)
+    evaluator = Evaluator(builder.graph.model, calibrations[name].held_out, contracts[name])
+    swing = np.mean([np.ptp(expected) for expected in evaluator.expected])
 
-    model, _ = bench.build(Decisions())
+    model, _ = builder.build(Decisions())
 
     # Eight bits have 48 dB of signal-to-noise per tensor; half a dozen tensors and the weights add up to some 10 dB.
-    assert judge.graph(model).fidelity_db > 36 - 20 * np.log10(swing)
+    assert evaluator.evaluate_model(model).fidelity_db > 36 - 20 * np.log10(swing)
 
 
 def test_a_split_layer_brings_fidelity_back(
     networks: Networks, calibrations: Calibrations, contracts: dict[str, ModelContract]
 ) -> None:
-    bench = bench_for("residual", Target.OPENVINO, networks, calibrations)
-    judge = Judge(bench.graph.model, calibrations["residual"].judges, contracts["residual"])
-    names = tuple(layer.name for layer in bench.graph.layers if can_split(bench.graph, layer))
+    builder = bench_for("residual", Target.OPENVINO, networks, calibrations)
+    evaluator = Evaluator(builder.graph.model, calibrations["residual"].held_out, contracts["residual"])
+    names = tuple(layer.name for layer in builder.graph.layers if can_split(builder.graph, layer))
 
-    plain = judge.graph(bench.build(Decisions())[0]).fidelity_db
-    split = judge.graph(bench.build(Decisions(splits=names))[0]).fidelity_db
+    plain = evaluator.evaluate_model(builder.build(Decisions())[0]).fidelity_db
+    split = evaluator.evaluate_model(builder.build(Decisions(splits=names))[0]).fidelity_db
 
     assert split > plain + 5
 
@@ -145,7 +145,7 @@ def test_layers_behind_a_shared_concatenation_cannot_be_split(networks: Networks
 
 @pytest.mark.parametrize("name", ["residual", "dense"])
 def test_what_a_pixel_shuffle_writes_is_quantized_before_it(name: str, networks: Networks) -> None:
-    model, _ = deconvolutions_rewritten(networks[name](), phases=True)
+    model, _ = rewrite_deconvolutions(networks[name](), phases=True)
     graph = Graph(model)
     shuffle = next(node for node in model.graph.node if node.op_type == "DepthToSpace")
 
@@ -161,13 +161,13 @@ def test_what_a_pixel_shuffle_writes_is_quantized_before_it(name: str, networks:
 
 
 def test_the_phases_of_a_deconvolution_share_one_scale(networks: Networks, calibrations: Calibrations) -> None:
-    model, _ = deconvolutions_rewritten(networks["dense"](), phases=True)
+    model, _ = rewrite_deconvolutions(networks["dense"](), phases=True)
     for target in (Target.OPENVINO, Target.ONNXRUNTIME):
-        bench = Workbench(model, RECIPES[target], Precision.INT8, calibrations["dense"])
+        builder = GraphBuilder(model, RECIPES[target], Precision.INT8, calibrations["dense"])
 
-        _, placement = bench.build(Decisions())
+        _, placement = builder.build(Decisions())
 
-        params = bench.params(placement, Decisions())
+        params = builder.params(placement, Decisions())
         phases = {params[site.tensor] for site in placement.sites if "phase" in site.tensor}
         assert len(phases) == 1
 
@@ -176,15 +176,17 @@ def test_the_phases_of_a_deconvolution_share_one_scale(networks: Networks, calib
 def test_moving_quantization_through_a_shuffle_changes_no_number(
     name: str, networks: Networks, calibrations: Calibrations, contracts: dict[str, ModelContract]
 ) -> None:
-    model, _ = deconvolutions_rewritten(networks[name](), phases=True)
+    model, _ = rewrite_deconvolutions(networks[name](), phases=True)
     recipe = RECIPES[Target.OPENVINO]
     # The sampled pixels of a histogram differ on the two sides of a shuffle; extremes do not.
     decisions = Decisions(strength=0.0, method="minmax", correct_bias=False)
-    judge = Judge(model, calibrations[name].judges, contracts[name])
+    evaluator = Evaluator(model, calibrations[name].held_out, contracts[name])
 
     moved, fixed = (
-        judge.graph(
-            Workbench(model, replace(recipe, shuffled=shuffled), Precision.INT8, calibrations[name]).build(decisions)[0]
+        evaluator.evaluate_model(
+            GraphBuilder(
+                model, replace(recipe, quantize_before_shuffle=shuffled), Precision.INT8, calibrations[name]
+            ).build(decisions)[0]
         )
         for shuffled in (True, False)
     )

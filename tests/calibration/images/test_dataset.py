@@ -48,7 +48,7 @@ def test_judges_are_never_calibrated_on(calibrations: dict[str, CalibrationSet])
 def test_hr_images_are_shrunk_as_benchmarks_do_and_kept_as_truth(
     photos: Path, contracts: Contracts, calibrations: dict[str, CalibrationSet]
 ) -> None:
-    judge = calibrations["residual"].judges[0]
+    judge = calibrations["residual"].held_out[0]
     high = np.asarray(Image.open(photos / judge.name))
     low = imresize(high, scale=0.5)
 
@@ -60,7 +60,7 @@ def test_hr_images_are_shrunk_as_benchmarks_do_and_kept_as_truth(
     top, left = (low.shape[0] - height) // 2, (low.shape[1] - width) // 2
     assert np.array_equal(np.rint(found).astype(np.uint8), low[top : top + height, left : left + width])
     lr_only = make_calibration_set(photos, contract=contracts["residual"], count=4, crop=16)
-    assert lr_only.judges[0].truth is None
+    assert lr_only.held_out[0].truth is None
 
 
 def test_a_luma_network_gets_one_channel(calibrations: dict[str, CalibrationSet]) -> None:

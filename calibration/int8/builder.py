@@ -23,13 +23,13 @@ from srdeploy.calibration.int8.arithmetic import (
     weight_scales,
 )
 from srdeploy.calibration.int8.placement import Placement, Recipe, place
-from srdeploy.calibration.int8.qdq import QuantWeight, fp8_weight, insert_qdq
-from srdeploy.calibration.int8.ranges import Method, Ranges, range_of
-from srdeploy.calibration.int8.rounding import compensated_codes, input_covariances
+from srdeploy.calibration.int8.qdq import QuantWeight, insert_qdq, quantize_weights_fp8
+from srdeploy.calibration.int8.ranges import Method, Ranges, compute_range
+from srdeploy.calibration.int8.rounding import collect_covariances, round_with_compensation
 from srdeploy.calibration.journal import Journal
 from srdeploy.calibration.observe import Observation, observe
-from srdeploy.calibration.rewrites.equalize import equalized
-from srdeploy.calibration.rewrites.streams import scales_settled
+from srdeploy.calibration.rewrites.equalize import equalize_channels
+from srdeploy.calibration.rewrites.streams import fold_reader_scales
 from srdeploy.core.contract import INPUT
 from srdeploy.core.precision import Precision
 from srdeploy.core.progress import SILENT, Progress
@@ -65,7 +65,7 @@ class Decisions:
         return replace(self, keep=dict(keep))
 
 
-class Workbench:
+class GraphBuilder:
     """Makes quantized graphs from one FP32 graph.
 
     Args:
@@ -137,7 +137,7 @@ class Workbench:
             if strength == 0.0:
                 self._equalized[strength] = (self.graph, {})
             else:
-                model, factors = equalized(self.graph, self.seen, self.tensors, strength)
+                model, factors = equalize_channels(self.graph, self.seen, self.tensors, strength)
                 self._equalized[strength] = (Graph(model), factors)
         return self._equalized[strength]
 
@@ -161,8 +161,8 @@ class Workbench:
         splits = [
             layer.node for layer in graph.layers if layer.name in decisions.splits and layer.name in placement.layers
         ]
-        if self.recipe.own_scales:
-            base = scales_settled(base, placement.floats)
+        if self.recipe.reader_scales:
+            base = fold_reader_scales(base, placement.floats)
         model = insert_qdq(base, placement.sites, self.params(placement, decisions), weights, splits=splits)
         return model, placement
 
@@ -227,7 +227,9 @@ class Workbench:
                 low, high = self.seen[tensor].scaled(factors).range
                 table[tensor] = (min(low, 0.0), max(high, 0.0))
             else:
-                table[tensor] = range_of(self.seen_at(decisions.strength)[tensor], decisions.method, self.recipe.kind)
+                table[tensor] = compute_range(
+                    self.seen_at(decisions.strength)[tensor], decisions.method, self.recipe.kind
+                )
         return table[tensor]
 
     def mean(self, tensor: str, strength: float) -> NDArray[np.float64] | None:
@@ -251,7 +253,7 @@ class Workbench:
         if nearest not in self._codes:
             weights = self.equalized(decisions.strength)[0].array(name)
             if self.precision == Precision.FP8:
-                self._codes[nearest] = fp8_weight(weights, axis)
+                self._codes[nearest] = quantize_weights_fp8(weights, axis)
             else:
                 scales = self._representable(weight_scales(weights, axis, self.recipe.weight_bits))
                 self._codes[nearest] = QuantWeight(quantize_weights(weights, scales, axis), scales, axis)
@@ -264,18 +266,18 @@ class Workbench:
         layers = [x for x in graph.layers if x.name in placement.layers and is_plain_convolution(graph, x)]
         batches = [sample.pixels for sample in windows_of(self._calibration.samples, COMPENSATION_SAMPLES)]
         top = WEIGHT_TOPS[self.recipe.weight_bits]
-        for layer, covariances in input_covariances(graph, layers, batches, progress=self._progress):
+        for layer, covariances in collect_covariances(graph, layers, batches, progress=self._progress):
             # The activation's own rounding is noise that no weight can make good.
             step = params_for_range(*self._range(layer.input, decisions), self.recipe.kind).scale
             noisy = [covariance + np.eye(len(covariance)) * step**2 / 12 for covariance in covariances]
             weights = graph.array(layer.weight)
             scales = weight_scales(weights, layer.axis, self.recipe.weight_bits)
-            codes, scales = compensated_codes(weights, scales, noisy, top, self._representable)
+            codes, scales = round_with_compensation(weights, scales, noisy, top, self._representable)
             yield layer.weight, QuantWeight(codes, scales, layer.axis)
 
     def _representable(self, scales: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return scales as the graph can hold them, before anything is computed with them."""
-        return _half_scales(scales) if self.recipe.half else scales
+        return _round_scales_to_half(scales) if self.recipe.half else scales
 
     def _with_corrected_biases(
         self, graph: Graph, weights: Mapping[str, QuantWeight], decisions: Decisions
@@ -312,6 +314,6 @@ def _phases(graph: Graph, node: str) -> float:
     return float(np.prod(strides))
 
 
-def _half_scales(scales: NDArray[np.float32]) -> NDArray[np.float32]:
+def _round_scales_to_half(scales: NDArray[np.float32]) -> NDArray[np.float32]:
     """Round scales to FP16 before anything is computed with them, so that the graph and its codes agree."""
     return np.maximum(scales.astype(np.float16), np.float16(2.0**-20)).astype(np.float32)

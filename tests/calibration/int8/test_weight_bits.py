@@ -12,7 +12,7 @@ from srdeploy.calibration.images.dataset import CalibrationSet
 from srdeploy.calibration.int8.arithmetic import WEIGHT_TOPS, quantize_weights, weight_scales
 from srdeploy.calibration.int8.placement import RECIPES
 from srdeploy.calibration.options import QuantizeOptions, WeightBits
-from srdeploy.calibration.quantize import FOREIGN, QuantizeResult, quantize
+from srdeploy.calibration.quantize import NOT_RUN_HERE, QuantizeResult, quantize
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.environment import int8_sums_saturate
 from srdeploy.core.errors import BuildError
@@ -80,8 +80,8 @@ def test_7_bit_weights_are_computed_as_written_on_every_processor(
 
     assert largest_code(result.output) == WEIGHT_TOPS[7]
     assert result.weight_bits == 7
-    assert result.verdict is not None
-    assert result.verdict.fidelity_db > 35
+    assert result.quality is not None
+    assert result.quality.fidelity_db > 35
 
 
 @pytest.mark.parametrize("target", CPU)
@@ -96,7 +96,7 @@ def test_auto_takes_what_this_processor_needs(target: Target, bright: Path, cali
 
 def test_gpus_keep_8_bits_on_every_processor() -> None:
     for target in (Target.TENSORRT, Target.TENSORRT_RTX):
-        assert QuantizeOptions().recipe_for(RECIPES[target]).weight_bits == 8
+        assert QuantizeOptions().apply_to_recipe(RECIPES[target]).weight_bits == 8
 
 
 def test_8_bits_for_other_processors_are_judged_without_an_engine_that_overflows(
@@ -107,10 +107,10 @@ def test_8_bits_for_other_processors_are_judged_without_an_engine_that_overflows
     result = quantized(bright, Target.OPENVINO, "8", calibrations)
 
     assert largest_code(result.output) == WEIGHT_TOPS[8]
-    assert FOREIGN in result.notes
+    assert NOT_RUN_HERE in result.notes
     assert result.readback is None
-    assert result.verdict is not None
-    assert result.verdict.fidelity_db > 35
+    assert result.quality is not None
+    assert result.quality.fidelity_db > 35
 
 
 @pytest.mark.skipif(not int8_sums_saturate(), reason="this processor adds 8-bit products in 32 bits")

@@ -8,10 +8,10 @@ import pytest
 from onnx import TensorProto, numpy_helper
 
 from srdeploy.calibration.graph import Graph, opset_of
-from srdeploy.calibration.half import Island, emulated_graph, float_tensors, islands_for, typed_graph
+from srdeploy.calibration.half import Island, convert_to_half, emulate_half, find_islands, float_tensors
 from srdeploy.calibration.images.dataset import CalibrationSet
 from srdeploy.calibration.observe import observe, run_outputs
-from srdeploy.calibration.search.evaluate import Judge
+from srdeploy.calibration.search.evaluate import Evaluator
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import InputError
 from srdeploy.core.precision import MIN_FIDELITY_DB, Precision
@@ -42,17 +42,17 @@ def test_fp16_reaches_its_fidelity(
     name: str, networks: Networks, calibrations: dict[str, CalibrationSet], contracts: dict[str, ModelContract]
 ) -> None:
     model = networks[name]()
-    judge = Judge(model, calibrations[name].judges, contracts[name])
+    evaluator = Evaluator(model, calibrations[name].held_out, contracts[name])
 
-    typed = typed_graph(model, Precision.FP16, islands_for(Graph(model), Precision.FP16, None))
+    typed = convert_to_half(model, Precision.FP16, find_islands(Graph(model), Precision.FP16, None))
 
     onnx.checker.check_model(typed, full_check=True)
     floats = [t.name for t in typed.graph.initializer if t.data_type == TensorProto.FLOAT]
     assert not [name for name in floats if "gate" not in name]
     assert [entry.type.tensor_type.elem_type for entry in typed.graph.output] == [TensorProto.FLOAT]
-    emulated = emulated_graph(model, Precision.FP16, islands_for(Graph(model), Precision.FP16, None))
+    emulated = emulate_half(model, Precision.FP16, find_islands(Graph(model), Precision.FP16, None))
     for graph in (typed, emulated):
-        assert judge.graph(graph).fidelity_db >= MIN_FIDELITY_DB[Precision.FP16]
+        assert evaluator.evaluate_model(graph).fidelity_db >= MIN_FIDELITY_DB[Precision.FP16]
 
 
 def test_what_overflows_naively_does_not_with_islands_from_ranges(
@@ -60,13 +60,13 @@ def test_what_overflows_naively_does_not_with_islands_from_ranges(
 ) -> None:
     model = scaled_inside(networks["residual"](), 255.0 * 200)
     graph = Graph(model)
-    judge = Judge(model, calibrations["residual"].judges, contracts["residual"])
+    evaluator = Evaluator(model, calibrations["residual"].held_out, contracts["residual"])
     seen = observe(graph, float_tensors(graph), calibrations["residual"])
     largest = max(max(-entry.range[0], entry.range[1]) for entry in seen.values())
 
-    naive = judge.graph(emulated_graph(model, Precision.FP16, ()))
-    islands = islands_for(graph, Precision.FP16, seen)
-    ours = judge.graph(emulated_graph(model, Precision.FP16, islands))
+    naive = evaluator.evaluate_model(emulate_half(model, Precision.FP16, ()))
+    islands = find_islands(graph, Precision.FP16, seen)
+    ours = evaluator.evaluate_model(emulate_half(model, Precision.FP16, islands))
 
     assert largest > 65504
     assert naive.fidelity_db < 20
@@ -78,7 +78,7 @@ def test_what_overflows_naively_does_not_with_islands_from_ranges(
 def test_global_pooling_is_always_an_island(networks: Networks) -> None:
     graph = Graph(networks["residual"]())
 
-    islands = islands_for(graph, Precision.BF16, None)
+    islands = find_islands(graph, Precision.BF16, None)
 
     assert {graph.nodes[island.node].op_type for island in islands} == {"ReduceMean"}
     assert len(islands) == 2
@@ -91,19 +91,19 @@ def test_weights_beyond_fp16_are_never_clamped(networks: Networks) -> None:
     values[0, 0] = 1e5
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
 
-    islands = islands_for(Graph(model), Precision.FP16, None)
-    typed = typed_graph(model, Precision.FP16, islands)
+    islands = find_islands(Graph(model), Precision.FP16, None)
+    typed = convert_to_half(model, Precision.FP16, islands)
 
     kept = next(entry for entry in typed.graph.initializer if entry.name.startswith("bottleneck.weight"))
     assert [island.reason for island in islands if "bottleneck.weight" in island.reason]
     assert kept.data_type == TensorProto.FLOAT
     assert numpy_helper.to_array(kept)[0, 0] == np.float32(1e5)
     with pytest.raises(InputError, match=r"bottleneck\.weight"):
-        typed_graph(model, Precision.FP16, ())
+        convert_to_half(model, Precision.FP16, ())
 
 
 def test_bf16_asks_for_the_opset_that_has_it(networks: Networks) -> None:
-    typed = typed_graph(networks["residual"](), Precision.BF16, ())
+    typed = convert_to_half(networks["residual"](), Precision.BF16, ())
 
     onnx.checker.check_model(typed, full_check=True)
     assert opset_of(typed) == 22
@@ -114,7 +114,7 @@ def test_neighbouring_islands_share_their_casts(networks: Networks) -> None:
     model = networks["residual"]()
     islands = [Island(node.name, "test") for node in model.graph.node]
 
-    typed = typed_graph(model, Precision.FP16, islands)
+    typed = convert_to_half(model, Precision.FP16, islands)
 
     assert not [node for node in typed.graph.node if node.op_type == "Cast" and node.name != "output_to_fp32"]
 
@@ -126,7 +126,7 @@ def test_emulation_rounds_as_the_type_does(
     model = networks["dense"]()
     batch = calibrations["dense"].samples[0].pixels
     (exact,) = run_outputs(model, ["output"], [batch])
-    (rounded,) = run_outputs(emulated_graph(model, precision, ()), ["output"], [batch])
+    (rounded,) = run_outputs(emulate_half(model, precision, ()), ["output"], [batch])
 
     error = np.abs(exact["output"] - rounded["output"]).max() / np.abs(exact["output"]).max()
 

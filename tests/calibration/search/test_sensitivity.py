@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from srdeploy.calibration.images.dataset import CalibrationSet
-from srdeploy.calibration.int8.workbench import Decisions
+from srdeploy.calibration.int8.builder import Decisions
 from srdeploy.calibration.options import Cost, QuantizeOptions
 from srdeploy.calibration.quantize import QuantizeResult, artifacts_folder, quantize
-from srdeploy.calibration.search.choose import needed_changes
-from srdeploy.calibration.search.evaluate import Verdict
+from srdeploy.calibration.search.choose import remove_superfluous
+from srdeploy.calibration.search.evaluate import GraphQuality
 from srdeploy.calibration.search.sensitivity import Change
 from srdeploy.core.precision import Precision, Target
 from srdeploy.core.runner import Runner
@@ -78,8 +78,8 @@ def bounded(
         )
 
     plain = run("plain.onnx", "macs")
-    assert plain.verdict is not None
-    return partial(run, bound=plain.verdict.fidelity_db + 3)
+    assert plain.quality is not None
+    return partial(run, bound=plain.quality.fidelity_db + 3)
 
 
 def test_costs_are_measured_on_the_engine_and_kept_with_the_decision(
@@ -91,9 +91,9 @@ def test_costs_are_measured_on_the_engine_and_kept_with_the_decision(
     worst = max(groups, key=lambda group: group["image_mse"])
     changed = [group for group in groups if group["decision"] != "int8"]
     kept = {layer for group in groups if group["decision"] == "fp32" for layer in group["layers"]}
-    assert result.verdict is not None
+    assert result.quality is not None
     assert result.choice is not None
-    assert result.verdict.fidelity_db > result.choice.points[0].verdict.fidelity_db + 2.9
+    assert result.quality.fidelity_db > result.choice.points[0].quality.fidelity_db + 2.9
     assert worst["latency_share_float"] >= 0.001
     assert changed
     assert kept <= set(result.floats)
@@ -116,10 +116,10 @@ def test_changes_that_a_later_one_made_superfluous_are_taken_back() -> None:
         Change((name,), False, error, cost)
         for name, error, cost in [("a", 1e-6, 0.02), ("b", 3e-6, 0.05), ("c", 6e-6, 0.2)]
     )
-    first, reached = Verdict(50.0, 49.0, 0.1, 30.0, True, 4), Verdict(60.0, 59.0, 0.01, 30.0, True, 4)
+    first, reached = GraphQuality(50.0, 49.0, 0.1, 30.0, True, 4), GraphQuality(60.0, 59.0, 0.01, 30.0, True, 4)
 
     def needed(**bound: float) -> list[Change]:
-        return needed_changes([small, middle, large], first, reached, QuantizeOptions(**bound))  # type: ignore[arg-type]
+        return remove_superfluous([small, middle, large], first, reached, QuantizeOptions(**bound))  # type: ignore[arg-type]
 
     assert needed(min_fidelity=60.0) == [small, middle, large]
     assert needed(min_fidelity=56.5) == [middle, large]  # 57.2 dB without the first
@@ -130,6 +130,6 @@ def test_changes_that_a_later_one_made_superfluous_are_taken_back() -> None:
 
 def test_a_split_is_not_taken_back_from_under_a_float_layer() -> None:
     split, full = Change(GROUP, True, 1e-5, 0.1), Change(GROUP, False, 1e-5, 0.2)
-    first, reached = Verdict(50.0, 49.0, 0.1, 30.0, True, 4), Verdict(65.0, 59.0, 0.01, 30.0, True, 4)
+    first, reached = GraphQuality(50.0, 49.0, 0.1, 30.0, True, 4), GraphQuality(65.0, 59.0, 0.01, 30.0, True, 4)
 
-    assert needed_changes([split, full], first, reached, QuantizeOptions(min_fidelity=55.0)) == [split]
+    assert remove_superfluous([split, full], first, reached, QuantizeOptions(min_fidelity=55.0)) == [split]

@@ -12,9 +12,9 @@ from srdeploy.calibration.graph import Graph
 from srdeploy.calibration.images.dataset import CalibrationSet
 from srdeploy.calibration.int8.placement import RECIPES, place
 from srdeploy.calibration.observe import Observation, observe, run_outputs
-from srdeploy.calibration.rewrites.deconvolution import deconvolutions_rewritten, phase_kernel
-from srdeploy.calibration.rewrites.equalize import ChannelClasses, equalized
-from srdeploy.calibration.rewrites.streams import readers_scaled, scales_settled
+from srdeploy.calibration.rewrites.deconvolution import phase_kernel, rewrite_deconvolutions
+from srdeploy.calibration.rewrites.equalize import ChannelClasses, equalize_channels
+from srdeploy.calibration.rewrites.streams import add_reader_scales, fold_reader_scales
 from srdeploy.core.precision import Target
 
 Networks = dict[str, Callable[..., onnx.ModelProto]]
@@ -47,11 +47,11 @@ class Streams:
 @pytest.fixture(scope="module")
 def streams(networks: Networks, calibrations: dict[str, CalibrationSet]) -> Streams:
     plain = networks["residual"]()
-    graph = Graph(readers_scaled(plain))
+    graph = Graph(add_reader_scales(plain))
     tensors = [site.tensor for site in place(graph, RECIPES[Target.OPENVINO]).sites]
     batches = list(calibrations["residual"])[:3]
     seen = observe(graph, tensors, batches)
-    return Streams(plain, tensors, batches, seen, *equalized(graph, seen, tensors, 0.7))
+    return Streams(plain, tensors, batches, seen, *equalize_channels(graph, seen, tensors, 0.7))
 
 
 @pytest.mark.parametrize("name", ["dense", "residual"])
@@ -65,7 +65,7 @@ def test_equalization_keeps_the_function_and_evens_the_channels(
     batches = list(calibrations[name])[:3]
     seen = observe(graph, tensors, batches)
 
-    model, factors = equalized(graph, seen, tensors, strength)
+    model, factors = equalize_channels(graph, seen, tensors, strength)
 
     assert_same_function(graph.model, model, batches)
     inner = [tensor for tensor in tensors if np.ptp(factors[tensor]) > 0]
@@ -89,7 +89,7 @@ def test_readers_of_a_residual_stream_get_scales_of_their_own(streams: Streams) 
 
 
 def test_scales_of_a_layer_that_stays_float_go_into_its_weights(streams: Streams) -> None:
-    folded = scales_settled(streams.model, ["body.end"])
+    folded = fold_reader_scales(streams.model, ["body.end"])
 
     onnx.checker.check_model(folded, full_check=True)
     products = [sum(node.name.endswith("/scaled") for node in entry.graph.node) for entry in (streams.model, folded)]
@@ -98,7 +98,7 @@ def test_scales_of_a_layer_that_stays_float_go_into_its_weights(streams: Streams
 
 
 def test_channels_that_reach_further_down_are_turned_over_and_written_with_a_sum_behind(streams: Streams) -> None:
-    settled = scales_settled(streams.model, [])
+    settled = fold_reader_scales(streams.model, [])
 
     after = observe(Graph(streams.model), streams.tensors, streams.batches)
     for tensor in (name for name in streams.tensors if name.endswith("_scaled")):
@@ -114,7 +114,7 @@ def test_channels_that_reach_further_down_are_turned_over_and_written_with_a_sum
 
 
 def test_what_is_concatenated_gets_no_second_scale(networks: Networks) -> None:
-    assert readers_scaled(networks["dense"]()) == networks["dense"]()
+    assert add_reader_scales(networks["dense"]()) == networks["dense"]()
 
 
 def test_image_and_gates_are_never_scaled(networks: Networks) -> None:
@@ -175,7 +175,7 @@ def test_a_deconvolution_is_convolutions_and_a_shuffle(
     graph = helper.make_graph([node, relu], "g", [float_info[0]], [float_info[1]], constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
-    rewritten, count = deconvolutions_rewritten(model, phases=phases)
+    rewritten, count = rewrite_deconvolutions(model, phases=phases)
 
     assert count == 1
     kinds = ["Conv", "Relu"] * (stride**2 if phases else 1) + ["Concat"] * phases + ["DepthToSpace"]
@@ -193,7 +193,7 @@ def test_a_deconvolution_of_another_size_is_left_alone(networks: Networks, phase
     deconv = next(node for node in model.graph.node if node.op_type == "ConvTranspose")
     next(entry for entry in deconv.attribute if entry.name == "output_padding").ints[:] = [0, 0]
 
-    rewritten, count = deconvolutions_rewritten(model, phases=phases)
+    rewritten, count = rewrite_deconvolutions(model, phases=phases)
 
     assert count == 0
     assert any(node.op_type == "ConvTranspose" for node in rewritten.graph.node)

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from srdeploy.calibration.graph import Graph, is_plain_convolution
 from srdeploy.calibration.images.dataset import CalibrationSet
 from srdeploy.calibration.int8.arithmetic import WEIGHT_TOPS, quantize_weights, weight_scales
+from srdeploy.calibration.int8.builder import Decisions, GraphBuilder
 from srdeploy.calibration.int8.placement import RECIPES
-from srdeploy.calibration.int8.rounding import compensated_codes, input_covariances
-from srdeploy.calibration.int8.workbench import Decisions, Workbench
+from srdeploy.calibration.int8.rounding import collect_covariances, round_with_compensation
 from srdeploy.calibration.observe import run_outputs
 from srdeploy.core.precision import Precision, Target
 
@@ -35,7 +35,7 @@ def test_errors_cancel_on_what_the_layer_reads(bits: int) -> None:
     covariance = np.cov(windows.T, bias=True)
     scales, top = weight_scales(weights, 0, bits), WEIGHT_TOPS[bits]
 
-    codes, steps = compensated_codes(weights, scales, [covariance], top)
+    codes, steps = round_with_compensation(weights, scales, [covariance], top)
 
     nearest = quantize_weights(weights, scales, 0)
     errors = [
@@ -52,7 +52,7 @@ def test_weights_that_nothing_connects_are_as_near_as_the_nearest() -> None:
     weights = np.random.default_rng(2).normal(size=(5, 3, 1, 1)).astype(np.float32)
     scales = weight_scales(weights, 0)
 
-    codes, steps = compensated_codes(weights, scales, [np.eye(3)], 127)
+    codes, steps = round_with_compensation(weights, scales, [np.eye(3)], 127)
 
     nearest = quantize_weights(weights, scales, 0) * scales.reshape(-1, 1, 1, 1) - weights
     found = codes * steps.reshape(-1, 1, 1, 1) - weights
@@ -64,10 +64,12 @@ def test_many_channels_are_rounded_in_parts(monkeypatch: pytest.MonkeyPatch) -> 
     covariance = np.cov(smooth_windows(4).T, bias=True)
     halves = [covariance[:18, :18], covariance[18:, 18:]]
 
-    codes, steps = compensated_codes(weights, weight_scales(weights, 0), halves, 127)
+    codes, steps = round_with_compensation(weights, weight_scales(weights, 0), halves, 127)
 
     first, second = (
-        compensated_codes(np.ascontiguousarray(weights[:, part]), steps, [half], 127, lambda s: np.tile(s[:3], 4))[0]
+        round_with_compensation(
+            np.ascontiguousarray(weights[:, part]), steps, [half], 127, lambda s: np.tile(s[:3], 4)
+        )[0]
         for part, half in zip((slice(0, 2), slice(2, 4)), halves, strict=True)
     )
     np.testing.assert_array_equal(codes, np.concatenate([first, second], axis=1))
@@ -77,7 +79,7 @@ def test_scales_are_those_that_the_graph_can_hold() -> None:
     weights = np.random.default_rng(3).normal(size=(5, 3, 3, 3)).astype(np.float32)
     half: Callable[[NDArray[np.float32]], NDArray[np.float32]] = lambda s: s.astype(np.float16).astype(np.float32)  # noqa: E731
 
-    _, steps = compensated_codes(weights, half(weight_scales(weights, 0)), [np.eye(27)], 127, half)
+    _, steps = round_with_compensation(weights, half(weight_scales(weights, 0)), [np.eye(27)], 127, half)
 
     np.testing.assert_array_equal(steps, half(steps))
 
@@ -85,7 +87,7 @@ def test_scales_are_those_that_the_graph_can_hold() -> None:
 def test_a_layer_that_reads_nothing_but_zeros_is_rounded_all_the_same() -> None:
     weights = np.random.default_rng(4).normal(size=(2, 2, 3, 3)).astype(np.float32)
 
-    codes, _ = compensated_codes(weights, weight_scales(weights, 0), [np.zeros((18, 18))], 127)
+    codes, _ = round_with_compensation(weights, weight_scales(weights, 0), [np.zeros((18, 18))], 127)
 
     assert np.abs(codes.astype(int)).max() == 127
 
@@ -95,7 +97,7 @@ def test_covariances_are_those_of_the_windows(networks: Networks, calibrations: 
     layer = next(layer for layer in graph.layers if layer.name == "body.0.2")
     batches = list(calibrations["residual"])[:4]
 
-    ((found, (covariance,)),) = input_covariances(graph, [layer], batches)
+    ((found, (covariance,)),) = collect_covariances(graph, [layer], batches)
 
     # 16x16 maps have 14x14 windows, fewer than are taken: all of them are seen once.
     windows = []
@@ -113,11 +115,11 @@ def test_networks_and_layers_in_parts_give_parts_of_the_whole(
     graph = Graph(networks["dense"]())
     layers = [layer for layer in graph.layers if is_plain_convolution(graph, layer)]
     batches = [batch[:, :, :8, :8] for batch in list(calibrations["dense"])[:2]]  # all windows of these are taken
-    whole = {layer.name: found for layer, found in input_covariances(graph, layers, batches)}
+    whole = {layer.name: found for layer, found in collect_covariances(graph, layers, batches)}
 
     monkeypatch.setattr("srdeploy.calibration.int8.rounding.MOMENTS_BYTES", 1)
     monkeypatch.setattr("srdeploy.calibration.int8.rounding.LARGEST", 9 * 20)
-    parts = {layer.name: found for layer, found in input_covariances(graph, layers, batches)}
+    parts = {layer.name: found for layer, found in collect_covariances(graph, layers, batches)}
 
     assert parts.keys() == whole.keys() == {layer.name for layer in layers}
     assert "deconv" not in whole
@@ -135,12 +137,12 @@ def test_a_graph_of_cancelling_errors_is_as_good_as_another_and_the_same_again(
 ) -> None:
     calibration = calibrations["residual"]
     model, recipe = networks["residual"](), replace(RECIPES[target], weight_bits=7)
-    batches = [sample.pixels for sample in calibration.judges[:2]]
+    batches = [sample.pixels for sample in calibration.held_out[:2]]
     truth = [entry["output"] for entry in run_outputs(model, ["output"], batches)]
 
     def error(compensate: bool) -> tuple[bytes, float]:
-        bench = Workbench(model, recipe, Precision.INT8, calibration)
-        graph, _ = bench.build(Decisions(compensate=compensate))
+        builder = GraphBuilder(model, recipe, Precision.INT8, calibration)
+        graph, _ = builder.build(Decisions(compensate=compensate))
         found = run_outputs(graph, ["output"], batches)
         power = [float(((f["output"] - t) ** 2).mean()) for f, t in zip(found, truth, strict=True)]
         return graph.SerializeToString(), sum(power)

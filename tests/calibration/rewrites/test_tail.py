@@ -8,10 +8,10 @@ import pytest
 from onnx import helper, numpy_helper
 
 from srdeploy.calibration.graph import Graph
-from srdeploy.calibration.int8.placement import RECIPES, place, share_of_macs
+from srdeploy.calibration.int8.placement import RECIPES, macs_share_of, place
 from srdeploy.calibration.observe import run_outputs
-from srdeploy.calibration.rewrites.tail import NAME, tail_merged
-from srdeploy.calibration.rewrites.tail_map import Link, tail_of
+from srdeploy.calibration.rewrites.tail import NAME, merge_tail
+from srdeploy.calibration.rewrites.tail_map import Link, compute_tail
 from srdeploy.core.precision import Target
 
 Networks = dict[str, Callable[..., onnx.ModelProto]]
@@ -70,7 +70,7 @@ def largest_difference(one: onnx.ModelProto, other: onnx.ModelProto) -> float:
 def test_a_merged_end_computes_the_same_at_every_size(steps: list[tuple[int, str]], kernel: int, bias: bool) -> None:
     model = end_of_a_network(steps, kernel, bias)
 
-    merged, names = tail_merged(model)
+    merged, names = merge_tail(model)
 
     assert names == (*(f"up{index}" for index in range(len(steps))), "output")
     onnx.checker.check_model(merged, full_check=True)
@@ -83,7 +83,7 @@ def test_a_merged_end_computes_the_same_at_every_size(steps: list[tuple[int, str
 
 def test_a_correction_left_out_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     model = end_of_a_network([(2, "CRD")])
-    merged, _ = tail_merged(model)
+    merged, _ = merge_tail(model)
     for tensor in merged.graph.initializer:
         if tensor.name == f"{NAME}.bottom_right.weight":
             tensor.CopyFrom(numpy_helper.from_array(0 * numpy_helper.to_array(tensor), tensor.name))
@@ -94,7 +94,7 @@ def test_a_correction_left_out_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_merged_end_costs_less_and_keeps_what_follows_it_apart(networks: Networks) -> None:
     model = networks["residual"]()
 
-    merged, names = tail_merged(model)
+    merged, names = merge_tail(model)
 
     before, after = (sum(layer.macs for layer in Graph(entry).layers) for entry in (model, merged))
     assert names == ("up", "tail")
@@ -108,7 +108,7 @@ def test_an_end_that_is_not_linear_or_wanted_apart_stays(networks: Networks) -> 
     curved.graph.node[5].input[0] = "bent"
 
     for model, apart in ((curved, ()), (networks["dense"](), ()), (networks["residual"](), ("tail",))):
-        merged, names = tail_merged(model, apart=apart)
+        merged, names = merge_tail(model, apart=apart)
 
         assert names == ()
         assert merged is model
@@ -119,13 +119,13 @@ def test_an_end_that_is_read_elsewhere_stays() -> None:
     model.graph.output.append(helper.make_tensor_value_info("up0", 1, None))
     model.graph.node.append(helper.make_node("Relu", ["up0"], ["other"], name="other/Relu"))
 
-    assert tail_merged(model)[1] == ()
+    assert merge_tail(model)[1] == ()
 
 
 def test_merging_that_would_cost_more_is_left_out() -> None:
     narrow = end_of_a_network([(2, "CRD")], features=1)  # 3 * 4 * 25 for 9 * 4 + 3 * 4 * 9 multiply-adds
 
-    assert tail_merged(narrow)[1] == ()
+    assert merge_tail(narrow)[1] == ()
 
 
 def test_a_chain_whose_inner_pixels_need_corrections_too_is_not_merged() -> None:
@@ -133,12 +133,12 @@ def test_a_chain_whose_inner_pixels_need_corrections_too_is_not_merged() -> None
     wide = Link(random.normal(size=(8, 2, 3, 3)), random.normal(size=8), 2)
     reaching_far = Link(random.normal(size=(3, 2, 9, 9)), random.normal(size=3))
 
-    assert tail_of([wide, Link(random.normal(size=(3, 2, 3, 3)), random.normal(size=3))]) is not None
-    assert tail_of([wide, reaching_far]) is None
+    assert compute_tail([wide, Link(random.normal(size=(3, 2, 3, 3)), random.normal(size=3))]) is not None
+    assert compute_tail([wide, reaching_far]) is None
 
 
 def test_edges_stay_float_and_count_for_nothing(networks: Networks) -> None:
-    graph = Graph(tail_merged(networks["residual"]())[0])
+    graph = Graph(merge_tail(networks["residual"]())[0])
 
     placement = place(graph, RECIPES[Target.OPENVINO])
 
@@ -146,4 +146,4 @@ def test_edges_stay_float_and_count_for_nothing(networks: Networks) -> None:
     assert len(edges) == 8
     assert set(edges) <= set(placement.floats)
     assert NAME in placement.layers
-    assert share_of_macs(graph, placement.layers) == 1.0
+    assert macs_share_of(graph, placement.layers) == 1.0
