@@ -224,7 +224,7 @@ def opened(path: Path, contract: ModelContract, threads: int | None) -> Runner:
     from srdeploy.runtime.engines import openvino as openvino_engine
 
     core = openvino.Core()
-    compiled = core.compile_model(core.read_model(path), "CPU", openvino_engine._configuration(threads, parity=True))
+    compiled = core.compile_model(core.read_model(path), "CPU", openvino_engine._configuration(threads))
     from srdeploy.runtime.engines.graph import read_graph
 
     reference = read_graph(path.with_name(path.name.removesuffix(".nncf.xml") + ".onnx"))

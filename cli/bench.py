@@ -162,12 +162,14 @@ def _engine_baselines(
     from srdeploy.core.extras import is_installed
     from srdeploy.core.precision import Precision
     from srdeploy.runtime.bench.latency import named
+    from srdeploy.runtime.engines.graph import read_graph
+    from srdeploy.runtime.engines.openvino import open_native
     from srdeploy.runtime.engines.registry import open_engine
 
     chosen = {
-        "onnxruntime": ("onnxruntime", True, "onnxruntime fp32"),
-        "openvino-f32": ("openvino", True, "openvino fp32 (hint f32)"),
-        "openvino": ("openvino", False, "openvino fp32 (own choice)"),
+        "onnxruntime": ("onnxruntime", False, "onnxruntime fp32"),
+        "openvino-f32": ("openvino", False, "openvino fp32 (hint f32)"),
+        "openvino": ("openvino", True, "openvino fp32 (own choice)"),
     }
     chosen = {name: entry for name, entry in chosen.items() if name in wanted and is_installed(entry[0])}
     if not chosen:
@@ -179,8 +181,11 @@ def _engine_baselines(
     ]
     graph = plain[0] if plain else _exported(loaded, stack, progress)
     runners: list[Runner] = []
-    for family, parity, name in chosen.values():
-        runner = open_engine(graph, engine=family, threads=options["threads"], parity=parity)
+    for family, native, name in chosen.values():
+        if native:
+            runner: Runner = open_native(read_graph(graph), threads=options["threads"])
+        else:
+            runner = open_engine(graph, engine=family, threads=options["threads"], parity=True)
         runners.append(named(stack.enter_context(runner), name))
     return runners
 

@@ -4,8 +4,9 @@ The built engine is OpenVINO's own exported blob: one file, all shapes stay free
 rewriting when it is opened. It opens only with the exact OpenVINO release that wrote it, which the sidecar states.
 (The alternative, IR, is two files that must travel together and is optimized again at every opening.)
 
-OpenVINO picks BF16 arithmetic by itself on processors with BF16 units. Whenever numbers are compared, open with
-`parity=True`: FP32 layers then compute in FP32 everywhere.
+OpenVINO picks BF16 arithmetic by itself on processors with BF16 units. Precision lives in the graph, so FP32 layers are
+told to compute in FP32 (inference precision hint f32), whether an engine is verified, timed or used. `open_native`
+leaves the choice to OpenVINO: a baseline for `bench`, never what is shipped.
 """
 
 import functools
@@ -78,7 +79,7 @@ def build(graph: Graph, options: BuildOptions, progress: Progress) -> BuiltEngin
     with progress.task("compiling with OpenVINO"):
         try:
             model = core.read_model(graph.serialized())
-            compiled = core.compile_model(model, DEVICE, _configuration(options.threads, parity=False))
+            compiled = core.compile_model(model, DEVICE, _configuration(options.threads))
             exported = compiled.export_model()
         except Exception as error:
             raise BuildError(f"OpenVINO cannot build {graph.path}: {_cause(error)}") from error
@@ -101,19 +102,28 @@ def open_onnx(graph: Graph, *, threads: int | None, parity: bool, outputs: Seque
     Args:
         graph: the file.
         threads: None uses all processors.
-        parity: compute FP32 layers in FP32 even where the processor has BF16 units.
+        parity: no difference here: FP32 layers always compute in FP32.
         outputs: tensors to return instead of the graph's outputs; inner ones are allowed.
     """
+    return _open_graph(graph, threads=threads, outputs=outputs, native=False)
+
+
+def open_native(graph: Graph, *, threads: int | None) -> "OpenVinoRunner":
+    """Open an ONNX file in the arithmetic that OpenVINO chooses by itself, BF16 on processors with BF16 units."""
+    return _open_graph(graph, threads=threads, outputs=None, native=True)
+
+
+def _open_graph(graph: Graph, *, threads: int | None, outputs: Sequence[str] | None, native: bool) -> "OpenVinoRunner":
     core = shared_core()
     try:
         model = core.read_model(graph.serialized(extra_outputs=tuple(outputs or ())))
-        compiled = core.compile_model(model, DEVICE, _configuration(threads, parity=parity))
+        compiled = core.compile_model(model, DEVICE, _configuration(threads, native=native))
     except InputError:
         raise
     except Exception as error:
         raise InputError(f"OpenVINO cannot open {graph.path}: {_cause(error)}") from error
     built = _built(compiled, graph.heavy_layers)
-    return OpenVinoRunner(compiled, graph.contract, graph.inputs, built, threads, outputs, parity)
+    return OpenVinoRunner(compiled, graph.contract, graph.inputs, built, threads, outputs, native)
 
 
 def open_built(engine: Engine, *, threads: int | None, parity: bool, outputs: Sequence[str] | None) -> "OpenVinoRunner":
@@ -128,12 +138,12 @@ def open_built(engine: Engine, *, threads: int | None, parity: bool, outputs: Se
     core = shared_core()
     _check_made_for_here(engine, core)
     try:
-        compiled = core.import_model(io.BytesIO(engine.data), DEVICE, _configuration(threads, parity=parity))
+        compiled = core.import_model(io.BytesIO(engine.data), DEVICE, _configuration(threads))
     except Exception as error:
         raise InputError(f"OpenVINO cannot open {engine.path}: {_cause(error)}") from error
     built = _built(compiled, ())
     built["macs_share"] = engine.built.get("macs_share", {})
-    return OpenVinoRunner(compiled, engine.contract, engine.inputs, built, threads, None, parity)
+    return OpenVinoRunner(compiled, engine.contract, engine.inputs, built, threads, None, False)
 
 
 class OpenVinoRunner:
@@ -147,7 +157,7 @@ class OpenVinoRunner:
         built: Mapping[str, Any],
         threads: int | None,
         outputs: Sequence[str] | None,
-        parity: bool,
+        native: bool,
     ) -> None:
         self._compiled = compiled
         self._local = threading.local()
@@ -160,7 +170,7 @@ class OpenVinoRunner:
             engine=FAMILY,
             device="cpu",
             contract=contract,
-            numeric_mode=_numeric_mode(compiled, contract, built, parity),
+            numeric_mode=_numeric_mode(compiled, contract, built, native),
             threads=threads or cpu_count(),
             versions=versions(),
             built=built,
@@ -208,13 +218,13 @@ class OpenVinoRunner:
         self._compiled = None
 
 
-def _configuration(threads: int | None, *, parity: bool) -> dict[str, Any]:
+def _configuration(threads: int | None, *, native: bool = False) -> dict[str, Any]:
     configuration: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": "1",
         "INFERENCE_NUM_THREADS": threads or cpu_count(),
     }
-    if parity:
+    if not native:
         configuration["INFERENCE_PRECISION_HINT"] = "f32"
     return configuration
 
@@ -248,11 +258,11 @@ def _built(compiled: Any, layers: Sequence[HeavyLayer]) -> dict[str, Any]:
     }
 
 
-def _numeric_mode(compiled: Any, contract: ModelContract, built: Mapping[str, Any], parity: bool) -> str:
+def _numeric_mode(compiled: Any, contract: ModelContract, built: Mapping[str, Any], native: bool) -> str:
     hint = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
     asked, computed = contract.precision.value.upper(), combined_label(built["convolutions"]).upper()
     graph = asked if computed == asked else f"{asked} graph, convolutions computed in {computed}"
-    return f"{graph}, inference precision hint {hint}" + ("" if parity else " (OpenVINO's own choice)")
+    return f"{graph}, inference precision hint {hint}" + (" (OpenVINO's own choice)" if native else "")
 
 
 def _notes(contract: ModelContract, built: str) -> tuple[str, ...]:

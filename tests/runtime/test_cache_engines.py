@@ -132,13 +132,13 @@ def test_two_processes_build_one_engine_once(small_onnx: GraphFactory, tmp_path:
     script = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from srdeploy.runtime.engines import onnxruntime_engine, registry\n"
-        "build = onnxruntime_engine.build\n"
+        "from srdeploy.runtime.engines import onnxruntime_cpu, registry\n"
+        "build = onnxruntime_cpu.build\n"
         "def slow(*arguments):\n"
         f"    with open({str(tmp_path / 'builds')!r}, 'a') as log: log.write('x')\n"
         "    time.sleep(1)\n"
         "    return build(*arguments)\n"
-        "onnxruntime_engine.build = slow\n"
+        "onnxruntime_cpu.build = slow\n"
         f"result = registry.build_engine(Path({str(path)!r}), Path(sys.argv[1]), engine='onnxruntime')\n"
         "print(result.cached)\n"
     )

@@ -16,6 +16,8 @@ from srdeploy.core.errors import CapabilityError, InputError, SrdeployError, Usa
 from srdeploy.core.manifest import manifest_path, read_manifest
 from srdeploy.core.runner import TimedRunner, run_image
 from srdeploy.core.shapes import ShapeProfile
+from srdeploy.runtime.engines import openvino
+from srdeploy.runtime.engines.graph import read_graph
 from srdeploy.runtime.engines.options import BuildOptions
 from srdeploy.runtime.engines.registry import availability, build_engine, open_engine
 
@@ -135,11 +137,12 @@ def test_fp16_on_onnxruntime_is_called_what_it_is(small_onnx: GraphFactory, tmp_
     assert any("computed in FP32" in note for note in result.notes)
 
 
-def test_parity_forces_fp32_in_openvino(small_onnx: GraphFactory) -> None:
-    with open_engine(small_onnx(), engine="openvino", threads=1, parity=True) as runner:
+@pytest.mark.parametrize("parity", [False, True])
+def test_openvino_computes_fp32_layers_in_fp32_however_it_is_opened(small_onnx: GraphFactory, parity: bool) -> None:
+    with open_engine(small_onnx(), engine="openvino", threads=1, parity=parity) as runner:
         assert "f32" in runner.info.numeric_mode
-        assert "own choice" not in runner.info.numeric_mode
-    with open_engine(small_onnx(), engine="openvino", threads=1) as runner:
+        assert set(runner.info.built["convolutions"]) == {"fp32"}
+    with openvino.open_native(read_graph(small_onnx()), threads=1) as runner:
         assert "own choice" in runner.info.numeric_mode
 
 

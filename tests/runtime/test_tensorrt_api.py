@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = sorted((ROOT / "runtime" / "engines").glob("tensorrt_*.py"))
+SOURCES = sorted((ROOT / "runtime" / "engines" / "tensorrt").glob("*.py"))
 BINDINGS = ROOT / "build" / "tensorrt-bindings"
 VERSIONS = {"10.16.1.11": "10", "11.4.0.106": "11"}
 
@@ -92,7 +92,7 @@ def _chain(node: ast.expr) -> list[str] | None:
 
 def names_for(flavour: str) -> list[str]:
     """Return the names that one flavour ("rtx" or "full") must have."""
-    other = "tensorrt_full_" if flavour == "rtx" else "tensorrt_rtx_"
+    other = "full_" if flavour == "rtx" else "rtx_"
     used = [names_used(path.read_text()) for path in SOURCES if not path.name.startswith(other)]
     return sorted(set.union(*used))
 

@@ -38,13 +38,13 @@ def test_network_is_cut_at_every_pooling(rcan_onnx: Path) -> None:
         onnx.checker.check_model(stage.model, full_check=True)
 
 
-@pytest.mark.parametrize("engine", ["eager", "onnxruntime", "openvino"])
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("memory", [1 << 30, 1000], ids=["maps in memory", "maps in files"])
 def test_lock_step_equals_the_eager_whole_image(
     engine: str, memory: int, rcan_onnx: Path, make_runner: Callable[..., Runner]
 ) -> None:
     image = np.random.default_rng(0).random((1, 3, 43, 59), dtype=np.float32)
-    runner = make_runner("rcan") if engine == "eager" else open_engine(rcan_onnx, engine=engine, threads=1)
+    runner = open_engine(rcan_onnx, engine=engine, threads=1)
     lock = lock_step_of(runner, rcan_onnx, threads=1, memory_bytes=memory)
     decision = lock.decide(43, 59, TileSettings(mode="exact", side=24))
     assert decision is not None
