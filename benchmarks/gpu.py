@@ -46,8 +46,9 @@ from srdeploy.models.checkpoint.load import Evidence, LoadedCheckpoint
 from srdeploy.models.networks.rcan import rcan_x4
 from srdeploy.models.networks.spec import NetworkConfig, network_of, spec_of
 from srdeploy.models.networks.srdensenet import srdensenet_all
+from srdeploy.runtime.bench.baselines import ON_GPU
 from srdeploy.runtime.bench.latency import Effort, bench, named
-from srdeploy.runtime.engines.eager import EagerRunner, open_eager
+from srdeploy.runtime.engines.eager import open_eager
 from srdeploy.runtime.engines.options import BuildOptions
 from srdeploy.runtime.engines.registry import availability, build_engine, open_engine
 from srdeploy.runtime.engines.sidecar import read_engine
@@ -56,6 +57,7 @@ from srdeploy.runtime.engines.tensorrt.full_runtime import open_full
 from srdeploy.runtime.engines.tensorrt.log import captured
 from srdeploy.runtime.engines.tensorrt.rtx_runtime import open_rtx
 from srdeploy.runtime.engines.tensorrt.runner import TensorRtRunner
+from srdeploy.runtime.engines.timer import timed
 
 NETWORKS: dict[str, tuple[NetworkConfig, float]] = {
     # name -> (configuration, bytes of FP16 activations read and written per LR pixel at the best possible fusion)
@@ -113,7 +115,8 @@ def measure_all(names: Sequence[str], folder: Path, document: dict[str, Any]) ->
             benches.append((name, result, *open_all(name, folder, result, stack)))
             measure_network(name, result, *benches[-1][2:], document["rates"])
         for name, result, checkpoint, runners in benches:
-            compiled = named(CompiledRunner(checkpoint), "torch.compile fp16 max-autotune")
+            form = replace(ON_GPU["compile"], name="torch.compile fp16 max-autotune", compile_mode="max-autotune")
+            compiled = open_eager(checkpoint, form, device="cuda")
             chosen = [runners[0], *(runner for runner in runners if runner.info.engine != "eager"), compiled]
             measure_network(name, result, checkpoint, chosen, document["rates"])
 
@@ -138,8 +141,7 @@ def open_all(
     """Export a network and open the baselines and every engine that runs here; the first runner is the reference."""
     checkpoint = random_checkpoint(NETWORKS[name][0])
     fp16 = exported_fp16(checkpoint, folder / f"{name}.fp32.onnx")
-    eager16 = open_eager(checkpoint, device="cuda", dtype=torch.float16, channels_last=True)
-    runners: list[Runner] = [open_eager(checkpoint, device="cuda"), named(eager16, "eager fp16 channels-last")]
+    runners: list[Runner] = [open_eager(checkpoint, ON_GPU[name], device="cuda") for name in ("eager", "half")]
     channels = checkpoint.contract().channels
     profile = ShapeProfile((1, channels, 16, 16), (1, channels, 270, 480), (1, channels, 540, 960))
     for status in availability():
@@ -202,16 +204,6 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-class CompiledRunner(EagerRunner):
-    """The eager FP16 network through torch.compile with max-autotune: the strongest baseline without an export."""
-
-    def __init__(self, checkpoint: LoadedCheckpoint) -> None:
-        super().__init__(checkpoint, "cuda", 1, torch.float16, channels_last=True)
-        compiled = torch.compile(self._network, mode="max-autotune", dynamic=False)
-        self._network = compiled  # type: ignore[assignment]  # called like the module it wraps
-        self._info = replace(self._info, numeric_mode="FP16, torch.compile max-autotune, channels last")
 
 
 def parity(runners: list[Runner], shape: Shape) -> list[dict[str, Any]]:
@@ -333,16 +325,8 @@ def print_table(name: str, table: dict[str, Any]) -> None:
 
 
 def _median_ms(work: Callable[[], object], runs: int = 20) -> float:
-    times = []
-    for turn in range(runs + 5):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        if turn >= 5:
-            times.append(start.elapsed_time(end))
-    return float(np.median(times))
+    run = timed(work, "cuda:0")
+    return float(np.median([run() for _ in range(runs + 5)][5:]))
 
 
 def _gpu() -> dict[str, Any]:

@@ -28,10 +28,10 @@ srdeploy bench model.onnx --against rcan_x2.pt --shape 1x3x64x64 --sizes 32,64,1
 
 HEADERS = ("runner", "measured", "median ms", "p90", "p99", "min", "images/s", "ratio", "CoV", "runs", "memory MB")
 
-BASELINES = ("eager", "channels-last", "autocast", "compile", "onnxruntime", "openvino-f32", "openvino")
-"""What --baseline takes; "eager" is always there, as ratios refer to it."""
-
-_FORMS = {"eager": 0, "channels-last": 1, "autocast": 2, "compile": 3}
+EAGER_BASELINES = ("eager", "channels-last", "half", "autocast", "compile", "aot")
+ENGINE_BASELINES = ("onnxruntime", "openvino-f32", "openvino")
+BASELINES = (*EAGER_BASELINES, *ENGINE_BASELINES)
+"""What --baseline takes; "eager" is always measured, as ratios refer to it."""
 
 
 class _Numbers(click.ParamType[tuple[int, ...]]):
@@ -101,7 +101,7 @@ def command(
             f"--shape {format_shape(shape)} has {shape[1]} channels", expected=f"{channels} for {checkpoint.name}"
         )
     with ExitStack() as stack:
-        runners = _runners(candidates, loaded, stack, options, progress)
+        runners = _runners(candidates, loaded, shape, stack, options, progress)
         result = bench(runners, shape=shape, effort=effort, environment=conditions(), progress=progress)
         names = [runner.info.name for runner in runners[-len(candidates) :]]
         files = {name: (path, options["engine"]) for path, name in zip(candidates, names, strict=True)}
@@ -123,30 +123,31 @@ def command(
 def _runners(
     candidates: Sequence[Path],
     loaded: "LoadedCheckpoint",
+    shape: Shape,
     stack: ExitStack,
     options: dict[str, Any],
     progress: RichProgress,
 ) -> list[Runner]:
     """Open the baselines, the plain eager network first, and then the candidates."""
     from srdeploy.cli.opening import open_candidates
-    from srdeploy.runtime.bench.baselines import FORMS, open_baselines
+    from srdeploy.runtime.bench.baselines import default_baselines, open_baselines
 
     opening = {name: options[name] for name in ("engine", "device", "threads")}
     engines = open_candidates(candidates, loaded, stack, parity=False, **opening)
-    wanted = set(options["baselines"]) or set(BASELINES)
-    if options["no_baselines"]:
-        wanted = set()
-    wanted.add("eager")
     # Eager baselines compute where the engines do: a CPU network beside a GPU engine compares machines.
     device = next((engine.info.device for engine in engines if engine.info.device.startswith("cuda")), "cpu")
-    forms = [FORMS[index] for name, index in _FORMS.items() if name in wanted]
-    runners: list[Runner] = list(
-        open_baselines(loaded, stack, forms=forms, device=device, threads=options["threads"], progress=progress)
+    wanted = set(options["baselines"]) or {*default_baselines(device), *ENGINE_BASELINES}
+    if options["no_baselines"]:
+        wanted = set()
+    names = [name for name in EAGER_BASELINES if name in wanted]
+    opened = open_baselines(
+        loaded, names, stack, shape=shape, device=device, threads=options["threads"], progress=progress
     )
+    runners = list(opened.runners)
     if device == "cpu":
         runners += _engine_baselines(candidates, engines, loaded, wanted, stack, options, progress)
-    names = {runner.info.name for runner in engines}
-    return [runner for runner in runners if runner.info.name not in names] + engines
+    taken = {runner.info.name for runner in engines}
+    return [runner for runner in runners if runner.info.name not in taken] + engines
 
 
 def _engine_baselines(

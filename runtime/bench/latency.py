@@ -32,7 +32,9 @@ from srdeploy.core.errors import UnstableError, UsageError
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.runner import MeteredRunner, Runner, RunnerInfo, TimedRunner
 from srdeploy.core.shapes import Shape, format_shape
+from srdeploy.runtime.bench.inputs import bench_image
 from srdeploy.runtime.bench.memory import ALLOCATOR, LOWER_BOUND, ON_CPU, Memory, process_memory, run_memory
+from srdeploy.runtime.engines.timer import timed
 
 Kind = Literal["compute", "end-to-end"]
 
@@ -254,17 +256,6 @@ def named(runner: Runner, name: str) -> Runner:
     return _NamedTimed(runner, name) if isinstance(runner, TimedRunner) else _Named(runner, name)
 
 
-def timed(function: Callable[[], object]) -> Callable[[], float]:
-    """Return a function that calls `function` and returns its wall-clock milliseconds."""
-
-    def run() -> float:
-        start = time.perf_counter_ns()
-        function()
-        return (time.perf_counter_ns() - start) / 1e6
-
-    return run
-
-
 def measure(
     functions: Sequence[Callable[[], float]], effort: Effort, *, progress: Progress = SILENT
 ) -> list[list[float]]:
@@ -341,27 +332,6 @@ def why_unstable(statistics: Statistics, effort: Effort) -> str | None:
     if statistics.drift_share > effort.drift:
         return f"the median moved by {statistics.drift_share:.0%} between the first and the second half"
     return None
-
-
-def bench_image(shape: Shape) -> NDArray[np.float32]:
-    """Return (N, C, H, W) float32 in [0, 1]: smooth random data, the same for the same shape.
-
-    White noise would excite the saturation of quantized layers and denormal numbers differently from pictures.
-    """
-    n, c, h, w = shape
-    generator = np.random.default_rng(0)
-    coarse = generator.random((n, c, h // 8 + 2, w // 8 + 2), dtype=np.float32)
-    rows = np.linspace(0, coarse.shape[2] - 1.001, h)
-    columns = np.linspace(0, coarse.shape[3] - 1.001, w)
-    top, left = rows.astype(int), columns.astype(int)
-    down, right = (rows - top)[:, None].astype(np.float32), (columns - left)[None, :].astype(np.float32)
-
-    def corner(dy: int, dx: int) -> NDArray[np.float32]:
-        return coarse[:, :, top[:, None] + dy, left[None, :] + dx]
-
-    upper = corner(0, 0) * (1 - right) + corner(0, 1) * right
-    lower = corner(1, 0) * (1 - right) + corner(1, 1) * right
-    return np.ascontiguousarray(upper * (1 - down) + lower * down)
 
 
 class _Named:

@@ -6,7 +6,7 @@ Two ways, because a process that holds several engines cannot say what one of th
   only Python and numpy. Its libraries count. On a GPU it is by how much the free memory of the GPU fell, from the CUDA
   context, which is not counted, to the lowest value seen: weights, kernels, activations, workspaces and what allocators
   keep. Another process that takes or gives GPU memory meanwhile falsifies it.
-- *in the measuring process* (`run_memory`, `allocator_peak`): by how much the process's peak rose in one run, a lower
+- *in the measuring process* (`run_memory`): by how much the process's peak rose in one run, a lower
   bound; and on a GPU what PyTorch's allocator held at its peak, for networks that PyTorch computes.
 """
 
@@ -74,24 +74,6 @@ def run_memory(function: Callable[[], object]) -> int | None:
     if not resettable or before is None or peak is None:
         return None
     return peak - before if peak > before else None
-
-
-def allocator_peak(function: Callable[[], object], device: Any, *, cuda: Any, held_bytes: int) -> int:
-    """Run a function once and return the peak of PyTorch's CUDA allocator that belongs to it, in bytes.
-
-    Args:
-        function: computes on the device.
-        device: as `torch.cuda` takes it.
-        cuda: the module `torch.cuda`.
-        held_bytes: what the function's own network held before: its weights.
-    """
-    cuda.synchronize(device)
-    cuda.reset_peak_memory_stats(device)
-    before = int(cuda.memory_allocated(device))
-    function()
-    cuda.synchronize(device)
-    peak = int(cuda.max_memory_allocated(device))
-    return peak - before + held_bytes
 
 
 class LowestFree:
@@ -184,7 +166,7 @@ def probe(arguments: str) -> None:
     path, shape, device = Path(stated.pop("path")), tuple(stated.pop("shape")), stated["device"]
     before = _status_bytes("VmRSS")
     from srdeploy.core.runner import run_image
-    from srdeploy.runtime.bench.latency import bench_image
+    from srdeploy.runtime.bench.inputs import bench_image
     from srdeploy.runtime.engines.registry import open_engine
 
     with contextlib.ExitStack() as stack:

@@ -12,7 +12,9 @@ from srdeploy.core.errors import SrdeployError
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.runner import Runner
 from srdeploy.core.shapes import Shape
-from srdeploy.runtime.bench.latency import Effort, bench, bench_image, measure, timed
+from srdeploy.runtime.bench.inputs import bench_image
+from srdeploy.runtime.bench.latency import Effort, bench, measure
+from srdeploy.runtime.engines.timer import timed
 
 
 class Cost(Protocol):

@@ -18,7 +18,6 @@ from srdeploy.core.manifest import manifest_path, read_manifest
 from srdeploy.core.runner import TimedRunner, run_image
 from srdeploy.core.shapes import ShapeProfile
 from srdeploy.models.checkpoint.load import LoadedCheckpoint
-from srdeploy.runtime.bench.baselines import FORMS, open_baseline
 from srdeploy.runtime.bench.memory import process_memory
 from srdeploy.runtime.engines.eager import open_eager
 from srdeploy.runtime.engines.options import BuildOptions
@@ -246,7 +245,7 @@ def test_gpu_memory_of_a_baseline_holds_weights_and_output(checkpoint: LoadedChe
     weights = sum(value.nbytes for value in checkpoint.reference.parameters())
     output = 4 * 3 * (2 * shape[2]) * (2 * shape[3])
 
-    with open_baseline(checkpoint, FORMS[0], device="cuda:0") as runner:
+    with open_eager(checkpoint, device="cuda:0") as runner:
         taken = runner.run_metered({"input": image(*shape)})
 
     assert weights + output <= taken < torch.cuda.get_device_properties(0).total_memory

@@ -13,7 +13,10 @@ from srdeploy.core.runner import TimedRunner, run_image
 from srdeploy.models.checkpoint.load import Evidence, LoadedCheckpoint
 from srdeploy.models.networks.rcan import RcanConfig
 from srdeploy.models.networks.spec import network_of, spec_of
-from srdeploy.runtime.engines.eager import ieee_fp32, open_eager
+from srdeploy.runtime.engines.eager import EagerForm, ieee_fp32, open_eager
+
+BF16 = EagerForm("eager bf16", torch.bfloat16)
+NHWC = EagerForm("eager fp32 channels-last", channels_last=True)
 
 
 @pytest.fixture
@@ -52,7 +55,7 @@ def test_the_outside_is_0_to_1(checkpoint: LoadedCheckpoint) -> None:
 
 
 def test_half_precision_leaves_the_checkpoint_alone(checkpoint: LoadedCheckpoint) -> None:
-    with open_eager(checkpoint, threads=1) as exact, open_eager(checkpoint, threads=1, dtype=torch.bfloat16) as rough:
+    with open_eager(checkpoint, threads=1) as exact, open_eager(checkpoint, BF16, threads=1) as rough:
         first = run_image(exact, image())
         half = run_image(rough, image())
 
@@ -90,7 +93,7 @@ def test_overlapping_blocks_of_threads_restore_what_was_set_before_the_first() -
 
 
 def test_channels_last_changes_the_layout_only(checkpoint: LoadedCheckpoint) -> None:
-    with open_eager(checkpoint, threads=1) as plain, open_eager(checkpoint, threads=1, channels_last=True) as other:
+    with open_eager(checkpoint, threads=1) as plain, open_eager(checkpoint, NHWC, threads=1) as other:
         # 1e-3 of 255-scale features: another summation order
         np.testing.assert_allclose(run_image(plain, image()), run_image(other, image()), atol=1e-5)
 
@@ -113,7 +116,7 @@ def test_wrong_inputs_are_refused(checkpoint: LoadedCheckpoint, shape: tuple[int
 
 def test_missing_gpu_and_unknown_type_are_refused(checkpoint: LoadedCheckpoint) -> None:
     with pytest.raises(UsageError, match="eager dtype"):
-        open_eager(checkpoint, dtype=torch.float64)
+        open_eager(checkpoint, EagerForm("eager fp64", torch.float64))
     if not torch.cuda.is_available():
         with pytest.raises(CapabilityError, match="sees no NVIDIA GPU"):
             open_eager(checkpoint, device="cuda")

@@ -29,7 +29,7 @@ from srdeploy.runtime.report.write import read_report, schema, write_report
 from srdeploy.runtime.verify.parity import Gates, VerifyResult, verify
 from srdeploy.runtime.verify.samples import Sample
 
-SCREENSHOTS = Path(__file__).parents[2] / "test-output"
+SCREENSHOTS = Path(__file__).parents[3] / "test-output"
 
 
 def contract(precision: Precision = Precision.FP32) -> ModelContract:

@@ -13,19 +13,19 @@ from srdeploy.core.contract import INPUT, OUTPUT, ModelContract
 from srdeploy.core.errors import UnstableError, UsageError
 from srdeploy.core.precision import Precision
 from srdeploy.core.runner import RunnerInfo, TimedRunner
+from srdeploy.runtime.bench.inputs import bench_image
 from srdeploy.runtime.bench.latency import (
     BenchResult,
     Effort,
     Row,
     bench,
-    bench_image,
     measure,
     statistics_of,
-    timed,
     why_unstable,
 )
+from srdeploy.runtime.engines.timer import timed
 
-QUICK = Effort(warmup_runs=1, warmup_seconds=0.0, min_runs=8, max_runs=12, seconds=0.3, tolerance=0.5, drift=0.5)
+SHORT = Effort(warmup_runs=1, warmup_seconds=0.0, min_runs=8, max_runs=12, seconds=0.3, tolerance=0.5, drift=0.5)
 SHAPE = (1, 3, 8, 8)
 
 
@@ -83,7 +83,7 @@ def test_a_known_sleep_is_measured_to_five_percent() -> None:
 
 def test_compute_and_end_to_end_are_two_rows_with_their_own_ratios() -> None:
     result = bench(
-        [PreparedRunner("a", 0.02), PreparedRunner("b", 0.01), SleepingRunner("c", 0.01)], shape=SHAPE, effort=QUICK
+        [PreparedRunner("a", 0.02), PreparedRunner("b", 0.01), SleepingRunner("c", 0.01)], shape=SHAPE, effort=SHORT
     )
 
     assert [(row.runner.name, row.kind) for row in result.rows] == [
@@ -178,7 +178,7 @@ def test_stable_rows_do_not_raise() -> None:
     times = (10.0, 10.1, 9.9, 10.05, 10.0, 9.95) * 3
     row = Row(SleepingRunner("steady", 0.0).info, "end-to-end", statistics_of(times), True, None, times)
 
-    result = BenchResult(SHAPE, QUICK, (row,))
+    result = BenchResult(SHAPE, SHORT, (row,))
 
     result.require_stable()
     assert result.unstable == ()

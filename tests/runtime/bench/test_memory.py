@@ -19,14 +19,14 @@ from srdeploy.runtime.bench.memory import (
     OWN_PROCESS,
     LowestFree,
     Memory,
-    allocator_peak,
     memory_from_probe,
     process_memory,
     run_memory,
 )
+from srdeploy.runtime.engines.eager import allocator_peak
 
 SHAPE = (1, 3, 4, 4)
-QUICK = Effort(warmup_runs=1, warmup_seconds=0.0, min_runs=5, max_runs=5, seconds=0.0)
+SHORT = Effort(warmup_runs=1, warmup_seconds=0.0, min_runs=5, max_runs=5, seconds=0.0)
 
 
 def test_memory_of_a_run_is_seen() -> None:
@@ -166,7 +166,7 @@ class MeteredGpuRunner(GpuRunner):
 
 def test_every_row_says_what_its_memory_is() -> None:
     result = bench(
-        [MeteredGpuRunner("torch"), GpuRunner("engine"), GpuRunner("processor", "cpu")], shape=SHAPE, effort=QUICK
+        [MeteredGpuRunner("torch"), GpuRunner("engine"), GpuRunner("processor", "cpu")], shape=SHAPE, effort=SHORT
     )
 
     rows = {row["runner"]["name"]: row for row in result.to_json()["rows"]}
@@ -181,7 +181,7 @@ def test_every_row_says_what_its_memory_is() -> None:
 
 
 def test_engines_get_the_figures_of_their_own_process(small_onnx: Any) -> None:
-    result = bench([GpuRunner("a", "cpu"), GpuRunner("b", "cpu")], shape=SHAPE, effort=QUICK)
+    result = bench([GpuRunner("a", "cpu"), GpuRunner("b", "cpu")], shape=SHAPE, effort=SHORT)
 
     found = with_process_memory(result, {"b": (small_onnx(), None)}, threads=1)
 
