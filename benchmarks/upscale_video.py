@@ -53,8 +53,10 @@ def measure(model: Path, source: Path, folder: Path, rounds: int, threads: int) 
     """Time the stages of one video alone and end to end."""
     from srdeploy.core.runner import run_image
     from srdeploy.upscale.upscaler import Upscaler
-    from srdeploy.upscale.video import VideoOptions, upscale_video
-    from srdeploy.upscale.video_io import Frame, VideoReader, VideoWriter, choose_encoding
+    from srdeploy.upscale.video.encoding import choose_encoding
+    from srdeploy.upscale.video.job import VideoOptions, upscale_video
+    from srdeploy.upscale.video.reader import Frame, VideoReader
+    from srdeploy.upscale.video.writer import VideoWriter
 
     reader = VideoReader(source)
     frames = list(reader.frames())

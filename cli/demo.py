@@ -116,7 +116,7 @@ def _deploy(examples: Path, bundle: Path, checkpoint: str, progress: Progress) -
 def _upscale(outcome: "Outcome", examples: Path, output: Path, progress: Progress) -> list[dict[str, Any]]:
     """Upscale the evaluation photographs with the bundle's best engine."""
     from srdeploy.upscale.folders import upscale_folder
-    from srdeploy.upscale.pictures import OutputOptions
+    from srdeploy.upscale.single_image import OutputOptions
     from srdeploy.upscale.upscaler import Upscaler
 
     started = time.perf_counter()

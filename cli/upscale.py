@@ -53,7 +53,7 @@ def command(model: Path, source: Path, output: Path, **options: Any) -> None:
     is run again in FP32 where the bundle (or --fallback) has it; else the command ends with exit code 6, no output.
     """
     from srdeploy.core.errors import InputError
-    from srdeploy.upscale.pictures import OutputOptions, refuse_same
+    from srdeploy.upscale.single_image import OutputOptions, refuse_same
 
     if not source.exists():
         raise InputError(f"{source} does not exist", expected="an image, a folder of images or a video")
@@ -91,7 +91,7 @@ def _refuse(what: str, given: dict[str, Any]) -> None:
 
 
 def _image(up: Any, source: Path, output: Path, written: Any, progress: RichProgress) -> dict[str, Any]:
-    from srdeploy.upscale.pictures import upscale_file
+    from srdeploy.upscale.single_image import upscale_file
 
     started = time.monotonic()
     report = upscale_file(up, source, output, written, progress=progress)
@@ -112,7 +112,7 @@ def _folder(
 ) -> dict[str, Any]:
     from srdeploy.core.errors import UsageError
     from srdeploy.upscale.folders import upscale_folder
-    from srdeploy.upscale.image_file import FORMATS
+    from srdeploy.upscale.image_writer import FORMATS
 
     if suffix is not None and f".{suffix.lower().lstrip('.')}" not in FORMATS:
         raise UsageError(f"--format {suffix}", expected=", ".join(name.lstrip(".") for name in FORMATS))
@@ -137,7 +137,7 @@ def _folder(
 def _video(
     up: Any, source: Path, output: Path, written: Any, codec: str | None, progress: RichProgress
 ) -> dict[str, Any]:
-    from srdeploy.upscale.video import VideoOptions, upscale_video
+    from srdeploy.upscale.video.job import VideoOptions, upscale_video
 
     options = VideoOptions(codec=codec, quality=written.quality, force=written.force)
     report = upscale_video(up, source, output, options, progress=progress)
@@ -151,7 +151,7 @@ def _video(
 
 
 def _is_video(source: Path) -> bool:
-    from srdeploy.upscale.video_io import is_video
+    from srdeploy.upscale.video.probe import is_video
 
     found: bool = is_video(source)
     return found

@@ -13,7 +13,7 @@ import torch
 
 from srdeploy.core.imaging.read import rgb8
 from srdeploy.upscale.budget import TileSettings
-from srdeploy.upscale.image_file import write_image
+from srdeploy.upscale.image_writer import write_image
 from srdeploy.upscale.upscaler import Upscaler
 
 

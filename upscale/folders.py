@@ -19,8 +19,9 @@ from srdeploy.core.artifact import atomic_file, refuse_existing, sha256_of_bytes
 from srdeploy.core.errors import InputError, OutputError, SrdeployError, UsageError
 from srdeploy.core.imaging.read import Picture, find_images, read_image
 from srdeploy.core.progress import SILENT, Progress
-from srdeploy.upscale.image_file import FORMATS, check_quality, write_image
-from srdeploy.upscale.pictures import (
+from srdeploy.upscale.image_writer import FORMATS, check_quality, write_image
+from srdeploy.upscale.read_compute_write import Pipeline
+from srdeploy.upscale.single_image import (
     OutputOptions,
     check_fits,
     is_streamed,
@@ -28,7 +29,6 @@ from srdeploy.upscale.pictures import (
     upscale_file,
     upscale_picture,
 )
-from srdeploy.upscale.pipeline import Pipeline
 from srdeploy.upscale.upscaler import ImageReport, Upscaler
 
 JOURNAL = ".srdeploy-upscale.jsonl"

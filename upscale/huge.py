@@ -19,8 +19,8 @@ from srdeploy.core.errors import CapabilityError, InputError
 from srdeploy.core.extras import import_extra
 from srdeploy.core.imaging.read import opened, picture_metadata
 from srdeploy.core.progress import SILENT, Progress
-from srdeploy.upscale.image_file import check_output, resized
-from srdeploy.upscale.pipeline import Pipeline
+from srdeploy.upscale.image_writer import check_output, resized
+from srdeploy.upscale.read_compute_write import Pipeline
 from srdeploy.upscale.row_writers import open_rows
 from srdeploy.upscale.upscaler import ImageReport, Upscaler, converted
 

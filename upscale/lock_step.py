@@ -24,8 +24,8 @@ from srdeploy.core.extras import import_extra
 from srdeploy.core.runner import Runner
 from srdeploy.runtime.engines.openvino import shared_core
 from srdeploy.upscale.budget import Decision, TileSettings, format_bytes
-from srdeploy.upscale.onnx_stages import stages_from_onnx
-from srdeploy.upscale.stages import Arrays, Stage, StageRun, live_maps
+from srdeploy.upscale.network_cuts import Arrays, Stage, StageRun, live_maps
+from srdeploy.upscale.onnx_cuts import stages_from_onnx
 from srdeploy.upscale.tiles import Planes, TilePlan, plan_tiles
 
 _SIDE = 192

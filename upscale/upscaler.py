@@ -230,7 +230,7 @@ class Upscaler:
         if isinstance(image, np.ndarray):
             return self.upscale(image)[0]
         if type(image).__module__.split(".")[0] == "torch":
-            from srdeploy.upscale.tensors import upscale_tensor
+            from srdeploy.upscale.torch_images import upscale_tensor
 
             return upscale_tensor(self, image)
         raise UsageError(f"an image of type {type(image).__name__}", expected="a numpy array or a torch tensor")

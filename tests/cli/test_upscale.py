@@ -16,7 +16,7 @@ from srdeploy.cli.main import run
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.imaging.read import read_image
 from srdeploy.core.precision import Precision
-from srdeploy.upscale.image_file import write_image
+from srdeploy.upscale.image_writer import write_image
 
 RANDOM = np.random.default_rng(0)
 

@@ -16,9 +16,9 @@ from srdeploy.core.errors import InputError, UsageError
 from srdeploy.core.imaging.read import read_image
 from srdeploy.upscale.budget import TileSettings
 from srdeploy.upscale.folders import JOURNAL, upscale_folder
-from srdeploy.upscale.image_file import write_image
-from srdeploy.upscale.pictures import OutputOptions
-from srdeploy.upscale.pipeline import Pipeline
+from srdeploy.upscale.image_writer import write_image
+from srdeploy.upscale.read_compute_write import Pipeline
+from srdeploy.upscale.single_image import OutputOptions
 from srdeploy.upscale.upscaler import Upscaler
 
 RANDOM = np.random.default_rng(0)

@@ -14,7 +14,7 @@ from srdeploy.core.imaging.read import Picture, read_image
 from srdeploy.core.runner import Runner
 from srdeploy.upscale.budget import TileSettings
 from srdeploy.upscale.huge import StreamedSource, check_header, upscale_streamed
-from srdeploy.upscale.image_file import write_image
+from srdeploy.upscale.image_writer import write_image
 from srdeploy.upscale.upscaler import Upscaler
 
 vips = pytest.importorskip("pyvips")

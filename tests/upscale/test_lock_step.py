@@ -17,8 +17,8 @@ from srdeploy.runtime.engines.options import BuildOptions
 from srdeploy.runtime.engines.registry import build_engine, open_engine
 from srdeploy.upscale.budget import TileSettings
 from srdeploy.upscale.lock_step import lock_step_of
-from srdeploy.upscale.onnx_stages import stages_from_onnx
-from srdeploy.upscale.stages import live_maps
+from srdeploy.upscale.network_cuts import live_maps
+from srdeploy.upscale.onnx_cuts import stages_from_onnx
 from srdeploy.upscale.upscaler import Upscaler
 
 Draw = Callable[..., NDArray[np.uint8]]

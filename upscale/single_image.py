@@ -11,7 +11,7 @@ from srdeploy.core.errors import UsageError
 from srdeploy.core.imaging.read import MAX_PIXELS, Picture, opened, read_image
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.upscale.huge import check_header, upscale_streamed
-from srdeploy.upscale.image_file import check_output, check_quality, write_image
+from srdeploy.upscale.image_writer import check_output, check_quality, write_image
 from srdeploy.upscale.upscaler import ImageReport, Upscaler
 
 
@@ -100,7 +100,7 @@ def check_fits(picture: Picture, up: Upscaler, output: Path, options: OutputOpti
     """Refuse, before anything is computed, an output format that cannot hold the result.
 
     Raises:
-        UsageError: see `srdeploy.upscale.image_file.check_output`.
+        UsageError: see `srdeploy.upscale.image_writer.check_output`.
     """
     height, width, channels = picture.pixels.shape
     _, _, *size = up.contract.output_shape((1, up.contract.channels, height, width))

@@ -4,7 +4,7 @@ Channel attention makes every output pixel depend on the mean of whole feature m
 the whole image. But between two poolings the network is local: a stage takes feature maps and the means so far, and
 gives feature maps and what the next mean is taken of. Run each stage over all tiles, average over the whole image, go
 on: the result is the whole image's. `srdeploy.upscale.lock_step` does that; here it is decided where to cut. The
-network is a list of operations by the names of their tensors, made from an ONNX graph by `onnx_stages`.
+network is a list of operations by the names of their tensors, made from an ONNX graph by `onnx_cuts`.
 """
 
 import math

@@ -14,10 +14,13 @@ import numpy as np
 import pytest
 
 from srdeploy.core.errors import InputError, OutputError, SrdeployError, UsageError
-from srdeploy.upscale.pipeline import Pipeline
+from srdeploy.upscale.read_compute_write import Pipeline
 from srdeploy.upscale.upscaler import Upscaler
-from srdeploy.upscale.video import VideoOptions, upscale_video
-from srdeploy.upscale.video_io import Encoding, Frame, VideoReader, VideoWriter, is_video
+from srdeploy.upscale.video.encoding import Encoding
+from srdeploy.upscale.video.job import VideoOptions, upscale_video
+from srdeploy.upscale.video.probe import is_video
+from srdeploy.upscale.video.reader import Frame, VideoReader
+from srdeploy.upscale.video.writer import VideoWriter
 
 av = pytest.importorskip("av")
 RATE = Fraction(30000, 1001)
@@ -278,7 +281,7 @@ class TestResume:
         source = clip(tmp_path / "a.mp4", frames=400)
         code = (
             "import sys; from pathlib import Path; from srdeploy.upscale.upscaler import Upscaler;"
-            "from srdeploy.upscale.video import VideoOptions, upscale_video;"
+            "from srdeploy.upscale.video.job import VideoOptions, upscale_video;"
             "upscale_video(Upscaler.open(Path(sys.argv[1]), threads=1), Path(sys.argv[2]), Path(sys.argv[3]),"
             " VideoOptions(segment_frames=20))"
         )
@@ -303,7 +306,7 @@ class TestResume:
     ) -> None:
         source = clip(tmp_path / "a.mp4", frames=12)
         options = VideoOptions(segment_frames=4)
-        monkeypatch.setattr("srdeploy.upscale.video.join_segments", _interrupt)
+        monkeypatch.setattr("srdeploy.upscale.video.job.join_segments", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             upscale_video(up, source, tmp_path / "b.mp4", options)
         monkeypatch.undo()

@@ -6,33 +6,31 @@ metadata of the input, and the folder is removed. Memory does not grow with the 
 """
 
 import contextlib
-import heapq
 import json
-import shutil
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from srdeploy.core.artifact import atomic_file, sha256_of_bytes, sha256_of_file
-from srdeploy.core.errors import InputError, OutputError, UsageError
-from srdeploy.core.extras import import_extra
+from srdeploy.core.errors import InputError, UsageError
 from srdeploy.core.progress import SILENT, Progress
-from srdeploy.upscale.pictures import refuse_same
-from srdeploy.upscale.pipeline import Pipeline
+from srdeploy.upscale.read_compute_write import Pipeline
+from srdeploy.upscale.single_image import refuse_same
 from srdeploy.upscale.upscaler import Upscaler
-from srdeploy.upscale.video_io import Encoding, Frame, VideoInfo, VideoReader, VideoWriter, choose_encoding
+from srdeploy.upscale.video.encoding import Encoding, choose_encoding
+from srdeploy.upscale.video.mux import join_segments
+from srdeploy.upscale.video.parts import Parts, Segment
+from srdeploy.upscale.video.reader import Frame, VideoReader
+from srdeploy.upscale.video.writer import VideoWriter
 
 SEGMENT_FRAMES = 120
 """Frames per segment: what a kill can cost, and the longest distance between key frames."""
 CONTAINERS = (".mp4", ".m4v", ".mkv", ".mov", ".webm")
-_JOURNAL = "segments.jsonl"
 
 
 @dataclass(frozen=True)
@@ -139,87 +137,6 @@ def upscale_video(
     job.parts.remove()
     report.seconds = time.monotonic() - started
     return report
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A finished segment: its frames' timestamps in order of presentation, and how long the last one is shown.
-
-    Both in ticks of the input; 0 when the input does not say.
-    """
-
-    path: Path
-    pts: tuple[int, ...]
-    last_duration: int
-
-
-class Parts:
-    """The finished segments of one video, in OUTPUT.parts/."""
-
-    def __init__(self, folder: Path, key: str) -> None:
-        """Take up the segments made with the same key; others are removed.
-
-        Raises:
-            OutputError: the folder cannot be written.
-        """
-        self.folder = folder
-        self.segments: list[Segment] = []
-        self._key = key
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            journal = folder / _JOURNAL
-            text = journal.read_text(encoding="utf-8", errors="replace") if journal.exists() else ""
-            self._take_up(text)
-            # Rewritten from what was found whole: a line cut short by a kill must not spoil the next one.
-            with atomic_file(journal, force=True) as temporary:
-                temporary.write_text("".join(line + "\n" for line in self._lines), encoding="utf-8")
-            for path in folder.iterdir():
-                if path not in (journal, *(segment.path for segment in self.segments)):
-                    path.unlink()
-        except OSError as error:
-            raise OutputError(f"cannot write {folder}: {error.strerror}", next_step="choose another output") from error
-
-    @property
-    def frames(self) -> int:
-        """Frames in the finished segments."""
-        return sum(len(segment.pts) for segment in self.segments)
-
-    def path(self, number: int) -> Path:
-        """Return where a segment belongs. Matroska holds every codec."""
-        return self.folder / f"{number:06d}.mkv"
-
-    def add(self, segment: Segment) -> None:
-        """Record a finished segment."""
-        path = segment.path
-        entry = {"key": self._key, "file": path.name, "pts": segment.pts, "last_duration": segment.last_duration}
-        entry["sha256"] = sha256_of_file(path)
-        with (self.folder / _JOURNAL).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(entry) + "\n")
-        self.segments.append(segment)
-
-    def remove(self) -> None:
-        """Remove the folder; the video is complete."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _take_up(self, text: str) -> None:
-        self._lines: list[str] = []
-        for line in text.splitlines():
-            try:
-                entry = json.loads(line)
-                path = self.path(len(self.segments))
-                whole = (
-                    entry["key"] == self._key
-                    and entry["file"] == path.name
-                    and path.is_file()
-                    and sha256_of_file(path) == entry["sha256"]
-                )
-                segment = Segment(path, tuple(int(value) for value in entry["pts"]), int(entry["last_duration"]))
-            except (ValueError, KeyError, TypeError):
-                whole = False
-            if not whole:  # what follows a gap is of no use
-                return
-            self._lines.append(line)
-            self.segments.append(segment)
 
 
 @dataclass
@@ -380,114 +297,3 @@ class _Rate:
         self._frames += 1
         seconds = time.monotonic() - self._started
         self._advance(1, f"{self._frames / seconds:.2f} frames/s" if seconds else None)
-
-
-def join_segments(segments: list[Segment], source: Path, output: Path, info: VideoInfo) -> None:
-    """Put segments one after the other without encoding, with the other streams of the source.
-
-    Segments keep the order of their frames; the timestamps are the input's own, which no container in between rounds.
-
-    Raises:
-        UsageError: the output's container cannot hold an audio or subtitle stream of the source.
-    """
-    av: Any = import_extra("av", "video")
-    with av.open(str(source)) as original, av.open(str(segments[0].path)) as first, av.open(str(output), "w") as joined:
-        film = joined.add_stream_from_template(first.streams.video[0], opaque=True)
-        film.time_base = info.time_base
-        film.codec_context.framerate = info.frame_rate
-        if info.rotation:
-            film.set_display_rotation(info.rotation)
-        copied = {}
-        for stream in [*original.streams.audio, *original.streams.subtitles]:
-            copied[stream.index] = _copied_stream(av, joined, stream, output)
-        joined.metadata.update(original.metadata)
-        film.metadata.update({k: v for k, v in _film(original).metadata.items() if k in ("language", "title")})
-        joined.set_chapters(original.chapters())
-        packets = heapq.merge(
-            _film_packets(av, segments, film, info.time_base),
-            _copied_packets(original, copied),
-            key=lambda entry: entry[0],
-        )
-        try:
-            for _, packet in packets:
-                joined.mux_one(packet)
-        except av.FFmpegError as error:
-            if isinstance(error, OSError) and error.errno and not isinstance(error, av.InvalidDataError):
-                raise OSError(error.errno, error.strerror) from error
-            raise UsageError(
-                f"{output.suffix} cannot hold the streams of {source} ({error.strerror})", next_step="write an .mkv"
-            ) from error
-
-
-def _film(container: Any) -> Any:
-    return container.streams.video[0]
-
-
-def _copied_stream(av: Any, joined: Any, stream: Any, output: Path) -> Any:
-    name = stream.codec_context.name if stream.codec_context else "unknown"
-    try:
-        copy = joined.add_stream_from_template(stream)
-    except (av.FFmpegError, av.codec.codec.UnknownCodecError, ValueError) as error:
-        raise UsageError(
-            f"{output.suffix} cannot hold the input's {stream.type} stream ({name})",
-            expected="a container that can",
-            next_step="write an .mkv",
-        ) from error
-    copy.metadata.update(stream.metadata)
-    return copy
-
-
-def _film_packets(av: Any, segments: list[Segment], film: Any, time_base: Fraction) -> Iterator[tuple[Fraction, Any]]:
-    """Yield (decoding time in seconds, packet). Decoding times are made anew: the sorted timestamps, some places later.
-
-    A packet must not be decoded later than it is shown, so the shift is the encoder's longest reordering.
-    """
-    delay = max(_reordering(av, segment) for segment in segments)
-    first = segments[0].pts[0]
-    second = next((pts for segment in segments for pts in segment.pts if pts > first), first + 1)
-    waiting = deque(first - (second - first) * place for place in range(delay, 0, -1))
-    for number, segment in enumerate(segments):
-        waiting.extend(segment.pts)
-        following = segments[number + 1].pts[0] if number + 1 < len(segments) else None
-        durations = _durations(segment, following)
-        for packet, pts in _timed_packets(av, segment):
-            packet.time_base = time_base
-            packet.pts, packet.dts, packet.duration = pts, waiting.popleft(), durations[pts]
-            packet.stream = film
-            yield packet.dts * time_base, packet
-
-
-def _durations(segment: Segment, following: int | None) -> dict[int, int]:
-    """Return how long each frame is shown, by its timestamp; `following` is the next segment's first."""
-    pts = segment.pts
-    last = segment.last_duration or (pts[-1] - pts[-2] if len(pts) > 1 else 1)
-    ends = [*pts[1:], following if following is not None else pts[-1] + last]
-    return {begin: end - begin for begin, end in zip(pts, ends, strict=True)}
-
-
-def _timed_packets(av: Any, segment: Segment) -> list[tuple[Any, int]]:
-    """Return a segment's packets in decoding order, each with its frame's timestamp."""
-    with av.open(str(segment.path)) as container:
-        packets = [packet for packet in container.demux(video=0) if packet.size]
-    if len(packets) != len(segment.pts) or any(packet.pts is None for packet in packets):
-        raise RuntimeError(f"{segment.path} holds {len(packets)} packets for {len(segment.pts)} frames")
-    ranks = {index: rank for rank, index in enumerate(sorted(range(len(packets)), key=lambda i: packets[i].pts))}
-    return [(packet, segment.pts[ranks[index]]) for index, packet in enumerate(packets)]
-
-
-def _reordering(av: Any, segment: Segment) -> int:
-    """Return by how many places a packet of the segment is shown earlier than it is decoded, at most."""
-    shown = {pts: place for place, pts in enumerate(segment.pts)}
-    return max(place - shown[pts] for place, (_, pts) in enumerate(_timed_packets(av, segment)))
-
-
-def _copied_packets(original: Any, copied: dict[int, Any]) -> Iterator[tuple[Fraction, Any]]:
-    streams = [original.streams[index] for index in copied]
-    if not streams:
-        return
-    for packet in original.demux(streams):
-        if packet.dts is None and packet.pts is None:
-            continue
-        when = (packet.dts if packet.dts is not None else packet.pts) * packet.time_base
-        packet.stream = copied[packet.stream_index]
-        yield when, packet

@@ -1,4 +1,4 @@
-"""An ONNX network as stages (see `srdeploy.upscale.stages`)."""
+"""An ONNX network as stages (see `srdeploy.upscale.network_cuts`)."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -7,7 +7,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from srdeploy.core.contract import INPUT, OUTPUT, corrects_edges
-from srdeploy.upscale.stages import Cut, Operation, Stage, cut
+from srdeploy.upscale.network_cuts import Cut, Operation, Stage, cut
 
 _POINTWISE = (
     "Add", "Cast", "Clip", "Concat", "DequantizeLinear", "Div", "Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish",

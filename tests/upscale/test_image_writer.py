@@ -11,8 +11,8 @@ from PIL import Image, ImageCms
 
 from srdeploy.core.errors import InputError, OutputError, SrdeployError, UsageError
 from srdeploy.core.imaging.read import Picture, read_image
-from srdeploy.upscale.image_file import resized_exif, write_image
-from srdeploy.upscale.pictures import OutputOptions, upscale_file
+from srdeploy.upscale.image_writer import resized_exif, write_image
+from srdeploy.upscale.single_image import OutputOptions, upscale_file
 from srdeploy.upscale.upscaler import Upscaler
 
 RANDOM = np.random.default_rng(0)

@@ -1,0 +1,1 @@
+"""Videos: decoding, encoding, timestamps, resumable parts and muxing, around an `Upscaler`."""
