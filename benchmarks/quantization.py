@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from srdeploy.calibration.graph import read_model
+from srdeploy.calibration.fp32 import read_fp32_graph
 from srdeploy.calibration.images.dataset import CalibrationSet, make_calibration_set
 from srdeploy.calibration.options import Cost, QuantizeOptions
 from srdeploy.calibration.quantize import quantize
@@ -110,7 +110,8 @@ def main() -> None:
 
 def compare(source: Path, checkpoint: Path, arguments: argparse.Namespace, bound: float | None) -> list[dict[str, Any]]:
     has_quality = bound is not None  # random weights have none
-    model, contract, _ = read_model(source)
+    graph = read_fp32_graph(source)
+    model, contract = graph.model, graph.contract
     progress = RichProgress()
     crops = arguments.crops if has_quality else 4
     calibration = make_calibration_set(
@@ -225,10 +226,10 @@ def opened(path: Path, contract: ModelContract, threads: int | None) -> Runner:
 
     core = openvino.Core()
     compiled = core.compile_model(core.read_model(path), "CPU", openvino_engine._configuration(threads))
-    from srdeploy.runtime.engines.graph import read_graph
+    from srdeploy.core.onnx_file import read_graph
 
     reference = read_graph(path.with_name(path.name.removesuffix(".nncf.xml") + ".onnx"))
-    built = openvino_engine._built(compiled, reference.heavy_layers)
+    built = openvino_engine._built(compiled, reference.layers)
     return openvino_engine.OpenVinoRunner(compiled, contract, reference.inputs, built, threads, None, True)
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from srdeploy.calibration.graph import GLOBAL_POOLS, Graph, opset_of
 from srdeploy.calibration.observe import Observation
 from srdeploy.core.errors import InputError
+from srdeploy.core.onnx_graph import GLOBAL_POOLS, Graph, opset_of
 from srdeploy.core.precision import Precision
 
 FP16_MAX = 65504.0

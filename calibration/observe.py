@@ -15,11 +15,11 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from srdeploy.calibration.graph import Graph
 from srdeploy.core.contract import INPUT
 from srdeploy.core.environment import cpu_count
 from srdeploy.core.errors import InputError
 from srdeploy.core.extras import import_extra
+from srdeploy.core.onnx_graph import Graph, add_outputs
 from srdeploy.core.progress import SILENT, Progress
 
 BINS = 8192
@@ -141,18 +141,6 @@ def run_outputs(
     session = session_for(add_outputs(model, tensors), threads)
     for batch in batches:
         yield dict(zip(tensors, session.run(list(tensors), {INPUT: batch}), strict=True))
-
-
-def add_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
-    """Return a copy of a model that also gives some of its inner tensors as outputs."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    present = {entry.name for entry in copy.graph.output}
-    inputs = {entry.name for entry in copy.graph.input}
-    for tensor in dict.fromkeys(tensors):
-        if tensor not in present and tensor not in inputs:
-            copy.graph.output.append(helper.make_empty_tensor_value_info(tensor))
-    return copy
 
 
 def _add_reductions(graph: Graph, tensors: Sequence[str]) -> onnx.ModelProto:

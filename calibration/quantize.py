@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx
 
-from srdeploy.calibration.graph import Graph, read_model
+from srdeploy.calibration.fp32 import read_fp32_graph
 from srdeploy.calibration.half import Island, convert_to_half, emulate_half, find_islands, float_tensors
 from srdeploy.calibration.images.dataset import CalibrationSet
 from srdeploy.calibration.int8.builder import GraphBuilder
@@ -28,6 +28,7 @@ from srdeploy.core.contract import ModelContract
 from srdeploy.core.environment import int8_weights_overflow, package_versions
 from srdeploy.core.errors import BuildError, GateError, InputError, UsageError
 from srdeploy.core.manifest import Manifest, Source, manifest_path
+from srdeploy.core.onnx_graph import Graph
 from srdeploy.core.precision import Precision, Target
 from srdeploy.core.progress import SILENT, Progress
 
@@ -144,7 +145,8 @@ def quantize(
     """
     options = options or QuantizeOptions()
     _check(precision, target, calibration)
-    model, contract, sha256 = read_model(onnx)
+    source = read_fp32_graph(onnx)
+    model, contract, sha256 = source.model, source.contract, source.sha256
     folder = artifacts_folder(output)
     paths = {"set": folder / "set.json", "ranges": folder / "ranges.json", "sensitivity": folder / "sensitivity.json"}
     with atomic_files(output, manifest_path(output), *paths.values(), force=force) as temporaries:

@@ -161,9 +161,9 @@ def _engine_baselines(
 ) -> list[Runner]:
     """Open the FP32 graph in ONNX Runtime and OpenVINO: a candidate's file where there is one, else a fresh export."""
     from srdeploy.core.extras import is_installed
+    from srdeploy.core.onnx_file import read_graph
     from srdeploy.core.precision import Precision
     from srdeploy.runtime.bench.latency import named
-    from srdeploy.runtime.engines.graph import read_graph
     from srdeploy.runtime.engines.openvino import open_native
     from srdeploy.runtime.engines.registry import open_engine
 

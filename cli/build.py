@@ -124,7 +124,7 @@ def _profiles(onnx: Path, chosen: dict[str, Any]) -> tuple[ShapeProfile, ...]:
 
 def _from_images(onnx: Path, source: Path, batch: int) -> ShapeProfile:
     from srdeploy.core.imaging.read import find_images, opened
-    from srdeploy.runtime.engines.graph import read_graph
+    from srdeploy.core.onnx_file import read_graph
     from srdeploy.runtime.engines.profiles import proposed_profile
 
     def size(path: Path) -> tuple[int, int]:

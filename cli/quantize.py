@@ -78,7 +78,7 @@ srdeploy quantize model.onnx --precision int8 --target openvino --images photos 
 @json_option
 def command(onnx: Path, precision: str, target: str, images: Path | None, output: Path, **choices: Any) -> None:
     """Bring an exported ONNX file to FP16, BF16, INT8 or FP8, and tell what that costs."""
-    from srdeploy.calibration.graph import read_model
+    from srdeploy.calibration.fp32 import read_fp32_graph
     from srdeploy.calibration.options import QuantizeOptions
     from srdeploy.calibration.quantize import quantize
     from srdeploy.core.precision import Precision, Target
@@ -86,7 +86,7 @@ def command(onnx: Path, precision: str, target: str, images: Path | None, output
     refuse_input_as_output(output, onnx)
     refuse_existing(output, choices["force"])
     progress = RichProgress()
-    contract = read_model(onnx)[1]
+    contract = read_fp32_graph(onnx).contract
     calibration = None
     if images is not None:
         from srdeploy.calibration.images.dataset import make_calibration_set

@@ -1,7 +1,9 @@
 """Image shapes as people write them (1x3x180x320), and the ranges of shapes that an engine is built for."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from srdeploy.core.errors import UsageError
 
@@ -57,6 +59,28 @@ class ShapeProfile:
         return len(shape) == 4 and all(
             low <= size <= high for low, size, high in zip(self.min, shape, self.max, strict=True)
         )
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, element type ("float32", ...) and shape of an input or output; -1 marks a dynamic size."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        sizes = "x".join("?" if size < 0 else str(size) for size in self.shape)
+        return f"{self.name!r} {self.dtype} {sizes}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return name, type and shape as JSON values."""
+        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "TensorSpec":
+        """Read `to_json` back."""
+        return cls(str(value["name"]), str(value["dtype"]), tuple(int(size) for size in value["shape"]))
 
 
 def elements(shape: tuple[int, ...]) -> int:

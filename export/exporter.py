@@ -21,10 +21,10 @@ from srdeploy.core.environment import package_versions
 from srdeploy.core.errors import ExportError, SrdeployError, UsageError
 from srdeploy.core.manifest import Manifest, Source, manifest_path
 from srdeploy.core.progress import SILENT, Progress
+from srdeploy.export.canonical import canonical_graph, operators
 from srdeploy.export.capture import graph_from_network
 from srdeploy.export.checks import GridCheck, check_against_network, check_structure
 from srdeploy.export.folding import Folded, folded_network
-from srdeploy.export.graph import canonical_graph, operators
 from srdeploy.models.checkpoint.load import LoadedCheckpoint
 from srdeploy.models.networks.rcan import RcanConfig
 

@@ -13,7 +13,6 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from srdeploy.calibration.graph import Graph, is_plain_convolution
 from srdeploy.calibration.images.dataset import CalibrationSet, windows_of
 from srdeploy.calibration.int8.arithmetic import (
     WEIGHT_TOPS,
@@ -31,6 +30,7 @@ from srdeploy.calibration.observe import Observation, observe
 from srdeploy.calibration.rewrites.equalize import equalize_channels
 from srdeploy.calibration.rewrites.streams import fold_reader_scales
 from srdeploy.core.contract import INPUT
+from srdeploy.core.onnx_graph import Graph
 from srdeploy.core.precision import Precision
 from srdeploy.core.progress import SILENT, Progress
 
@@ -263,7 +263,7 @@ class GraphBuilder:
         """Round the weights of all layers that may become 8-bit so that errors cancel; deconvolutions are left out."""
         graph, _ = self.equalized(decisions.strength)
         placement = place(graph, self.recipe, precision=self.precision, share=decisions.share)
-        layers = [x for x in graph.layers if x.name in placement.layers and is_plain_convolution(graph, x)]
+        layers = [x for x in graph.layers if x.name in placement.layers and graph.is_plain_convolution(x)]
         batches = [sample.pixels for sample in windows_of(self._calibration.samples, COMPENSATION_SAMPLES)]
         top = WEIGHT_TOPS[self.recipe.weight_bits]
         for layer, covariances in collect_covariances(graph, layers, batches, progress=self._progress):

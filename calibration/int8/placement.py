@@ -14,9 +14,9 @@ scale fit all of them.
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from srdeploy.calibration.graph import Graph, Layer
 from srdeploy.calibration.int8.arithmetic import Kind
 from srdeploy.calibration.int8.qdq import Site
+from srdeploy.core.onnx_graph import Graph, Layer
 from srdeploy.core.precision import Precision, Target
 
 

@@ -14,8 +14,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from srdeploy.calibration.graph import Graph
 from srdeploy.calibration.int8.arithmetic import FP8_MAX, QuantParams, params_for_range, round_to_e4m3
+from srdeploy.core.onnx_graph import Graph
 
 _TYPES = {"int8": TensorProto.INT8, "uint8": TensorProto.UINT8, "float8e4m3fn": TensorProto.FLOAT8E4M3FN}
 

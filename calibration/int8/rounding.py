@@ -15,9 +15,9 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from srdeploy.calibration.graph import Graph, Layer
 from srdeploy.calibration.observe import run_outputs
 from srdeploy.core.contract import INPUT
+from srdeploy.core.onnx_graph import Graph, Layer
 from srdeploy.core.progress import SILENT, Progress
 
 WINDOWS = 256
@@ -74,7 +74,7 @@ def collect_covariances(
 
     Args:
         graph: the float graph.
-        layers: plain convolutions of it, see `is_plain_convolution`.
+        layers: plain convolutions of it, see `Graph.is_plain_convolution`.
         batches: small images (1, C, H, W): the inputs of all layers are held in memory for one of them.
         seed: for the places of the windows.
         progress: where to report.

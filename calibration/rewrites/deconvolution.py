@@ -7,7 +7,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from srdeploy.calibration.graph import Graph, attribute, with_nodes
+from srdeploy.core.onnx_graph import Graph, attribute, replace_nodes
 
 
 def rewrite_deconvolutions(model: onnx.ModelProto, *, phases: bool) -> tuple[onnx.ModelProto, int]:
@@ -39,7 +39,7 @@ def rewrite_deconvolutions(model: onnx.ModelProto, *, phases: bool) -> tuple[onn
         nodes += made
         constants += own
         count += 1
-    return with_nodes(model, nodes, constants), count
+    return replace_nodes(model, nodes, constants), count
 
 
 def _together(

@@ -17,10 +17,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from srdeploy.calibration.graph import GLOBAL_POOLS, Graph, attribute
 from srdeploy.calibration.observe import Observation
 from srdeploy.calibration.rewrites.streams import reader_scales_of
 from srdeploy.core.contract import INPUT, OUTPUT, corrects_edges
+from srdeploy.core.onnx_graph import GLOBAL_POOLS, Graph, attribute
 
 _HOMOGENEOUS = ("Relu", "LeakyRelu", "PRelu", "Identity", *GLOBAL_POOLS)
 STRONGEST = 64.0

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from srdeploy.calibration.graph import Graph, is_plain_convolution, with_nodes
+from srdeploy.core.onnx_graph import Graph, replace_nodes
 
 _OWN = "_own_scales"
 _NEXT_TO_NOTHING = 1e-12
@@ -37,14 +37,14 @@ def add_reader_scales(model: onnx.ModelProto) -> onnx.ModelProto:
             kinds = {reader.op_type for reader in readers}
             layers = [layer for layer in graph.layers if layer.input == name and layer.role in ("trunk", "last")]
             stream = node.op_type == "Add" or "Add" in kinds
-            if not layers or not stream or "Concat" in kinds or not all(is_plain_convolution(graph, x) for x in layers):
+            if not layers or not stream or "Concat" in kinds or not all(graph.is_plain_convolution(x) for x in layers):
                 continue
             scaled, scales = f"{name}_scaled", f"{name}{_OWN}"
             ones = np.ones((1, layers[0].channels_in, 1, 1), dtype=np.float32)
             constants.append(numpy_helper.from_array(ones, scales))
             nodes.append(helper.make_node("Mul", [name, scales], [scaled], name=f"{name}/scaled"))
             renamed |= {(layer.node, name): scaled for layer in layers}
-    return with_nodes(model, nodes, constants)
+    return replace_nodes(model, nodes, constants)
 
 
 def fold_reader_scales(model: onnx.ModelProto, floats: Collection[str]) -> onnx.ModelProto:
@@ -82,7 +82,7 @@ def fold_reader_scales(model: onnx.ModelProto, floats: Collection[str]) -> onnx.
             node.output[0] = f"{output}_product"
             nodes.append(helper.make_node("Add", [node.output[0], nothing], [output], name=f"{node.name}_sum"))
             constants.append(numpy_helper.from_array(np.full_like(graph.array(name), _NEXT_TO_NOTHING), nothing))
-    return with_nodes(model, nodes, constants)
+    return replace_nodes(model, nodes, constants)
 
 
 def reader_scales_of(node: onnx.NodeProto) -> str | None:

@@ -14,9 +14,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from srdeploy.calibration.graph import Graph, Layer, attribute, is_plain_convolution, with_nodes
 from srdeploy.calibration.rewrites.tail_map import SIDES, AffineMap, Link, Tail, compute_tail
 from srdeploy.core.contract import EDGE, OUTPUT
+from srdeploy.core.onnx_graph import Graph, Layer, attribute, replace_nodes
 
 NAME = "merged_tail"
 """Of the layer that takes the chain's place."""
@@ -43,7 +43,7 @@ def merge_tail(model: onnx.ModelProto, *, apart: Collection[str] = ()) -> tuple[
     writer.write()
     writer.nodes[0].metadata_props.extend(graph.nodes[layers[-1].node].metadata_props)
     others = [node for node in model.graph.node if node.name not in nodes]
-    result = with_nodes(model, [*others, *writer.nodes], writer.constants.values())
+    result = replace_nodes(model, [*others, *writer.nodes], writer.constants.values())
     return result, tuple(layer.name for layer in layers)
 
 
@@ -70,7 +70,7 @@ def _chain(graph: Graph) -> tuple[list[Layer], set[str]]:
 def _keeps_size(graph: Graph, layer: Layer) -> bool:
     node = graph.nodes[layer.node]
     height, width = graph.initializers[layer.weight].dims[2:]
-    plain = is_plain_convolution(graph, layer) and attribute(node, "auto_pad", b"NOTSET") == b"NOTSET"
+    plain = graph.is_plain_convolution(layer) and attribute(node, "auto_pad", b"NOTSET") == b"NOTSET"
     still = attribute(node, "strides", [1, 1]) == [1, 1] and attribute(node, "dilations", [1, 1]) == [1, 1]
     same = attribute(node, "pads", [0] * 4) == [height // 2, width // 2] * 2
     return plain and still and same and height % 2 == 1 and width % 2 == 1

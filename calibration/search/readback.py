@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from srdeploy.calibration.graph import Graph
 from srdeploy.calibration.int8.placement import Placement, macs_share_of
 from srdeploy.core.errors import BuildError
+from srdeploy.core.onnx_graph import Graph
 from srdeploy.core.runner import RunnerInfo
 
 TOLERANCE = 0.005

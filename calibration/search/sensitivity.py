@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from srdeploy.calibration.graph import Layer
 from srdeploy.calibration.int8.builder import Decisions, GraphBuilder
 from srdeploy.calibration.int8.placement import can_split, macs_share_of
 from srdeploy.calibration.journal import Journal
 from srdeploy.calibration.search.evaluate import Evaluator, OpenEngine, open_model
+from srdeploy.core.onnx_graph import Layer
 from srdeploy.core.progress import SILENT, Progress
 
 SPLIT_ERROR_SHARE = 0.1

@@ -21,9 +21,9 @@ from srdeploy.core.environment import cpu_count, package_versions
 from srdeploy.core.errors import CapabilityError, UsageError
 from srdeploy.core.precision import Precision
 from srdeploy.core.runner import RunnerInfo
-from srdeploy.core.shapes import format_shape
+from srdeploy.core.shapes import TensorSpec, format_shape
 from srdeploy.models.checkpoint.load import LoadedCheckpoint
-from srdeploy.runtime.engines.feeds import TensorSpec, check_feeds
+from srdeploy.runtime.engines.feeds import check_feeds
 from srdeploy.runtime.engines.timer import timed
 
 _PRECISIONS = {torch.float32: Precision.FP32, torch.float16: Precision.FP16, torch.bfloat16: Precision.BF16}

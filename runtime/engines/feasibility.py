@@ -16,8 +16,8 @@ from typing import Any
 import onnx
 
 from srdeploy.core.errors import UsageError
+from srdeploy.core.onnx_file import GraphFile
 from srdeploy.core.shapes import Shape, ShapeProfile, elements, format_shape
-from srdeploy.runtime.engines.graph import Graph
 
 MAX_ELEMENTS = 2**31 - 1
 MEMORY_MARGIN = 1.2
@@ -67,7 +67,7 @@ class Footprint:
         }
 
 
-def footprint(graph: Graph) -> Footprint:
+def footprint(graph: GraphFile) -> Footprint:
     """Compute what a graph costs, by shape inference and a walk over the lifetimes of its tensors."""
     shapes, types = graph.inferred
     pixels = graph.probe_shape[2] * graph.probe_shape[3]

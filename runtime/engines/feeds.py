@@ -1,36 +1,13 @@
 """The named inputs and outputs of an engine, and the check of what a caller feeds it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from srdeploy.core.errors import UsageError
-from srdeploy.core.shapes import ShapeProfile, format_shape
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Name, element type ("float32", ...) and shape of an input or output; -1 marks a free size."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    def __str__(self) -> str:
-        sizes = "x".join("?" if size < 0 else str(size) for size in self.shape)
-        return f"{self.name!r} {self.dtype} {sizes}"
-
-    def to_json(self) -> dict[str, Any]:
-        """Return name, type and shape as JSON values."""
-        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "TensorSpec":
-        """Read `to_json` back."""
-        return cls(str(value["name"]), str(value["dtype"]), tuple(int(size) for size in value["shape"]))
+from srdeploy.core.shapes import ShapeProfile, TensorSpec, format_shape
 
 
 def check_feeds(feeds: Mapping[str, NDArray[Any]], inputs: Sequence[TensorSpec], *, engine: str) -> None:

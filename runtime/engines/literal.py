@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from srdeploy.core.errors import InputError
 from srdeploy.core.extras import import_extra
-from srdeploy.runtime.engines.graph import Graph
+from srdeploy.core.onnx_file import GraphFile
 
 
 def literal_tensors(
-    graph: Graph, feeds: Mapping[str, NDArray[Any]], names: Sequence[str]
+    graph: GraphFile, feeds: Mapping[str, NDArray[Any]], names: Sequence[str]
 ) -> dict[str, NDArray[np.float32]]:
     """Return tensors of a graph by name, as float32.
 

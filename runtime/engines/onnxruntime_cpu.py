@@ -27,10 +27,12 @@ from srdeploy.core.contract import ModelContract
 from srdeploy.core.environment import cpu_count, machine, package_versions
 from srdeploy.core.errors import BuildError, CapabilityError, InputError, OutputError, UsageError
 from srdeploy.core.extras import import_extra
+from srdeploy.core.onnx_file import GraphFile
+from srdeploy.core.onnx_graph import combined_label, type_label
 from srdeploy.core.progress import Progress
 from srdeploy.core.runner import RunnerInfo
-from srdeploy.runtime.engines.feeds import TensorSpec, check_feeds
-from srdeploy.runtime.engines.graph import Graph, combined_label, type_label
+from srdeploy.core.shapes import TensorSpec
+from srdeploy.runtime.engines.feeds import check_feeds
 from srdeploy.runtime.engines.options import CPU_REFUSED_OPTIONS, BuildOptions, BuiltEngine
 from srdeploy.runtime.engines.sidecar import Engine
 
@@ -63,7 +65,7 @@ def key_parts(options: BuildOptions) -> dict[str, Any]:
     return {"versions": versions(), "target": _target()}
 
 
-def build(graph: Graph, options: BuildOptions, progress: Progress) -> BuiltEngine:
+def build(graph: GraphFile, options: BuildOptions, progress: Progress) -> BuiltEngine:
     """Optimize a graph for this kind of processor and return it as ONNX bytes.
 
     Raises:
@@ -96,7 +98,9 @@ def build(graph: Graph, options: BuildOptions, progress: Progress) -> BuiltEngin
     )
 
 
-def open_onnx(graph: Graph, *, threads: int | None, parity: bool, outputs: Sequence[str] | None) -> "OnnxRuntimeRunner":
+def open_onnx(
+    graph: GraphFile, *, threads: int | None, parity: bool, outputs: Sequence[str] | None
+) -> "OnnxRuntimeRunner":
     """Open an ONNX file on the CPU.
 
     Args:
@@ -215,7 +219,7 @@ def _session_options(runtime: Any, threads: int | None) -> Any:
     return options
 
 
-def _disabled_passes(graph: Graph) -> list[str]:
+def _disabled_passes(graph: GraphFile) -> list[str]:
     """Name the optimizer passes that would corrupt this graph."""
     types = graph.inferred[1]
     half_scales = any(

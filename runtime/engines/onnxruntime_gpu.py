@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from srdeploy.core.environment import package_versions
 from srdeploy.core.errors import CapabilityError, UsageError
 from srdeploy.core.extras import import_extra, is_installed
+from srdeploy.core.onnx_file import GraphFile
 from srdeploy.core.runner import RunnerInfo
 from srdeploy.runtime.engines.feeds import check_feeds, check_shape
-from srdeploy.runtime.engines.graph import Graph
 from srdeploy.runtime.engines.tensorrt.families import gpu, why_no_gpu
 
 PROVIDERS = {"onnxruntime-cuda": "CUDAExecutionProvider", "onnxruntime-tensorrt": "TensorrtExecutionProvider"}
@@ -46,7 +46,7 @@ def versions() -> dict[str, str]:
 
 
 def open_gpu(
-    graph: Graph,
+    graph: GraphFile,
     *,
     engine: str,
     threads: int | None,
@@ -80,7 +80,7 @@ def open_gpu(
 
 
 def strict_session(
-    runtime: Any, graph: Graph, engine: str, stream: int, device: str, outputs: Sequence[str] | None
+    runtime: Any, graph: GraphFile, engine: str, stream: int, device: str, outputs: Sequence[str] | None
 ) -> Any:
     """Open a session whose every node runs on the provider that was asked for.
 
@@ -127,7 +127,7 @@ class OnnxRuntimeGpuRunner:
         self,
         runtime: Any,
         session: Any,
-        graph: Graph,
+        graph: GraphFile,
         engine: str,
         device: str,
         stream: torch.cuda.Stream,

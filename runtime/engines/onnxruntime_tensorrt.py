@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
+from srdeploy.core.onnx_file import GraphFile
 from srdeploy.core.runner import Runner
 from srdeploy.runtime.engines import onnxruntime_gpu
-from srdeploy.runtime.engines.graph import Graph
 
 NAME = "onnxruntime-tensorrt"
 
@@ -20,7 +20,7 @@ def versions() -> dict[str, str]:
 
 
 def open_onnx(
-    graph: Graph, *, threads: int | None, parity: bool, outputs: Sequence[str] | None, device: str = "cuda:0"
+    graph: GraphFile, *, threads: int | None, parity: bool, outputs: Sequence[str] | None, device: str = "cuda:0"
 ) -> Runner:
     """Open an ONNX file on a GPU; see `srdeploy.runtime.engines.onnxruntime_gpu.open_gpu`."""
     return onnxruntime_gpu.open_gpu(graph, engine=NAME, threads=threads, parity=parity, outputs=outputs, device=device)

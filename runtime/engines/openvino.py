@@ -25,10 +25,12 @@ from srdeploy.core.contract import ModelContract
 from srdeploy.core.environment import cpu_count, package_versions
 from srdeploy.core.errors import BuildError, CapabilityError, InputError, UsageError
 from srdeploy.core.extras import import_extra
+from srdeploy.core.onnx_file import GraphFile
+from srdeploy.core.onnx_graph import Layer, combined_label
 from srdeploy.core.progress import Progress
 from srdeploy.core.runner import RunnerInfo
-from srdeploy.runtime.engines.feeds import TensorSpec, check_feeds
-from srdeploy.runtime.engines.graph import Graph, HeavyLayer, combined_label
+from srdeploy.core.shapes import TensorSpec
+from srdeploy.runtime.engines.feeds import check_feeds
 from srdeploy.runtime.engines.options import CPU_REFUSED_OPTIONS, BuildOptions, BuiltEngine
 from srdeploy.runtime.engines.sidecar import Engine
 
@@ -69,7 +71,7 @@ def key_parts(options: BuildOptions) -> dict[str, Any]:
     return {"versions": versions(), "target": _target(shared_core())}
 
 
-def build(graph: Graph, options: BuildOptions, progress: Progress) -> BuiltEngine:
+def build(graph: GraphFile, options: BuildOptions, progress: Progress) -> BuiltEngine:
     """Compile a graph for this machine's processor and return the blob.
 
     Raises:
@@ -84,7 +86,7 @@ def build(graph: Graph, options: BuildOptions, progress: Progress) -> BuiltEngin
         except Exception as error:
             raise BuildError(f"OpenVINO cannot build {graph.path}: {_cause(error)}") from error
     data = exported.getvalue() if isinstance(exported, io.BytesIO) else bytes(exported)
-    built = _built(compiled, graph.heavy_layers)
+    built = _built(compiled, graph.layers)
     label = combined_label(built["convolutions"])
     return BuiltEngine(
         data=data,
@@ -96,7 +98,9 @@ def build(graph: Graph, options: BuildOptions, progress: Progress) -> BuiltEngin
     )
 
 
-def open_onnx(graph: Graph, *, threads: int | None, parity: bool, outputs: Sequence[str] | None) -> "OpenVinoRunner":
+def open_onnx(
+    graph: GraphFile, *, threads: int | None, parity: bool, outputs: Sequence[str] | None
+) -> "OpenVinoRunner":
     """Open an ONNX file on the CPU.
 
     Args:
@@ -108,12 +112,14 @@ def open_onnx(graph: Graph, *, threads: int | None, parity: bool, outputs: Seque
     return _open_graph(graph, threads=threads, outputs=outputs, native=False)
 
 
-def open_native(graph: Graph, *, threads: int | None) -> "OpenVinoRunner":
+def open_native(graph: GraphFile, *, threads: int | None) -> "OpenVinoRunner":
     """Open an ONNX file in the arithmetic that OpenVINO chooses by itself, BF16 on processors with BF16 units."""
     return _open_graph(graph, threads=threads, outputs=None, native=True)
 
 
-def _open_graph(graph: Graph, *, threads: int | None, outputs: Sequence[str] | None, native: bool) -> "OpenVinoRunner":
+def _open_graph(
+    graph: GraphFile, *, threads: int | None, outputs: Sequence[str] | None, native: bool
+) -> "OpenVinoRunner":
     core = shared_core()
     try:
         model = core.read_model(graph.serialized(extra_outputs=tuple(outputs or ())))
@@ -122,7 +128,7 @@ def _open_graph(graph: Graph, *, threads: int | None, outputs: Sequence[str] | N
         raise
     except Exception as error:
         raise InputError(f"OpenVINO cannot open {graph.path}: {_cause(error)}") from error
-    built = _built(compiled, graph.heavy_layers)
+    built = _built(compiled, graph.layers)
     return OpenVinoRunner(compiled, graph.contract, graph.inputs, built, threads, outputs, native)
 
 
@@ -229,9 +235,9 @@ def _configuration(threads: int | None, *, native: bool = False) -> dict[str, An
     return configuration
 
 
-def _built(compiled: Any, layers: Sequence[HeavyLayer]) -> dict[str, Any]:
+def _built(compiled: Any, layers: Sequence[Layer]) -> dict[str, Any]:
     """Read back what runs: layers by kind and type, convolutions by type, and their share of the multiply-adds."""
-    macs = {layer.name: layer.macs_per_pixel for layer in layers}
+    macs = {layer.node: layer.macs for layer in layers}
     operations: Counter[str] = Counter()
     convolutions: Counter[str] = Counter()
     macs_by_type: Counter[str] = Counter()

@@ -14,10 +14,10 @@ from srdeploy.core.contract import ModelContract
 from srdeploy.core.environment import int8_weights_overflow
 from srdeploy.core.errors import CapabilityError, InputError, OutputError, SrdeployError, UsageError
 from srdeploy.core.manifest import Manifest, manifest_path, read_manifest
+from srdeploy.core.onnx_file import GraphFile, read_graph
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.runner import Runner
 from srdeploy.runtime.engines.cache import KEY_SCHEMA, EngineCache, Lookup
-from srdeploy.runtime.engines.graph import Graph, read_graph
 from srdeploy.runtime.engines.options import BuildOptions, BuildResult
 from srdeploy.runtime.engines.sidecar import KIND, engine_manifest, read_engine
 
@@ -118,7 +118,7 @@ def build_engine(
     )
 
 
-def engine_key(graph: Graph, engine: str, options: BuildOptions) -> dict[str, Any]:
+def engine_key(graph: GraphFile, engine: str, options: BuildOptions) -> dict[str, Any]:
     """Return everything that decides an engine's bytes, as readable JSON values.
 
     The graph's hash covers its weights, its precision and the calibration that went into it.
@@ -227,7 +227,7 @@ def _reason(ask: Callable[[], str | None]) -> str | None:
 
 
 def _cached_or_built(
-    chosen: Family, module: Any, graph: Graph, options: BuildOptions, key: dict[str, Any], progress: Progress
+    chosen: Family, module: Any, graph: GraphFile, options: BuildOptions, key: dict[str, Any], progress: Progress
 ) -> tuple[bytes, Manifest, Lookup]:
     def build() -> tuple[bytes, Manifest]:
         built = module.build(graph, options, progress)

@@ -21,9 +21,8 @@ from srdeploy.core.artifact import sha256_of_bytes
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import InputError
 from srdeploy.core.manifest import Manifest, Source, manifest_path, read_manifest
-from srdeploy.core.shapes import ShapeProfile
-from srdeploy.runtime.engines.feeds import TensorSpec
-from srdeploy.runtime.engines.graph import Graph
+from srdeploy.core.onnx_file import GraphFile
+from srdeploy.core.shapes import ShapeProfile, TensorSpec
 from srdeploy.runtime.engines.options import BuildOptions, BuiltEngine, profile_from_json, profile_to_json
 
 KIND = "engine"
@@ -112,7 +111,7 @@ def read_engine(path: Path) -> Engine:
 
 
 def engine_manifest(
-    graph: Graph, engine: str, options: BuildOptions, key: dict[str, Any], built: BuiltEngine
+    graph: GraphFile, engine: str, options: BuildOptions, key: dict[str, Any], built: BuiltEngine
 ) -> Manifest:
     """Assemble the sidecar of a freshly built engine."""
     from srdeploy.runtime.engines.cache import key_sha256

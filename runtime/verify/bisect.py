@@ -26,9 +26,10 @@ from numpy.typing import NDArray
 from srdeploy.core.contract import INPUT, OUTPUT
 from srdeploy.core.errors import SrdeployError, UsageError
 from srdeploy.core.manifest import read_manifest
+from srdeploy.core.onnx_file import GraphFile, read_graph
+from srdeploy.core.onnx_graph import DEQUANTIZE, QUANTIZE
 from srdeploy.core.precision import Precision
 from srdeploy.core.progress import SILENT, Progress
-from srdeploy.runtime.engines.graph import DEQUANTIZE, QUANTIZE, Graph, read_graph
 from srdeploy.runtime.engines.literal import literal_tensors
 from srdeploy.runtime.engines.registry import open_engine
 
@@ -220,7 +221,7 @@ class _EngineSearch:
 
     def __init__(
         self,
-        graph: Graph,
+        graph: GraphFile,
         image: NDArray[np.float32],
         expected: Mapping[str, NDArray[np.float32]],
         engine: str | None,
@@ -267,7 +268,7 @@ class _EngineSearch:
             tensor = wrong
 
 
-def _comparable(graph: Graph) -> list[str]:
+def _comparable(graph: GraphFile) -> list[str]:
     """Return the floating-point tensors that depend on the input, in graph order; codes of Q/DQ are left out."""
     types = graph.inferred[1]
     reached = {INPUT}
@@ -295,7 +296,7 @@ def _sources(node: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto]) -> list
 
 
 def _graph_suspects(
-    graph: Graph, actual: Mapping[str, NDArray[np.float32]], plain: Graph, image: NDArray[np.float32]
+    graph: GraphFile, actual: Mapping[str, NDArray[np.float32]], plain: GraphFile, image: NDArray[np.float32]
 ) -> list[Suspect]:
     """Return the nodes at which a graph leaves the FP32 graph, in graph order."""
     shared = [name for name in _comparable(plain) if name in actual]

@@ -7,13 +7,13 @@ import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from srdeploy.calibration.graph import Graph, opset_of
 from srdeploy.calibration.half import Island, convert_to_half, emulate_half, find_islands, float_tensors
 from srdeploy.calibration.images.dataset import CalibrationSet
 from srdeploy.calibration.observe import observe, run_outputs
 from srdeploy.calibration.search.evaluate import Evaluator
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import InputError
+from srdeploy.core.onnx_graph import Graph
 from srdeploy.core.precision import MIN_FIDELITY_DB, Precision
 
 Networks = dict[str, Callable[..., onnx.ModelProto]]
@@ -106,7 +106,7 @@ def test_bf16_asks_for_the_opset_that_has_it(networks: Networks) -> None:
     typed = convert_to_half(networks["residual"](), Precision.BF16, ())
 
     onnx.checker.check_model(typed, full_check=True)
-    assert opset_of(typed) == 22
+    assert Graph(typed).opset == 22
     assert {t.data_type for t in typed.graph.initializer} == {TensorProto.BFLOAT16, TensorProto.INT64}
 
 

@@ -8,12 +8,12 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from srdeploy.calibration.graph import Graph
 from srdeploy.calibration.images.dataset import CalibrationSet
 from srdeploy.calibration.int8.arithmetic import fake_quantize, params_for_range
 from srdeploy.calibration.int8.ranges import METHODS, compute_range, read_ranges
 from srdeploy.calibration.observe import Observation, observe, run_outputs
 from srdeploy.core.errors import InputError, UsageError
+from srdeploy.core.onnx_graph import Graph
 
 Networks = dict[str, Callable[..., onnx.ModelProto]]
 

@@ -369,7 +369,7 @@ def _typed(path: Path, source: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "word"),
     [
-        pytest.param(_not_onnx, "not a readable ONNX", id="not ONNX"),
+        pytest.param(_not_onnx, "is not an ONNX file", id="not ONNX"),
         pytest.param(_no_metadata, "no srdeploy metadata", id="foreign ONNX"),
         pytest.param(_old_opset, "opset 17", id="opset too old"),
         pytest.param(_typed, "typed already", id="typed already"),

@@ -15,8 +15,8 @@ from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import ExportError
 from srdeploy.core.precision import Precision
 from srdeploy.export import checks
+from srdeploy.export.canonical import canonical_graph
 from srdeploy.export.checks import check_against_network, check_structure
-from srdeploy.export.graph import canonical_graph
 
 CONTRACT = ModelContract("rcan", {}, 2, "rgb", Precision.FP32, None, 1.0, 1, "0" * 64)
 

@@ -15,6 +15,7 @@ from onnx import numpy_helper
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import ExportError, OutputError, UsageError
 from srdeploy.core.manifest import verified_manifest
+from srdeploy.core.onnx_file import read_graph
 from srdeploy.core.progress import Advance
 from srdeploy.export import capture
 from srdeploy.export.checks import TOLERANCE
@@ -60,6 +61,9 @@ def test_export_passes_its_checks_in_canonical_form(
     assert {operator: result.operators.get(operator, 0) for operator in operators} == operators
     assert len(result.check.deviations) == 12
     assert all(entry.max_abs <= entry.tolerance for entry in result.check.deviations)
+    # What the configuration promises is what the graph costs.
+    counted = sum(layer.macs for layer in read_graph(result.path).layers)
+    assert counted == pytest.approx(result.contract.macs_per_pixel)
     assert result.check.max_abs > 0  # two implementations that agree to the last bit would be one implementation
 
 

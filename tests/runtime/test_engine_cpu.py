@@ -14,10 +14,10 @@ import pytest
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import CapabilityError, InputError, SrdeployError, UsageError
 from srdeploy.core.manifest import manifest_path, read_manifest
+from srdeploy.core.onnx_file import read_graph
 from srdeploy.core.runner import TimedRunner, run_image
 from srdeploy.core.shapes import ShapeProfile
 from srdeploy.runtime.engines import openvino
-from srdeploy.runtime.engines.graph import read_graph
 from srdeploy.runtime.engines.options import BuildOptions
 from srdeploy.runtime.engines.registry import availability, build_engine, open_engine
 
@@ -379,7 +379,7 @@ def test_a_gpu_session_does_not_fall_back_to_the_cpu(small_onnx: GraphFactory) -
     # ONNX Runtime by itself would answer with a warning and a CPU session.
     import onnxruntime
 
-    from srdeploy.runtime.engines.graph import read_graph
+    from srdeploy.core.onnx_file import read_graph
     from srdeploy.runtime.engines.onnxruntime_gpu import strict_session
 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():

@@ -11,17 +11,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from srdeploy.core.errors import BuildError, OutputError, SrdeployError, UsageError
+from srdeploy.core.onnx_file import GraphFile
 from srdeploy.core.progress import Advance, Progress
 from srdeploy.core.shapes import ShapeProfile, format_shape
 from srdeploy.runtime.engines.cache import default_root
 from srdeploy.runtime.engines.concatenation import concatenations_chained
 from srdeploy.runtime.engines.feasibility import check_feasible, footprint, largest_legal_shape
-from srdeploy.runtime.engines.graph import Graph
 from srdeploy.runtime.engines.options import BuildOptions, BuiltEngine
 from srdeploy.runtime.engines.tensorrt import worker
 from srdeploy.runtime.engines.tensorrt.families import Flavour, gpu
@@ -29,7 +28,7 @@ from srdeploy.runtime.engines.tensorrt.layers import Layers, layers_from_inspect
 from srdeploy.runtime.engines.tensorrt.log import read_log
 
 
-def build_plan(flavour: Flavour, graph: Graph, options: BuildOptions, progress: Progress) -> BuiltEngine:
+def build_plan(flavour: Flavour, graph: GraphFile, options: BuildOptions, progress: Progress) -> BuiltEngine:
     """Build an engine and prove the precision of its convolutions.
 
     Raises:
@@ -47,7 +46,8 @@ def build_plan(flavour: Flavour, graph: Graph, options: BuildOptions, progress: 
     legal = largest_legal_shape(cost, options.profiles[-1].max, memory)
     progress.note(f"largest legal shape of this kind: {format_shape(legal)}")
     model, chained = concatenations_chained(graph.model)
-    data, layers, seconds = _in_worker(flavour, trt.__version__, replace(graph, model=model), options, progress)
+    chained_graph = GraphFile(model, path=graph.path, sha256=graph.sha256, contract=graph.contract)
+    data, layers, seconds = _in_worker(flavour, trt.__version__, chained_graph, options, progress)
     precision = prove_precision(layers, graph)
     check_memory(layers, cost.weights_bytes, memory, options.profiles)
     built = {
@@ -68,13 +68,13 @@ def build_plan(flavour: Flavour, graph: Graph, options: BuildOptions, progress: 
     )
 
 
-def log_path(flavour: Flavour, graph: Graph, options: BuildOptions) -> Path:
+def log_path(flavour: Flavour, graph: GraphFile, options: BuildOptions) -> Path:
     """Return where the builder's whole log goes."""
     name = f"{graph.path.stem}-{graph.sha256[:12]}-{flavour.name}.log"
     return options.log_path or default_root().parent / "logs" / name
 
 
-def _check_profiles(graph: Graph, profiles: tuple[ShapeProfile, ...]) -> None:
+def _check_profiles(graph: GraphFile, profiles: tuple[ShapeProfile, ...]) -> None:
     if not profiles:
         raise UsageError(
             "no shapes were given for the engine",
@@ -91,7 +91,7 @@ def _check_profiles(graph: Graph, profiles: tuple[ShapeProfile, ...]) -> None:
 
 
 def _in_worker(
-    flavour: Flavour, version: str, graph: Graph, options: BuildOptions, progress: Progress
+    flavour: Flavour, version: str, graph: GraphFile, options: BuildOptions, progress: Progress
 ) -> tuple[bytes, Layers, float]:
     """Run the worker; return the plan, its kernels and the seconds it took."""
     request = {"sha256": graph.sha256, "path": str(graph.path), "options": worker.options_to_json(options)}

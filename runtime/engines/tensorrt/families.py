@@ -18,7 +18,7 @@ from typing import Any
 from srdeploy.core.environment import package_versions
 from srdeploy.core.errors import CapabilityError, MissingExtraError
 from srdeploy.core.extras import is_installed
-from srdeploy.runtime.engines.graph import Graph
+from srdeploy.core.onnx_file import GraphFile
 from srdeploy.runtime.engines.options import BuildOptions
 
 
@@ -43,7 +43,7 @@ class Flavour:
     title: str
     modules: tuple[str, ...]
     oldest: tuple[int, ...]
-    check: Callable[[Graph, BuildOptions], None]
+    check: Callable[[GraphFile, BuildOptions], None]
     configure: Callable[[Any, Any, BuildOptions], None]
     finish: Callable[[Any, Any, BuildOptions], None]
     target: Callable[[BuildOptions], Mapping[str, Any]]

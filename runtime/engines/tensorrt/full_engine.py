@@ -13,9 +13,9 @@ import filelock
 
 from srdeploy.core.artifact import atomic_file
 from srdeploy.core.errors import BuildError, CapabilityError, SrdeployError, UsageError
+from srdeploy.core.onnx_file import GraphFile
 from srdeploy.core.progress import Progress
 from srdeploy.core.runner import Runner
-from srdeploy.runtime.engines.graph import Graph
 from srdeploy.runtime.engines.options import BuildOptions, BuiltEngine
 from srdeploy.runtime.engines.sidecar import Engine
 from srdeploy.runtime.engines.tensorrt.build import build_plan
@@ -30,7 +30,7 @@ _HELD: list[Any] = []
 _COMPATIBILITY = {"ampere_plus": "AMPERE_PLUS", "same_compute_capability": "SAME_COMPUTE_CAPABILITY"}
 
 
-def build(graph: Graph, options: BuildOptions, progress: Progress) -> BuiltEngine:
+def build(graph: GraphFile, options: BuildOptions, progress: Progress) -> BuiltEngine:
     """Build an engine; see `srdeploy.runtime.engines.tensorrt.build.build_plan`."""
     return build_plan(FLAVOUR, graph, options, progress)
 
@@ -108,7 +108,7 @@ def check_target(engine: Engine, found: tuple[str, tuple[int, int], int] | None)
         )
 
 
-def _check(graph: Graph, options: BuildOptions) -> None:
+def _check(graph: GraphFile, options: BuildOptions) -> None:
     reason = why_no_gpu()
     if reason:
         raise CapabilityError(

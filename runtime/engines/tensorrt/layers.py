@@ -9,12 +9,13 @@ them on the GPU, in the same types.
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from srdeploy.core.errors import BuildError
-from srdeploy.runtime.engines.graph import Graph, HeavyLayer, combined_label
+from srdeploy.core.onnx_file import GraphFile
+from srdeploy.core.onnx_graph import combined_label
 
 _LABELS = {
     "Float": "fp32",
@@ -142,7 +143,7 @@ def layers_from_inspector(
     return Layers(tuple(kernels), activation_bytes, weights_bytes, "the engine inspector")
 
 
-def prove_precision(layers: Layers, graph: Graph) -> str:
+def prove_precision(layers: Layers, graph: GraphFile) -> str:
     """Check every convolution of an engine against the type the graph asks for, and name what was built.
 
     Returns:
@@ -157,12 +158,12 @@ def prove_precision(layers: Layers, graph: Graph) -> str:
             f"the precision of the engine cannot be proven: no convolution was found in {layers.read_from}",
             next_step="this TensorRT release writes its layer table differently; please report it",
         )
-    wrong = mismatches(weighted, graph.heavy_layers) + fused_mismatches(layers.kernels, graph.heavy_layers)
+    wrong = mismatches(weighted, graph.layer_types) + fused_mismatches(layers.kernels, graph.layer_types)
     if wrong:
         kernel, asked = wrong[0]
         origin = kernel.onnx_layers[0] if kernel.onnx_layers else kernel.name
         raise BuildError(
-            f"{len(wrong)} of {len(graph.heavy_layers)} convolutions were built in another type than the graph"
+            f"{len(wrong)} of {len(graph.layer_types)} convolutions were built in another type than the graph"
             f" asks for: {origin!r} computes in {kernel.computes_in}",
             expected=asked,
             next_step="the engine was thrown away; quantize the graph for this engine (srdeploy quantize --target)",
@@ -170,19 +171,21 @@ def prove_precision(layers: Layers, graph: Graph) -> str:
     return combined_label(layers.convolutions)
 
 
-def mismatches(weighted: Sequence[Kernel], asked: Sequence[HeavyLayer]) -> list[tuple[Kernel, str]]:
-    """Return the kernels that compute in a type none of their ONNX nodes asks for, with the type asked for."""
-    by_name = {layer.name: layer.dtype for layer in asked}
-    everywhere = {layer.dtype for layer in asked}
+def mismatches(weighted: Sequence[Kernel], asked: Mapping[str, str]) -> list[tuple[Kernel, str]]:
+    """Return the kernels that compute in a type none of their ONNX nodes asks for, with the type asked for.
+
+    `asked` maps the node name of each layer to its type, see `Graph.layer_types`.
+    """
+    everywhere = set(asked.values())
     wrong = []
     for kernel in weighted:
-        wanted = {by_name[name] for name in kernel.onnx_layers if name in by_name} or everywhere
+        wanted = {asked[name] for name in kernel.onnx_layers if name in asked} or everywhere
         if kernel.computes_in not in wanted:
             wrong.append((kernel, " or ".join(sorted(wanted))))
     return wrong
 
 
-def fused_mismatches(kernels: Sequence[Kernel], asked: Sequence[HeavyLayer]) -> list[tuple[Kernel, str]]:
+def fused_mismatches(kernels: Sequence[Kernel], asked: Mapping[str, str]) -> list[tuple[Kernel, str]]:
     """Return the same for layers that went into generated kernels: nothing of the type they ask for goes in there.
 
     The 1x1 convolutions of a channel attention gate end like this.
@@ -192,11 +195,11 @@ def fused_mismatches(kernels: Sequence[Kernel], asked: Sequence[HeavyLayer]) -> 
         for name in kernel.onnx_layers:
             homes.setdefault(name, []).append(kernel)
     wrong = []
-    for layer in asked:
-        where = homes.get(layer.name, [])
+    for node, dtype in asked.items():
+        where = homes.get(node, [])
         fused = where and not any(kernel.weighted for kernel in where)
-        if fused and not any(layer.dtype in kernel.types for kernel in where):
-            wrong.append((where[0], layer.dtype))
+        if fused and not any(dtype in kernel.types for kernel in where):
+            wrong.append((where[0], dtype))
     return wrong
 
 

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from srdeploy.core.errors import InputError
-from srdeploy.core.shapes import ShapeProfile
-from srdeploy.runtime.engines.feeds import TensorSpec
+from srdeploy.core.shapes import ShapeProfile, TensorSpec
 from srdeploy.runtime.engines.sidecar import Engine
 from srdeploy.runtime.engines.tensorrt.families import Flavour
 from srdeploy.runtime.engines.tensorrt.log import Log, captured, translated

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from srdeploy.core.errors import BuildError, CapabilityError, InputError, UsageError
+from srdeploy.core.onnx_file import GraphFile
 from srdeploy.core.progress import Progress
 from srdeploy.core.runner import Runner
-from srdeploy.runtime.engines.graph import Graph
 from srdeploy.runtime.engines.options import BuildOptions, BuiltEngine
 from srdeploy.runtime.engines.sidecar import Engine
 from srdeploy.runtime.engines.tensorrt.build import build_plan
@@ -31,7 +31,7 @@ _TARGET_BITS = {0x01: "7.5", 0x02: "8.0", 0x04: "8.6", 0x08: "8.9", 0x10: "12.0"
 _PORTABLE = "Ampere and newer (8.0, 8.6, 8.9, 12.0, 12.1)"
 
 
-def build(graph: Graph, options: BuildOptions, progress: Progress) -> BuiltEngine:
+def build(graph: GraphFile, options: BuildOptions, progress: Progress) -> BuiltEngine:
     """Build an engine; see `srdeploy.runtime.engines.tensorrt.build.build_plan`."""
     return build_plan(FLAVOUR, graph, options, progress)
 
@@ -130,12 +130,13 @@ def check_target(engine: Engine, found: tuple[str, tuple[int, int], int] | None)
         )
 
 
-def _check(graph: Graph, options: BuildOptions) -> None:
+def _check(graph: GraphFile, options: BuildOptions) -> None:
     _capabilities(FLAVOUR.load(), options)
-    for layer in graph.heavy_layers:
-        if layer.op == "ConvTranspose" and layer.dtype in ("bf16", "int8", "fp8"):
+    for layer in graph.layers:
+        dtype = graph.layer_types[layer.node]
+        if layer.op == "ConvTranspose" and dtype in ("bf16", "int8", "fp8"):
             raise BuildError(
-                f"{graph.path} has a deconvolution {layer.name!r} in {layer.dtype}, which TensorRT-RTX does not have",
+                f"{graph.path} has a deconvolution {layer.node!r} in {dtype}, which TensorRT-RTX does not have",
                 next_step="quantize again with --deconvolution rewrite: an exact convolution and pixel shuffle",
             )
 

@@ -20,13 +20,13 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from srdeploy.core.errors import BuildError, CapabilityError, SrdeployError
+from srdeploy.core.onnx_file import GraphFile, read_graph
 from srdeploy.core.shapes import ShapeProfile
-from srdeploy.runtime.engines.graph import Graph, read_graph
 from srdeploy.runtime.engines.options import BuildOptions, profile_from_json, profile_to_json
 from srdeploy.runtime.engines.tensorrt.families import Flavour, flavour_named
 from srdeploy.runtime.engines.tensorrt.log import Log, captured, translated
@@ -42,7 +42,9 @@ def main(arguments: Sequence[str]) -> int:
     try:
         flavour = flavour_named(name)
         request = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
-        graph = replace(read_graph(folder / GRAPH), sha256=request["sha256"], path=Path(request["path"]))
+        graph = read_graph(folder / GRAPH)
+        # The folder holds a rewritten copy: messages and keys are about the user's file.
+        graph = GraphFile(graph.model, path=Path(request["path"]), sha256=request["sha256"], contract=graph.contract)
         started = time.perf_counter()
         build(flavour, graph, options_from_json(request["options"]), folder)
         _say(seconds=time.perf_counter() - started)
@@ -58,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def build(flavour: Flavour, graph: Graph, options: BuildOptions, folder: Path) -> None:
+def build(flavour: Flavour, graph: GraphFile, options: BuildOptions, folder: Path) -> None:
     """Build a plan and write it with its log into the folder."""
     trt = flavour.load()
     with captured(trt, folder / LOG) as (logger, log):
@@ -90,7 +92,7 @@ def options_from_json(values: dict[str, Any]) -> BuildOptions:
     )
 
 
-def _serialized(flavour: Flavour, trt: Any, logger: Any, log: Log, graph: Graph, options: BuildOptions) -> bytes:
+def _serialized(flavour: Flavour, trt: Any, logger: Any, log: Log, graph: GraphFile, options: BuildOptions) -> bytes:
     try:
         builder = trt.Builder(logger)
     except TypeError as error:  # the native factory returned nothing
@@ -110,7 +112,7 @@ def _serialized(flavour: Flavour, trt: Any, logger: Any, log: Log, graph: Graph,
     return bytes(host_memory)
 
 
-def _network_from_onnx(flavour: Flavour, trt: Any, logger: Any, log: Log, builder: Any, graph: Graph) -> Any:
+def _network_from_onnx(flavour: Flavour, trt: Any, logger: Any, log: Log, builder: Any, graph: GraphFile) -> Any:
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     if network is None:
         raise _failed(flavour, log, "gave no strongly typed network")
@@ -126,7 +128,7 @@ def _network_from_onnx(flavour: Flavour, trt: Any, logger: Any, log: Log, builde
     return network
 
 
-def engine_name(graph: Graph) -> str:
+def engine_name(graph: GraphFile) -> str:
     """Return the name written into an engine, which links the bytes to their sidecar: what it is, and its graph."""
     return f"srdeploy|{graph.contract.architecture}|{graph.contract.precision.value}|{graph.sha256[:16]}"
 
@@ -150,7 +152,7 @@ def _add_profiles(
     builder: Any,
     network: Any,
     config: Any,
-    graph: Graph,
+    graph: GraphFile,
     profiles: Sequence[ShapeProfile],
 ) -> None:
     names = [network.get_input(index).name for index in range(network.num_inputs)]

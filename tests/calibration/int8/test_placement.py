@@ -8,13 +8,13 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from srdeploy.calibration.graph import Graph
 from srdeploy.calibration.images.dataset import CalibrationSet
 from srdeploy.calibration.int8.builder import Decisions, GraphBuilder
 from srdeploy.calibration.int8.placement import RECIPES, can_split, place
 from srdeploy.calibration.rewrites.deconvolution import rewrite_deconvolutions
 from srdeploy.calibration.search.evaluate import Evaluator
 from srdeploy.core.contract import ModelContract
+from srdeploy.core.onnx_graph import Graph
 from srdeploy.core.precision import Precision, Target
 
 Networks = dict[str, Callable[..., onnx.ModelProto]]

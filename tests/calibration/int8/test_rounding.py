@@ -8,13 +8,13 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from srdeploy.calibration.graph import Graph, is_plain_convolution
 from srdeploy.calibration.images.dataset import CalibrationSet
 from srdeploy.calibration.int8.arithmetic import WEIGHT_TOPS, quantize_weights, weight_scales
 from srdeploy.calibration.int8.builder import Decisions, GraphBuilder
 from srdeploy.calibration.int8.placement import RECIPES
 from srdeploy.calibration.int8.rounding import collect_covariances, round_with_compensation
 from srdeploy.calibration.observe import run_outputs
+from srdeploy.core.onnx_graph import Graph
 from srdeploy.core.precision import Precision, Target
 
 Networks = dict[str, Callable[..., onnx.ModelProto]]
@@ -113,7 +113,7 @@ def test_networks_and_layers_in_parts_give_parts_of_the_whole(
     networks: Networks, calibrations: dict[str, CalibrationSet], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph = Graph(networks["dense"]())
-    layers = [layer for layer in graph.layers if is_plain_convolution(graph, layer)]
+    layers = [layer for layer in graph.layers if graph.is_plain_convolution(layer)]
     batches = [batch[:, :, :8, :8] for batch in list(calibrations["dense"])[:2]]  # all windows of these are taken
     whole = {layer.name: found for layer, found in collect_covariances(graph, layers, batches)}
 

@@ -8,13 +8,13 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from srdeploy.calibration.graph import Graph
 from srdeploy.calibration.images.dataset import CalibrationSet
 from srdeploy.calibration.int8.placement import RECIPES, place
 from srdeploy.calibration.observe import Observation, observe, run_outputs
 from srdeploy.calibration.rewrites.deconvolution import phase_kernel, rewrite_deconvolutions
 from srdeploy.calibration.rewrites.equalize import ChannelClasses, equalize_channels
 from srdeploy.calibration.rewrites.streams import add_reader_scales, fold_reader_scales
+from srdeploy.core.onnx_graph import Graph
 from srdeploy.core.precision import Target
 
 Networks = dict[str, Callable[..., onnx.ModelProto]]

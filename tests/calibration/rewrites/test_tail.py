@@ -7,11 +7,11 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from srdeploy.calibration.graph import Graph
 from srdeploy.calibration.int8.placement import RECIPES, macs_share_of, place
 from srdeploy.calibration.observe import run_outputs
 from srdeploy.calibration.rewrites.tail import NAME, merge_tail
 from srdeploy.calibration.rewrites.tail_map import Link, compute_tail
+from srdeploy.core.onnx_graph import Graph
 from srdeploy.core.precision import Target
 
 Networks = dict[str, Callable[..., onnx.ModelProto]]

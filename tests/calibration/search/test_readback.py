@@ -6,11 +6,11 @@ from typing import Any
 import onnx
 import pytest
 
-from srdeploy.calibration.graph import Graph
 from srdeploy.calibration.int8.placement import RECIPES, Placement, place
 from srdeploy.calibration.search.readback import read_back
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import BuildError
+from srdeploy.core.onnx_graph import Graph
 from srdeploy.core.precision import Target
 from srdeploy.core.runner import RunnerInfo
 
