@@ -19,6 +19,7 @@ from srdeploy.core.errors import CapabilityError, InputError
 from srdeploy.core.extras import import_extra
 from srdeploy.core.imaging.read import opened, picture_metadata
 from srdeploy.core.progress import SILENT, Progress
+from srdeploy.upscale.alpha import REACH
 from srdeploy.upscale.image_writer import check_output, resized
 from srdeploy.upscale.read_compute_write import Pipeline
 from srdeploy.upscale.row_writers import open_rows
@@ -31,7 +32,9 @@ MAX_EXPANSION = 3000
 STREAM_MEMORY = 768 << 20
 """Budget of tiles and strips unless the user names one: with the packages themselves it stays below 1.5 GB."""
 _WRITTEN_ROWS = 64
-_KEPT_ROWS = 16  # rows kept before the last begin asked for: chroma lags behind the tiles by a few rows
+_KEPT_ROWS = 16 + REACH
+"""Rows kept before the last `begin` asked for: chroma lags behind the tiles by a few rows, and both look back to spread
+colors under transparent pixels."""
 
 
 class StreamedSource:
@@ -80,7 +83,7 @@ class StreamedSource:
         return self._dtype
 
     def rows(self, begin: int, end: int) -> NDArray[Any]:
-        """Return rows begin..end; `begin` may lag behind an earlier one by up to 16 rows.
+        """Return rows begin..end; `begin` may lag behind an earlier one by up to `_KEPT_ROWS` rows.
 
         Raises:
             InputError: the file ends early or is damaged.

@@ -1,8 +1,8 @@
 """Between pixels and network planes: colour, gray and alpha, for networks on RGB and networks on Y.
 
-A picture becomes one group of planes, or two when it has an alpha channel that is not the same everywhere: colour
-premultiplied by alpha, and alpha itself. Both go through the network, so both get the same edges, and the colour hidden
-under transparent pixels cannot bleed into the visible ones. Y networks see the luma of BT.601; chroma is enlarged
+A picture becomes one group of planes, or two when it has an alpha channel that is not the same everywhere: color, and
+alpha itself. Both go through the network, so both get the same edges. `srdeploy.upscale.alpha` keeps the colors under
+transparent pixels from bleeding into visible ones. Y networks see the luma of BT.601; chroma is enlarged
 bicubically, as in the papers' protocol.
 """
 
@@ -21,7 +21,6 @@ Floats = NDArray[np.float32]
 _LUMA_BLACK = 16 / 255
 _LUMA_SPAN = 219 / 255  # white is 235/255
 _BICUBIC_REACH = 3  # input rows that a bicubic output row depends on, on each side, rounded up
-_OPAQUE_STEP = 0.5 / 255  # below half an 8-bit step of alpha nothing is visible and colour is noise
 
 
 class PixelSource(Protocol):
@@ -86,7 +85,7 @@ class Conversion:
         if not self.alpha:
             return self._colour_planes(colour)[None]
         alpha = values[..., -1:]
-        return np.stack([self._colour_planes(colour * alpha), self._colour_planes(alpha)])
+        return np.stack([self._colour_planes(colour), self._colour_planes(alpha)])
 
     def pixels(self, planes: Planes, around: "Chroma") -> Floats:
         """Return finished rows: network output (G, C, rows, W') to (rows, W', channels) float32, not clamped.
@@ -101,11 +100,7 @@ class Conversion:
                 return colour
             alpha = np.full((*colour.shape[:2], 1), self.constant_alpha, np.float32)
             return np.concatenate([colour, alpha], axis=2)
-        alpha = self._gray(planes[1])
-        # Both overshoot at an edge, and by the same factor: so divide before anything is clamped. Alpha clamped first
-        # would leave the colour's overshoot as a bright rim.
-        plain = np.divide(colour, alpha, out=np.zeros_like(colour), where=alpha > _OPAQUE_STEP)
-        return np.concatenate([plain.clip(0, 1), alpha.clip(0, 1)], axis=2)
+        return np.concatenate([colour, self._gray(planes[1]).clip(0, 1)], axis=2)
 
     def _colour_planes(self, colour: Floats) -> Floats:
         """(H, W, 1 or 3) to (C, H, W)."""
@@ -151,8 +146,6 @@ class Chroma:
         last = min(height, -(-end // scale) + _BICUBIC_REACH)
         values = unit_floats(self._source.rows(first, last))
         colour = values[..., :3].astype(np.float64)
-        if self._conversion.alpha:
-            colour *= values[..., 3:]
         chroma = imresize(ycbcr_from_rgb(colour)[..., 1:], scale=scale)
         return chroma[begin - first * scale : end - first * scale, : scale * width - trim].astype(np.float32)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ from srdeploy.core.manifest import manifest_path
 from srdeploy.core.precision import Precision
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.runner import Runner, RunnerInfo, run_image
+from srdeploy.upscale.alpha import SpreadSource
 from srdeploy.upscale.budget import Decision, TileSettings, decide, default_memory, needs_tiles
 from srdeploy.upscale.guards import Guard, Tally, check_input, check_rows
 from srdeploy.upscale.lock_step import LockStep, lock_step_of
@@ -34,6 +35,10 @@ from srdeploy.upscale.tiles import Planes, SeamProbe, seam_score, stitch
 
 if TYPE_CHECKING:
     import torch
+
+AlphaMode = Literal["spread", "separate"]
+"""What is done with the colors of fully transparent pixels: replaced by visible ones nearby, so that no fringe appears
+around a cut-out; or kept, color and alpha being two pictures (textures whose alpha is a mask for something else)."""
 
 
 @dataclass
@@ -91,6 +96,7 @@ class Upscaler:
         onnx: Path | None = None,
         threads: int | None = None,
         identity: str | None = None,
+        alpha: AlphaMode = "spread",
     ) -> None:
         """Wrap an opened runner, which is closed with the upscaler.
 
@@ -101,9 +107,11 @@ class Upscaler:
             onnx: the graph behind the engine, needed to run channel attention in lock-step.
             threads: CPU threads for the lock-step stages.
             identity: SHA-256 of the engine or ONNX file; by default the checkpoint's with the engine's name.
+            alpha: see `AlphaMode`.
         """
         self._identity = identity or f"{runner.info.contract.checkpoint_sha256} {runner.info.name}"
         self._settings = settings or TileSettings()
+        self._alpha = alpha
         self._resources = contextlib.ExitStack()
         self._runner = self._resources.enter_context(runner)
         self._open_fallback = open_fallback
@@ -127,6 +135,7 @@ class Upscaler:
         device: str = "auto",
         threads: int | None = None,
         fallback: Path | None = None,
+        alpha: AlphaMode = "spread",
     ) -> "Upscaler":
         """Open an engine, an ONNX file (ONNX Runtime unless `engine` says otherwise) or a bundle.
 
@@ -137,6 +146,7 @@ class Upscaler:
             device: "auto", "cpu", "cuda" or "cuda:N".
             threads: CPU threads, None for all.
             fallback: FP32 ONNX file for tiles that the engine fails on; a bundle brings its own.
+            alpha: see `AlphaMode`.
 
         Raises:
             InputError, CapabilityError, UsageError: as `srdeploy.runtime.engines.registry.open_engine` and
@@ -175,6 +185,7 @@ class Upscaler:
             onnx=onnx,
             threads=threads,
             identity=f"{sha256_of_file(path)} {runner.info.engine}",
+            alpha=alpha,
         )
 
     @property
@@ -192,7 +203,7 @@ class Upscaler:
     def identity(self) -> str:
         """What decides the result: network bytes, engine family and tile settings, in one string."""
         settings = self._settings
-        return f"{self._identity} {settings.mode} {settings.side} {settings.overlap}"
+        return f"{self._identity} {settings.mode} {settings.side} {settings.overlap} {self._alpha}"
 
     @property
     def info(self) -> RunnerInfo:
@@ -297,6 +308,8 @@ class Upscaler:
             alpha=channels in (2, 4) and constant is None,
             constant_alpha=constant,
         )
+        if conversion.alpha and self._alpha == "spread":
+            source = SpreadSource(source)
         decision = self.decide(height, width, channels if conversion.alpha else 3, memory_bytes=memory_bytes)
         _, _, *output_size = contract.output_shape((1, contract.channels, height, width))
         report = ImageReport((height, width), (output_size[0], output_size[1]), decision)

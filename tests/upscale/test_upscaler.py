@@ -26,7 +26,6 @@ from srdeploy.runtime.bundle import BundleEngine, write_bundle_manifest
 from srdeploy.runtime.engines.eager import open_eager
 from srdeploy.runtime.engines.registry import open_engine
 from srdeploy.upscale.budget import TileSettings, decide, parse_bytes
-from srdeploy.upscale.planes import ArraySource, Chroma, Conversion
 from srdeploy.upscale.upscaler import ImageReport, Upscaler
 
 Draw = Callable[..., NDArray[np.uint8]]
@@ -49,7 +48,7 @@ def test_tiles_by_the_receptive_radius_equal_the_whole_image(
 
     assert report.decision.exact
     assert max(shape[:2]) <= 31 or report.decision.plan.tiles > 1
-    # 1e-5: FP32 sums in another order where kernels differ between shapes; alpha divides, so it amplifies a little
+    # 1e-5: FP32 sums in another order where kernels differ between shapes
     np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
@@ -151,7 +150,7 @@ def test_fidelity_of_thin_overlaps_is_measured_for_every_kind_of_picture(
         actual, report = tiled.upscale(image, dtype=np.float32)
 
     assert report.fidelity_db is not None
-    if shape[2] != 4:  # alpha is divided out of the picture, and not of the planes that are measured
+    if shape[2] != 4:  # planes of gray alpha are measured three times, the picture once
         assert report.fidelity_db == pytest.approx(-10 * np.log10(np.mean((actual - expected) ** 2)), abs=12)
     json.dumps(report.to_json(), allow_nan=False)
 
@@ -206,22 +205,8 @@ def test_every_kind_of_pixel_comes_back_as_it_went_in(
     )
 
 
-def test_overshoot_at_an_edge_of_alpha_makes_no_bright_rim() -> None:
-    """Networks sharpen: premultiplied colour and alpha both step beyond their ends, by the same factor."""
-    edge = np.array([1.0, 1.25, 0.5, 0.01, -0.1, 0.0], np.float32)
-    colour = np.array([0.6, 0.2, 0.9], np.float32)
-    planes = np.stack([colour[:, None] * edge, np.repeat(edge[None], 3, axis=0)])[:, :, None]  # (2, 3, 1, 6)
-    conversion = Conversion(colours="rgb", channels=4, scale=1, trim=0, alpha=True)
-
-    pixels = conversion.pixels(planes, Chroma(ArraySource(np.zeros((1, 6, 4), np.uint8)), conversion))[0]
-
-    np.testing.assert_allclose(pixels[:4, :3], np.tile(colour, (4, 1)), rtol=1e-6)
-    np.testing.assert_array_equal(pixels[4:], 0)
-    np.testing.assert_array_equal(pixels[:, 3], edge.clip(0, 1))
-
-
 def test_colour_under_transparent_pixels_makes_no_fringe(make_runner: RunnerFactory) -> None:
-    """A dark disc on transparent white: without premultiplication, white bleeds into the disc's edge."""
+    """A dark disc on transparent white: without spreading its color, white bleeds into the disc's edge."""
     rows, columns = np.mgrid[0:40, 0:40]
     inside = (rows - 20) ** 2 + (columns - 20) ** 2 < 140
     image = np.where(inside[..., None], np.uint8([40, 20, 30, 255]), np.uint8([255, 255, 255, 0])).astype(np.uint8)
