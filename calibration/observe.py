@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from srdeploy.core.contract import INPUT
-from srdeploy.core.environment import cpu_count
 from srdeploy.core.errors import InputError
-from srdeploy.core.extras import import_extra
 from srdeploy.core.onnx_graph import Graph, add_outputs
+from srdeploy.core.ort import cpu_session
 from srdeploy.core.progress import SILENT, Progress
 
 BINS = 8192
@@ -109,7 +108,7 @@ def observe(
     Raises:
         InputError: a tensor became NaN or infinite; the layer that wrote it is named.
     """
-    session = session_for(_add_reductions(graph, tensors), threads)
+    session = cpu_session(_add_reductions(graph, tensors), threads=threads, arithmetic="float")
     seen: dict[str, Observation] = {}
     with progress.task("collecting activation ranges", total=count) as advance:
         for batch in batches:
@@ -138,7 +137,7 @@ def run_outputs(
     threads: int | None = None,
 ) -> Iterator[dict[str, NDArray[np.float32]]]:
     """Run a graph over images and yield some of its tensors per image: only for few tensors or small images."""
-    session = session_for(add_outputs(model, tensors), threads)
+    session = cpu_session(add_outputs(model, tensors), threads=threads, arithmetic="float")
     for batch in batches:
         yield dict(zip(tensors, session.run(list(tensors), {INPUT: batch}), strict=True))
 
@@ -183,21 +182,3 @@ def _describe_producer(graph: Graph, tensor: str) -> str:
         return "the input"
     layer = next((layer.name for layer in graph.layers if layer.node == node.name), None)
     return f"layer {layer}" if layer else f"node {node.name} ({node.op_type})"
-
-
-def session_for(model: onnx.ModelProto, threads: int | None = None) -> Any:
-    """Open a graph with ONNX Runtime's CPU kernels, this stage's own means of looking into graphs."""
-    onnxruntime = import_extra("onnxruntime", "cpu")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or cpu_count()
-    options.log_severity_level = 3
-    # Searching alternates between two engines; threads that spin after a run would take the other one's time.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # That pass folds float biases into INT32 with scales that underflow in FP16; see docs/quantization.md.
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(),
-        options,
-        providers=["CPUExecutionProvider"],
-        # Q/DQ pairs are judged as they are written: no convolution becomes an integer one, which computes otherwise.
-        disabled_optimizers=["WeightBiasQuantization", "QDQSelectorActionTransformer"],
-    )

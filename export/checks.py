@@ -22,6 +22,7 @@ from torch import nn
 from srdeploy.core.contract import INPUT, OUTPUT, ModelContract
 from srdeploy.core.errors import ExportError
 from srdeploy.core.extras import is_installed
+from srdeploy.core.ort import cpu_session
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.shapes import Shape, format_shape
 
@@ -145,9 +146,7 @@ def _evaluator(path: Path) -> tuple[str, Callable[[Images], Images]]:
     if is_installed("onnxruntime"):
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = cpu_session(path)
         return f"onnxruntime {onnxruntime.__version__}", lambda images: session.run([OUTPUT], {INPUT: images})[0]
     from onnx.reference import ReferenceEvaluator
 

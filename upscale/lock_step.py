@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from srdeploy.core.contract import INPUT, OUTPUT
 from srdeploy.core.environment import cpu_count
 from srdeploy.core.errors import CapabilityError, InputError, UsageError
-from srdeploy.core.extras import import_extra
+from srdeploy.core.ort import cpu_session
 from srdeploy.core.runner import Runner
 from srdeploy.runtime.engines.openvino import shared_core
 from srdeploy.upscale.budget import Decision, TileSettings, format_bytes
@@ -336,11 +336,7 @@ class _StageRows:
 
 
 def _onnxruntime_stage(model: onnx.ModelProto, threads: int) -> StageRun:
-    runtime = import_extra("onnxruntime", "cpu")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = cpu_session(model, threads=threads)
     names = [value.name for value in session.get_outputs()]
     return lambda feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True))
 

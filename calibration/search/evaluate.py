@@ -15,10 +15,10 @@ import onnx
 from numpy.typing import NDArray
 
 from srdeploy.calibration.images.dataset import Sample
-from srdeploy.calibration.observe import session_for
 from srdeploy.core.contract import INPUT, OUTPUT, ModelContract
 from srdeploy.core.imaging.psnr import drop_for_fidelity, psnr_db, y_psnr_db
 from srdeploy.core.imaging.read import to_uint8
+from srdeploy.core.ort import cpu_session
 from srdeploy.core.runner import Runner, run_image
 
 OpenEngine = Callable[[Path], Runner]
@@ -68,7 +68,7 @@ class Evaluator:
     def __init__(self, reference: onnx.ModelProto, samples: Sequence[Sample], contract: ModelContract) -> None:
         self.samples = tuple(samples)
         self._contract = contract
-        session = session_for(reference)
+        session = cpu_session(reference, arithmetic="float")
         self.expected = [session.run([OUTPUT], {INPUT: sample.pixels})[0] for sample in self.samples]
 
     def first(self, count: int) -> "Evaluator":
@@ -80,7 +80,7 @@ class Evaluator:
     def evaluate_model(self, model: onnx.ModelProto, open_engine: OpenEngine | None = None) -> GraphQuality:
         """Evaluate a graph on an engine; on ONNX Runtime's plain CPU kernels when none is given."""
         if open_engine is None:
-            session = session_for(model)
+            session = cpu_session(model, arithmetic="float")
             return self._quality(session.run([OUTPUT], {INPUT: sample.pixels})[0] for sample in self.samples)
         with open_model(model, open_engine) as runner:
             return self.evaluate_runner(runner)

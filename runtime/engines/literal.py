@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from srdeploy.core.errors import InputError
-from srdeploy.core.extras import import_extra
 from srdeploy.core.onnx_file import GraphFile
+from srdeploy.core.ort import cpu_session
 
 
 def literal_tensors(
@@ -29,14 +28,7 @@ def literal_tensors(
         InputError: a tensor is not in the graph, or ONNX Runtime refuses the graph.
         MissingExtraError: onnxruntime is not installed.
     """
-    runtime: Any = import_extra("onnxruntime", "cpu")
-    options = runtime.SessionOptions()
-    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    data = graph.serialized(extra_outputs=tuple(names))
-    try:
-        session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise InputError(f"ONNX Runtime cannot open {graph.path}: {str(error).strip().splitlines()[0]}") from error
+    data = graph.serialized(extra_outputs=names)
+    session = cpu_session(data, arithmetic="literal", name=str(graph.path))
     values = session.run(list(names), dict(feeds))
     return {name: np.asarray(value).astype(np.float32) for name, value in zip(names, values, strict=True)}

@@ -29,6 +29,7 @@ from srdeploy.core.errors import BuildError, CapabilityError, InputError, Output
 from srdeploy.core.extras import import_extra
 from srdeploy.core.onnx_file import GraphFile
 from srdeploy.core.onnx_graph import combined_label, type_label
+from srdeploy.core.ort import cpu_session
 from srdeploy.core.progress import Progress
 from srdeploy.core.runner import RunnerInfo
 from srdeploy.core.shapes import TensorSpec
@@ -38,14 +39,11 @@ from srdeploy.runtime.engines.sidecar import Engine
 
 FAMILY = "onnxruntime"
 _SCRATCH_STEP = "free some space there, or set TMPDIR"
-PROVIDER = "CPUExecutionProvider"
 REFUSED_OPTIONS = CPU_REFUSED_OPTIONS
 _LAYOUT_FLAGS = ("avx2", "avx512f", "avx512_vnni")
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8", "tensor(int8)": "int8",
            "tensor(double)": "float64", "tensor(int64)": "int64"}  # fmt: skip
 _AGAIN = "build it again here: srdeploy build model.onnx --engine onnxruntime -o ENGINE"
-_HALF_SCALES = "WeightBiasQuantization"
-"""This pass writes bias scales as the product of two others; in FP16 the product underflows and the image breaks."""
 
 
 def why_not_build() -> str | None:
@@ -71,21 +69,13 @@ def build(graph: GraphFile, options: BuildOptions, progress: Progress) -> BuiltE
     Raises:
         BuildError: ONNX Runtime refuses the graph.
     """
-    runtime = import_extra("onnxruntime", "cpu")
     with _scratch_folder() as folder, progress.task("optimizing with ONNX Runtime"):
         optimized = folder / "optimized.onnx"
-        session_options = _session_options(runtime, options.threads)
-        session_options.optimized_model_filepath = str(optimized)
         try:
-            runtime.InferenceSession(
-                graph.serialized(),
-                session_options,
-                providers=[PROVIDER],
-                disabled_optimizers=_disabled_passes(graph),
-            )
-        except Exception as error:
+            cpu_session(graph.serialized(), threads=options.threads, optimized_path=optimized, name=str(graph.path))
+        except InputError as error:
             _refuse_full_scratch(error)
-            raise BuildError(f"ONNX Runtime cannot build {graph.path}: {_first_line(error)}") from error
+            raise BuildError(error.found) from error
         data = optimized.read_bytes()
     built = _built(onnx.load_model_from_string(data))
     return BuiltEngine(
@@ -109,14 +99,19 @@ def open_onnx(
         parity: no difference here: FP32 arithmetic is always exact FP32.
         outputs: tensors to return instead of the graph's outputs; inner ones are allowed.
     """
-    runtime = import_extra("onnxruntime", "cpu")
     data = graph.serialized(extra_outputs=tuple(outputs or ()))
-    session_options = _session_options(runtime, threads)
     with _scratch_folder() as folder:
         optimized = folder / "optimized.onnx"
-        if outputs is None:
-            session_options.optimized_model_filepath = str(optimized)
-        session = _session(runtime, data, session_options, _disabled_passes(graph), name=str(graph.path))
+        try:
+            session = cpu_session(
+                data,
+                threads=threads,
+                optimized_path=optimized if outputs is None else None,
+                name=str(graph.path),
+            )
+        except InputError as error:
+            _refuse_full_scratch(error)
+            raise
         built = _built(onnx.load(optimized)) if outputs is None else {}
     return OnnxRuntimeRunner(session, graph.contract, built, threads, outputs)
 
@@ -130,7 +125,7 @@ def open_built(
         CapabilityError: the processor lacks instructions that the engine was built with.
         UsageError: inner tensors were asked for.
     """
-    runtime = import_extra("onnxruntime", "cpu")
+    import_extra("onnxruntime", "cpu")
     if outputs is not None:
         raise UsageError("a built engine has no inner tensors to return", next_step="open the ONNX file for that")
     here, there = versions().get("onnxruntime"), engine.manifest.versions.get("onnxruntime")
@@ -142,9 +137,7 @@ def open_built(
             f"{engine.path} was built for a processor with {', '.join(lacking)}, which this one lacks",
             next_step=_AGAIN,
         )
-    session_options = _session_options(runtime, threads)
-    session_options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = _session(runtime, engine.data, session_options, [], name=str(engine.path))
+    session = cpu_session(engine.data, threads=threads, arithmetic="literal", name=str(engine.path))
     return OnnxRuntimeRunner(session, engine.contract, engine.built, threads, None)
 
 
@@ -209,34 +202,6 @@ class OnnxRuntimeRunner:
         self._session = None
 
 
-def _session_options(runtime: Any, threads: int | None) -> Any:
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = threads or cpu_count()
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    # Worker threads keep spinning for a while after a run; beside another engine in one process that steals its time.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return options
-
-
-def _disabled_passes(graph: GraphFile) -> list[str]:
-    """Name the optimizer passes that would corrupt this graph."""
-    types = graph.inferred[1]
-    half_scales = any(
-        node.op_type == "DequantizeLinear" and types.get(node.input[1]) == TensorProto.FLOAT16
-        for node in graph.model.graph.node
-    )
-    return [_HALF_SCALES] if half_scales else []
-
-
-def _session(runtime: Any, data: bytes, options: Any, disabled: list[str], *, name: str) -> Any:
-    try:
-        return runtime.InferenceSession(data, options, providers=[PROVIDER], disabled_optimizers=disabled)
-    except Exception as error:
-        _refuse_full_scratch(error)
-        raise InputError(f"ONNX Runtime cannot open {name}: {_first_line(error)}") from error
-
-
 @contextmanager
 def _scratch_folder() -> Iterator[Path]:
     """Yield a folder for the graph that ONNX Runtime writes so that one can read what it really built."""
@@ -250,9 +215,9 @@ def _scratch_folder() -> Iterator[Path]:
         ) from error
 
 
-def _refuse_full_scratch(error: Exception) -> None:
+def _refuse_full_scratch(error: InputError) -> None:
     """ONNX Runtime names neither the file nor the reason when the optimized graph cannot be written."""
-    if "Protobuf serialization failed" in str(error):
+    if "Protobuf serialization failed" in str(error.__cause__):
         raise OutputError(
             f"cannot write the optimized graph in {tempfile.gettempdir()}", next_step=_SCRATCH_STEP
         ) from error
@@ -304,7 +269,3 @@ def _target() -> dict[str, Any]:
 def _spec(value: Any) -> TensorSpec:
     shape = tuple(size if isinstance(size, int) else -1 for size in value.shape)
     return TensorSpec(value.name, _DTYPES.get(value.type, value.type), shape)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

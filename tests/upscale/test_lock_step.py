@@ -1,18 +1,22 @@
 """Channel attention in lock-step: tiles equal the whole image, on every engine that can be cut."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper, parser
 
 from srdeploy.calibration.rewrites.tail import merge_tail
 from srdeploy.core.errors import CapabilityError, UsageError
+from srdeploy.core.onnx_file import read_graph
+from srdeploy.core.precision import Precision
 from srdeploy.core.runner import Runner, run_image
 from srdeploy.models.checkpoint.load import LoadedCheckpoint
+from srdeploy.runtime.engines.literal import literal_tensors
 from srdeploy.runtime.engines.options import BuildOptions
 from srdeploy.runtime.engines.registry import build_engine, open_engine
 from srdeploy.upscale.budget import TileSettings
@@ -75,6 +79,56 @@ def test_lock_step_of_a_graph_whose_end_is_merged_equals_the_whole_image(
     bands = list(lock.bands(lambda begin, end: image[:, :, begin:end], decision, scale=2))
 
     np.testing.assert_allclose(np.concatenate(bands, axis=2), expected, atol=1e-5)
+
+
+@pytest.fixture
+def half_scales_onnx(rcan_onnx: Path, tmp_path: Path) -> Path:
+    """A gated 8-bit convolution whose scales are FP16, as in INT8 graphs for GPUs.
+
+    The product of its scales, 2^-26, is the scale that ONNX Runtime would give the bias: 0 in FP16.
+    """
+    model = parser.parse_model("""
+        <ir_version: 10, opset_import: ["" : 20]>
+        gated (float[n, 3, h, w] input) => (float[n, 3, h, w] output) {
+          x = Cast<to = 10>(input)
+          xq = QuantizeLinear(x, x_scale, zero)
+          xd = DequantizeLinear(xq, x_scale, zero)
+          wd = DequantizeLinear(weights, w_scale, w_zero)
+          y = Conv<kernel_shape = [3, 3], pads = [1, 1, 1, 1]>(xd, wd, bias)
+          yq = QuantizeLinear(y, y_scale, zero)
+          yd = DequantizeLinear(yq, y_scale, zero)
+          mean = GlobalAveragePool(yd)
+          gated = Mul(yd, mean)
+          output = Cast<to = 1>(gated)
+        }""")
+    constants = {
+        "zero": np.array(0, np.uint8),
+        "w_zero": np.array(0, np.int8),
+        "x_scale": np.array(2.0**-8, np.float16),
+        "w_scale": np.array(2.0**-18, np.float16),
+        "y_scale": np.array(2.0**-8, np.float16),
+        "weights": np.random.default_rng(1).integers(-127, 128, (3, 3, 3, 3)).astype(np.int8),
+        "bias": np.array([0.75, 0.5, 0.25], np.float16),
+    }
+    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
+    contract = replace(read_graph(rcan_onnx).contract, scale=1, precision=Precision.INT8)
+    helper.set_model_props(model, contract.to_metadata())
+    path = tmp_path / "half_scales.onnx"
+    onnx.save(model, path)
+    return path
+
+
+def test_stages_with_half_scales_are_computed_as_they_are_written(half_scales_onnx: Path) -> None:
+    image = np.random.default_rng(0).random((1, 3, 43, 59), dtype=np.float32)
+    expected = literal_tensors(read_graph(half_scales_onnx), {"input": image}, ["output"])["output"]
+    runner = open_engine(half_scales_onnx, threads=1, parity=True)
+    lock = lock_step_of(runner, half_scales_onnx, threads=1, memory_bytes=1 << 30)
+    decision = lock.decide(43, 59, TileSettings(mode="exact", side=24))
+    assert decision is not None
+
+    bands = list(lock.bands(lambda begin, end: image[:, :, begin:end], decision, scale=1))
+
+    np.testing.assert_allclose(np.concatenate(bands, axis=2), expected, atol=2.0**-7)
 
 
 @pytest.mark.parametrize("shape", [(50, 62, 3), (50, 62, 4), (33, 80, 1), (1, 90, 3)], ids=str)
