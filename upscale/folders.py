@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from srdeploy.core.artifact import atomic_file, refuse_existing, sha256_of_bytes, sha256_of_file
 from srdeploy.core.errors import InputError, OutputError, SrdeployError, UsageError
-from srdeploy.core.imaging.read import Picture, find_images, read_image
+from srdeploy.core.imaging.read import Picture, find_images, read_image, unread_files
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.upscale.image_writer import FORMATS, check_quality, write_image
 from srdeploy.upscale.read_compute_write import Pipeline
@@ -42,12 +42,14 @@ class FolderReport:
         made: outputs written by this run, with how each was run.
         skipped: sources whose outputs were there already, unchanged.
         failed: sources with their errors.
+        unread: files that are no pictures to us, counted by suffix.
         seconds: wall time.
     """
 
     made: dict[str, ImageReport] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     failed: dict[str, SrdeployError] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -56,6 +58,7 @@ class FolderReport:
             "made": {name: report.to_json() for name, report in self.made.items()},
             "skipped": self.skipped,
             "failed": {name: {"error": str(e), "exit_code": e.exit_code} for name, e in self.failed.items()},
+            "unread": self.unread,
             "tiles_run_again": sum(report.tally.fallbacks for report in self.made.values()),
             "seconds": round(self.seconds, 3),
             "images_per_second": round(len(self.made) / self.seconds, 3) if self.seconds else None,
@@ -111,14 +114,14 @@ def upscale_folder(
 
     Raises:
         InputError: no image is found.
-        UsageError: outputs collide, or the output lies inside the input.
+        UsageError: the output is inside the input.
         OutputError: the disk is full or the folder cannot be written: nothing further would succeed.
     """
     options = options or OutputOptions()
     refuse_same(source, output)
     check_quality(Path("each" + (suffix or ".jpg")), options.quality)
-    targets = _targets(source, output, suffix)
-    report = FolderReport()
+    targets, collisions = _targets(source, output, suffix)
+    report = FolderReport(failed=collisions, unread=unread_files(source))
     started = time.monotonic()
     with progress.task("upscaling images", total=len(targets)) as advance:
         job = _FolderJob(up, source, options, Journal(output), report, advance)
@@ -224,7 +227,9 @@ class _FolderJob:
             try:
                 replace = self._may_replace(item)
                 with atomic_file(item.output, force=replace) as temporary:
-                    write_image(temporary, item.pixels, like=item.picture, quality=self._options.quality)
+                    notes = write_image(temporary, item.pixels, like=item.picture, quality=self._options.quality)
+                    if item.report is not None:
+                        item.report.notes += notes
                     self._note_start(item)
             except OutputError:
                 raise
@@ -258,20 +263,25 @@ class _FolderJob:
         return item.source.relative_to(self._source).as_posix()
 
 
-def _targets(source: Path, output: Path, suffix: str | None) -> dict[Path, Path]:
+def _targets(source: Path, output: Path, suffix: str | None) -> tuple[dict[Path, Path], dict[str, SrdeployError]]:
+    """Return the output of each image, and the images whose output another one takes, with the error of each.
+
+    A suffix that can be written is kept as it is, `P.JPG` beside `P.jpg` too.
+    """
     targets: dict[Path, Path] = {}
     origins: dict[Path, Path] = {}
+    collisions: dict[str, SrdeployError] = {}
     for path in find_images(source):
-        kept = path.suffix.lower() if path.suffix.lower() in FORMATS else ".png"
+        kept = path.suffix if path.suffix.lower() in FORMATS else ".png"
         target = output / path.relative_to(source).with_suffix(suffix or kept)
         if target in origins:
-            raise UsageError(
-                f"{path} and {origins[target]} would both become {target}",
-                next_step="rename one of them, or leave out --format",
+            collisions[path.relative_to(source).as_posix()] = UsageError(
+                f"{path} and {origins[target]} would both become {target}", next_step="rename one of them"
             )
+            continue
         origins[target] = path
         targets[path] = target
-    return targets
+    return targets, collisions
 
 
 def _hash(path: Path) -> str:

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from srdeploy.core.errors import CapabilityError, InputError
 from srdeploy.core.extras import import_extra
-from srdeploy.core.imaging.read import opened, picture_metadata
+from srdeploy.core.imaging.read import full_page, opened, picture_metadata
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.upscale.alpha import REACH
-from srdeploy.upscale.image_writer import check_output, resized
+from srdeploy.upscale.image_writer import check_output
+from srdeploy.upscale.metadata import kept_metadata
 from srdeploy.upscale.read_compute_write import Pipeline
 from srdeploy.upscale.row_writers import open_rows
 from srdeploy.upscale.upscaler import ImageReport, Upscaler, converted
@@ -51,7 +52,8 @@ class StreamedSource:
         self._vips = vips
         self._path = path
         try:
-            image = vips.Image.new_from_file(str(path), access="sequential", fail_on="truncated")
+            page = {"page": number} if (number := full_page(path)) else {}
+            image = vips.Image.new_from_file(str(path), access="sequential", fail_on="truncated", **page)
         except vips.Error as error:
             raise InputError(f"{path} cannot be streamed ({_first_line(error)})") from error
         if image.get_typeof("interlaced") and image.get("interlaced"):
@@ -107,7 +109,7 @@ class StreamedSource:
         except self._vips.Error as error:
             raise InputError(
                 f"{self._path} is damaged or truncated near row {top} ({_first_line(error)})",
-                next_step="copy the file again from where it came from",
+                next_step="download or copy it again",
             ) from error
         self._rows.extend(np.frombuffer(data, self._dtype).reshape(count, width, channels))
 
@@ -157,7 +159,8 @@ def upscale_streamed(
     name = check_output(output, size=(height, width), channels=channels, dtype=dtype)
     if name not in ("PNG", "TIFF"):
         raise CapabilityError(f"{name} cannot be written in a stream", expected="a .png or .tif output")
-    like = resized(metadata, width=width, height=height)
+    like, notes = kept_metadata(metadata, name, width=width, height=height, channels=channels)
+    report.notes += notes
 
     def pieces() -> Iterator[NDArray[Any]]:
         for band in rows:

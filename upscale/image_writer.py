@@ -1,13 +1,12 @@
 """Writing pictures with what came in with them: bit depth, alpha, colour profile, EXIF, XMP, resolution.
 
 Pillow writes what it can write without loss; `srdeploy.upscale.row_writers` writes 16-bit colour and floats. The EXIF
-block is passed on byte for byte, except that the pixel dimensions in it, if any, are set to the new ones. The
+block is passed on byte for byte, except that the pixel dimensions in it, if any, are set to the new ones
+(`srdeploy.upscale.metadata`, which also says what a format cannot hold). The
 resolution (pixels per inch) stays as it was, so a picture twice as wide in pixels prints twice as wide.
 """
 
 import io
-import struct
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,22 @@ from PIL import Image, PngImagePlugin
 
 from srdeploy.core.errors import UsageError
 from srdeploy.core.imaging.read import Picture
+from srdeploy.upscale.metadata import kept_metadata
 from srdeploy.upscale.row_writers import open_rows
 from srdeploy.upscale.tiff_tags import add_exif
 
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
+FORMATS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".jfif": "JPEG",
+    ".webp": "WEBP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
 """What can be written, by the end of the name."""
 JPEG_QUALITY = 95
 _MAX_SIDE = {"JPEG": 65_500, "WEBP": 16_383, "PNG": 2**31 - 1, "TIFF": 2**31 - 1}
-_EXIF_HEADER = b"Exif\0\0"
-_SHORT, _LONG = 3, 4
 _XMP_KEYWORD = "XML:com.adobe.xmp"
 
 
@@ -74,14 +80,19 @@ def check_output(path: Path, *, size: tuple[int, int], channels: int, dtype: Any
     return name
 
 
-def write_image(path: Path, pixels: NDArray[Any], *, like: Picture | None = None, quality: int | None = None) -> None:
+def write_image(
+    path: Path, pixels: NDArray[Any], *, like: Picture | None = None, quality: int | None = None
+) -> tuple[str, ...]:
     """Write a picture under a (temporary) name; see `srdeploy.core.artifact.atomic_file`.
 
     Args:
         path: output file; its suffix chooses the format.
         pixels: (H, W, C) uint8, uint16 or float32; C = 1 gray, 2 gray + alpha, 3 RGB, 4 RGB + alpha.
-        like: the picture whose colour profile, EXIF, XMP and resolution are passed on.
+        like: the picture whose color profile, EXIF, XMP, resolution, PNG text and color chunks are passed on.
         quality: 1 to 100, for JPEG (default 95) and WebP (default lossless).
+
+    Returns:
+        One line about each thing that came with the picture and that the format cannot hold.
 
     Raises:
         UsageError: the format cannot hold the picture.
@@ -89,53 +100,15 @@ def write_image(path: Path, pixels: NDArray[Any], *, like: Picture | None = None
     """
     height, width, channels = pixels.shape
     name = check_output(path, size=(height, width), channels=channels, dtype=pixels.dtype)
+    kept, notes = None, tuple[str, ...]()
+    if like is not None:
+        kept, notes = kept_metadata(like, name, width=width, height=height, channels=channels)
     if pixels.dtype == np.uint8 or (pixels.dtype == np.uint16 and channels == 1):
-        _save_with_pillow(path, pixels, name, like, quality)
+        _save_with_pillow(path, pixels, name, kept, quality)
     else:
-        with open_rows(
-            path, name, (height, width, channels), pixels.dtype, resized(like, width=width, height=height)
-        ) as rows:
+        with open_rows(path, name, (height, width, channels), pixels.dtype, kept) as rows:
             rows.write(pixels)
-
-
-def resized(like: Picture | None, *, width: int, height: int) -> Picture | None:
-    """Return a picture's metadata with the pixel dimensions of another size."""
-    if like is None or like.exif is None:
-        return like
-    return replace(like, exif=resized_exif(like.exif, width=width, height=height))
-
-
-def resized_exif(exif: bytes, *, width: int, height: int) -> bytes:
-    """Set the pixel dimensions inside an EXIF block, if it states any; every other byte stays.
-
-    Args:
-        exif: the block, with or without its "Exif" header.
-        width, height: of the new picture.
-    """
-    header = len(_EXIF_HEADER) if exif.startswith(_EXIF_HEADER) else 0
-    block = bytearray(exif[header:])
-    order = {b"II": "<", b"MM": ">"}.get(bytes(block[:2]))
-    if order is None:
-        return exif
-    values = {0x0100: width, 0x0101: height, 0xA002: width, 0xA003: height}
-    try:
-        pending = [struct.unpack_from(order + "I", block, 4)[0]]
-        while pending:
-            start = pending.pop()
-            for entry in range(struct.unpack_from(order + "H", block, start)[0]):
-                at = start + 2 + 12 * entry
-                tag, kind, count = struct.unpack_from(order + "HHI", block, at)
-                if tag == 0x8769:
-                    pending.append(struct.unpack_from(order + "I", block, at + 8)[0])
-                elif tag in values and count == 1:
-                    value = values[tag]
-                    if kind == _SHORT and value < 1 << 16:
-                        struct.pack_into(order + "HHIHH", block, at, tag, _SHORT, 1, value, 0)
-                    else:
-                        struct.pack_into(order + "HHII", block, at, tag, _LONG, 1, value)
-    except struct.error:  # a damaged directory is passed on as it is
-        return exif
-    return exif[:header] + bytes(block)
+    return notes
 
 
 def _save_with_pillow(path: Path, pixels: NDArray[Any], name: str, like: Picture | None, quality: int | None) -> None:
@@ -146,7 +119,7 @@ def _save_with_pillow(path: Path, pixels: NDArray[Any], name: str, like: Picture
         image = Image.fromarray(np.ascontiguousarray(pixels), mode={2: "LA", 3: "RGB", 4: "RGBA"}[channels])
     options: dict[str, Any] = {}
     if like is not None:
-        options = _pillow_metadata(like, name, width=pixels.shape[1], height=pixels.shape[0])
+        options = _pillow_metadata(like, name)
     if name == "JPEG":
         # Chroma at full resolution: the network made it, subsampling would throw three quarters of it away.
         options |= {"quality": JPEG_QUALITY if quality is None else quality, "subsampling": 0}
@@ -165,20 +138,23 @@ def _save_with_pillow(path: Path, pixels: NDArray[Any], name: str, like: Picture
         add_exif(path, exif)
 
 
-def _pillow_metadata(like: Picture, name: str, *, width: int, height: int) -> dict[str, Any]:
+def _pillow_metadata(like: Picture, name: str) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if like.icc:
         options["icc_profile"] = like.icc
     if like.dpi and name != "WEBP":  # WebP states its resolution in EXIF only
         options["dpi"] = like.dpi
     if like.exif:
-        options["exif"] = resized_exif(like.exif, width=width, height=height)
-    if like.xmp:
-        if name == "PNG":
-            text = PngImagePlugin.PngInfo()
-            text.add_itxt(_XMP_KEYWORD, like.xmp.decode("utf-8", "surrogateescape"))
-            options["pnginfo"] = text
-        elif name == "TIFF":
+        options["exif"] = like.exif
+    if name == "PNG":
+        chunks = PngImagePlugin.PngInfo()
+        for kind, data in like.chunks:
+            chunks.add(kind, data)
+        if like.xmp:
+            chunks.add_itxt(_XMP_KEYWORD, like.xmp.decode("utf-8", "surrogateescape"))
+        options["pnginfo"] = chunks
+    elif like.xmp:
+        if name == "TIFF":
             options["tiffinfo"] = {700: like.xmp}
         else:
             options["xmp"] = like.xmp

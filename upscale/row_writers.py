@@ -79,6 +79,9 @@ class PngRows:
             self._file.close()
 
     def _metadata(self, like: Picture) -> None:
+        for kind, data in like.chunks:
+            if not (like.icc and kind == b"sRGB"):  # the specification allows one of profile and sRGB
+                self._chunk(kind, data)
         if like.icc:
             self._chunk(b"iCCP", b"icc\0\0" + zlib.compress(like.icc))
         if like.dpi:

@@ -78,7 +78,7 @@ def upscale_file(
         picture = read_image(source)
         check_fits(picture, up, output, options)
         pixels, report = upscale_picture(up, picture, options, progress=progress)
-        write_image(temporary, pixels, like=picture, quality=options.quality)
+        report.notes += write_image(temporary, pixels, like=picture, quality=options.quality)
         return report
 
 

@@ -53,6 +53,7 @@ class ImageReport:
         seam_score: see `srdeploy.upscale.tiles.seam_score`; None without seams or where the output was not kept.
         fidelity_db: see `srdeploy.upscale.tiles.SeamProbe`; None where tiles equal the whole image or
             reach beyond it, and for engines that take nothing but full batches.
+        notes: what came with the picture and could not be kept, one line each.
     """
 
     size: tuple[int, int]
@@ -61,6 +62,7 @@ class ImageReport:
     tally: Tally = field(default_factory=Tally)
     seam_score: float | None = None
     fidelity_db: float | None = None
+    notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values."""
@@ -78,6 +80,7 @@ class ImageReport:
             "tiles_run_again": dict(self.tally.repaired),
             "seam_score": None if self.seam_score is None else round(self.seam_score, 4),
             "fidelity_db": None if self.fidelity_db is None else round(self.fidelity_db, 2),
+            "not_kept": self.notes,
         }
 
 

@@ -1,16 +1,19 @@
 """The one place where image files become arrays: calibration, verification and upscaling decode alike.
 
-Pillow decodes. It reduces 16-bit colour to 8 bits in silence, so such PNG and TIFF files go through libvips (the `huge`
-extra) instead. Nothing is colour-managed or rotated: the ICC profile and the EXIF orientation travel with the pixels.
+Pillow decodes. It silently reduces 16-bit color to 8 bits and drops unspecified extra samples, so such PNG and TIFF
+files go through libvips (the `huge` extra) instead, and 16-bit PPM, which libvips' wheel lacks, through numpy. Nothing
+is color-managed or rotated: the ICC profile and the EXIF orientation travel with the pixels.
 
 What is refused, each with one line: empty, truncated and foreign files; animations and multi-page files (a super-
-resolution network has one picture as its input, and taking the first frame would lose the others unseen); CMYK, Lab and
-floating point; pictures above MAX_PIXELS, which upscaling streams instead (`srdeploy.upscale.huge`).
+resolution network has one picture as its input, and taking the first frame would lose the others unseen), reduced
+copies inside a TIFF excepted; CMYK, Lab and floating point; pictures above MAX_PIXELS, which upscaling streams instead
+(`srdeploy.upscale.huge`).
 The content decides about the format, not the name.
 """
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,34 +22,55 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from srdeploy.core.errors import GateError, InputError
-from srdeploy.core.extras import import_extra, is_installed
+from srdeploy.core.extras import import_extra
+from srdeploy.core.imaging import png_chunks
+from srdeploy.core.imaging.decoders import (
+    FORMATS,
+    Pixels,
+    as_stored,
+    is_gray_alpha_tiff,
+    needs_libvips,
+    pillow_pixels,
+    ppm_header,
+    vips_pixels,
+    wide_ppm,
+)
+from srdeploy.core.imaging.gain_map import announces_gain_map, without_gain_map
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".gif")
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".gif")
 """Names that count as images when a folder is searched."""
 
 MAX_PIXELS = 89_478_485
 """Most pixels decoded into memory, 256 MiB as 8-bit RGB: where Pillow's own decompression-bomb warning begins."""
 
-_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "PPM", "GIF")
-_MODES = {"1": "L", "L": "L", "LA": "LA", "La": "LA", "RGB": "RGB", "RGBX": "RGB", "YCbCr": "RGB"} | dict.fromkeys(
-    ("RGBA", "RGBa", "PA"), "RGBA"
-)
 _SIGNATURES = (
     b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+",
     b"BM", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6",
 )  # fmt: skip
+_FOREIGN = {
+    b"\xff\x0a": "JPEG XL", b"\0\0\0\x0cJXL ": "JPEG XL", b"\0\0\0\x0cjP  ": "JPEG 2000",
+    b"\xff\x4f\xff\x51": "JPEG 2000", b"8BPS": "Photoshop", b"\x76\x2f\x31\x01": "OpenEXR", b"gimp xcf": "GIMP",
+}  # fmt: skip
+"""Pictures of formats that are not read, by their first bytes."""
+_HEIF_BRANDS = {
+    b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"heim": "HEIC", b"heis": "HEIC",
+    b"hevc": "HEIC", b"hevx": "HEIC", b"mif1": "HEIF", b"msf1": "HEIF", b"miaf": "HEIF",
+}  # fmt: skip
+PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, png_chunks.MAX_BYTES)
+# Pillow's own limit of 1 MiB refuses pictures whose settings, workflow or color profile are larger, as "damaged".
 _EXIF_HEADER = b"Exif\0\0"
 _XMP_KEYWORD = "XML:com.adobe.xmp"
 _open_lock = threading.Lock()
 
-Pixels = NDArray[np.uint8] | NDArray[np.uint16]
 Kind = Literal["gray", "gray+alpha", "rgb", "rgb+alpha"]
 
 _KINDS: tuple[Kind, ...] = ("gray", "gray+alpha", "rgb", "rgb+alpha")
 _X_RESOLUTION = 282
+_SUBFILE, _OLD_SUBFILE = 254, 255  # TIFF tags
+_MAX_PAGES = 32  # of a TIFF searched for reduced copies: a document of more pages is none with previews
 _EXIF_TAGS = (270, 271, 272, 274, 305, 306, 315, 33432)
 """What of a TIFF's own directory is about the picture, not about its storage: description, camera, orientation, ..."""
 _EXIF_FOLDERS = (34665, 34853)  # EXIF and GPS directories
@@ -62,8 +86,10 @@ class Picture:
         palette: the file stored indices into a palette.
         icc: the colour profile's bytes; None when the file has none.
         exif: the EXIF block, "Exif\\0\\0" and a TIFF directory; the orientation is inside, the pixels are not rotated.
-        xmp: the XMP packet.
+        xmp: the XMP packet; without the announcement of a gain map, which is not read.
         dpi: pixels per inch, horizontal and vertical.
+        chunks: text and color chunks of a PNG file, (type, data) each; XMP and EXIF are not among them.
+        notes: what the file holds and this picture does not, one line each.
     """
 
     pixels: Pixels
@@ -73,6 +99,8 @@ class Picture:
     exif: bytes | None = None
     xmp: bytes | None = None
     dpi: tuple[float, float] | None = None
+    chunks: tuple[png_chunks.Chunk, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def kind(self) -> Kind:
@@ -121,14 +149,36 @@ def find_images(source: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(source).parts)
 
 
+def unread_files(source: Path) -> dict[str, int]:
+    """Return how many files below a folder `find_images` ignores, by suffix such as ".mp4"."""
+    found: Counter[str] = Counter()
+    for _, folders, files in os.walk(source):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        suffixes = (Path(name).suffix.lower() for name in files if not name.startswith("."))
+        found.update(suffix for suffix in suffixes if suffix not in EXTENSIONS)
+    return dict(sorted(found.items()))
+
+
 def is_picture(path: Path) -> bool:
-    """Tell by its first bytes whether a file claims to be a picture, however damaged, animated or strange."""
+    """Return True if a file's first bytes are a picture's, however damaged or animated, of a format not read too."""
+    start = _first_bytes(path)
+    webp = start[:4] == b"RIFF" and start[8:12] == b"WEBP"
+    return webp or start.startswith(_SIGNATURES) or _foreign_format(start) is not None
+
+
+def _first_bytes(path: Path) -> bytes:
     try:
         with path.open("rb") as stream:
-            start = stream.read(12)
+            return stream.read(12)
     except OSError:
-        return False
-    return start.startswith(_SIGNATURES) or (start[:4] == b"RIFF" and start[8:] == b"WEBP")
+        return b""
+
+
+def _foreign_format(start: bytes) -> str | None:
+    """Return the name of a picture format that is not read, from a file's first 12 bytes."""
+    if start[4:8] == b"ftyp":
+        return _HEIF_BRANDS.get(start[8:12])
+    return next((name for signature, name in _FOREIGN.items() if start.startswith(signature)), None)
 
 
 def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Picture:
@@ -141,15 +191,17 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Picture:
         InputError: the file is empty, truncated, no image, animated, CMYK, floating point or above `max_pixels`.
         MissingExtraError: a 16-bit colour image, and pyvips is not installed.
     """
-    if _is_wide_gray_alpha_tiff(path):
+    if is_gray_alpha_tiff(path):
         return _picture_from_vips(path, max_pixels)
     with opened(path, max_pixels=max_pixels) as image:
         exif = _exif(image)  # before the pixels: loading a TIFF turns it and forgets its orientation
-        if _is_wide_colour(path, image):
-            pixels: Pixels = _wide_pixels(path)
+        if image.format == "PPM" and image.mode == "RGB" and ppm_header(path)[2] > 255:
+            pixels: Pixels = wide_ppm(path)
+        elif needs_libvips(path, image):
+            pixels = vips_pixels(path, page=image.tell() if image.format == "TIFF" else 0)
         else:
-            pixels = _as_stored(_narrow_pixels(path, image), image, exif)
-        return _picture(image, pixels, exif)
+            pixels = as_stored(pillow_pixels(path, image), image, exif)
+        return _picture(path, image, pixels, exif)
 
 
 def picture_metadata(path: Path) -> Picture:
@@ -159,23 +211,40 @@ def picture_metadata(path: Path) -> Picture:
         InputError: as `read_image`, but no image is too large.
     """
     with opened(path, max_pixels=None) as image:
-        return _picture(image, np.empty((0, 0, len(image.getbands())), np.uint8), _exif(image))
+        return _picture(path, image, np.empty((0, 0, len(image.getbands())), np.uint8), _exif(image))
 
 
-def _picture(image: Image.Image, pixels: Pixels, exif: bytes | None) -> Picture:
+def full_page(path: Path) -> int:
+    """Return the number of the page that holds the picture; 0 but for a TIFF that begins with a reduced copy.
+
+    Raises:
+        InputError: as `picture_metadata`.
+    """
+    with opened(path, max_pixels=None) as image:
+        return image.tell() if image.format == "TIFF" else 0
+
+
+def _picture(path: Path, image: Image.Image, pixels: Pixels, exif: bytes | None) -> Picture:
     """Put pixels and what an opened image says about them together."""
     info: dict[Any, Any] = dict(image.info)
     dpi = info.get("dpi")
     if image.format == "TIFF" and _X_RESOLUTION not in image.tag_v2:  # type: ignore[attr-defined]
         dpi = None  # Pillow makes 1 dot per inch of a file that states none
+    notes = []
+    xmp = _bytes_or_none(info.get("xmp") or info.get(_XMP_KEYWORD))
+    if xmp is not None and announces_gain_map(xmp):
+        xmp = without_gain_map(xmp)
+        notes.append("the gain map (HDR) is not passed on, nor what announces it in the XMP")
     return Picture(
         pixels=pixels,
         format="jpeg" if image.format == "MPO" else str(image.format).lower(),
         palette=image.mode in ("P", "PA"),
         icc=info.get("icc_profile") or None,
         exif=exif,
-        xmp=_bytes_or_none(info.get("xmp") or info.get(_XMP_KEYWORD)),
+        xmp=xmp,
         dpi=(float(dpi[0]), float(dpi[1])) if dpi and all(0 < float(value) < 1e6 for value in dpi) else None,
+        chunks=png_chunks.read_chunks(path) if image.format == "PNG" else (),
+        notes=tuple(notes),
     )
 
 
@@ -267,13 +336,20 @@ def opened(path: Path, *, max_pixels: int | None = MAX_PIXELS) -> Iterator[Image
         # Pillow's own limit is lifted because this module judges the size itself, just below, and headers of any
         # size may be asked for; the limit is process-wide, hence the lock.
         with _open_lock, _pillow_limit(None):
-            image = Image.open(path, formats=_FORMATS)
+            image = Image.open(path, formats=FORMATS)
         with image:
             _check_header(path, image, max_pixels)
             yield image
     except InputError:
         raise
     except UnidentifiedImageError as error:
+        foreign = _foreign_format(_first_bytes(path))
+        if foreign is not None:
+            raise InputError(
+                f"{path} is a picture in {foreign} format, which is not read",
+                expected="PNG, JPEG, WebP, TIFF, BMP, PPM or GIF content",
+                next_step="convert it to PNG or TIFF first",
+            ) from error
         if is_picture(path):
             raise InputError(
                 f"{path} is a picture of a kind that is not read here, or damaged at its beginning",
@@ -288,9 +364,12 @@ def opened(path: Path, *, max_pixels: int | None = MAX_PIXELS) -> Iterator[Image
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist", expected="an image") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # Pillow's ways of meeting broken content
-        raise InputError(
-            f"{path} is damaged or truncated ({error})", next_step="copy the file again from where it came from"
-        ) from error
+        if "MAX_TEXT" in str(error):
+            raise InputError(
+                f"{path} holds text or a color profile of more than {png_chunks.MAX_BYTES >> 20} MiB",
+                next_step="save it without its text first",
+            ) from error
+        raise InputError(f"{path} is damaged or truncated ({error})", next_step="download or copy it again") from error
 
 
 @contextmanager
@@ -308,6 +387,8 @@ def _check_header(path: Path, image: Image.Image, max_pixels: int | None) -> Non
     if max_pixels is not None and width * height > max_pixels:
         raise _too_large(path, f"{width}x{height}, {width * height:,}", max_pixels)
     frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format == "TIFF":
+        frames = _seek_full_page(image)
     if frames > 1 and image.format != "MPO":
         what = "pages" if image.format == "TIFF" else "frames (an animation)"
         raise InputError(
@@ -324,83 +405,23 @@ def _check_header(path: Path, image: Image.Image, max_pixels: int | None) -> Non
         )
 
 
+def _seek_full_page(image: Any) -> int:
+    """Go to the one page of a TIFF that is no reduced copy of another; return how many such pages there are."""
+    full = []
+    for page in range(min(image.n_frames, _MAX_PAGES)):
+        image.seek(page)
+        if not (image.tag_v2.get(_SUBFILE, 0) & 1 or image.tag_v2.get(_OLD_SUBFILE) == 2):
+            full.append(page)
+    image.seek(full[0] if full else 0)
+    return len(full) if image.n_frames <= _MAX_PAGES else int(image.n_frames)
+
+
 def _too_large(path: Path, size: str, max_pixels: int) -> InputError:
     return InputError(
         f"{path} declares {size} pixels",
         expected=f"at most {max_pixels:,} decoded into memory",
         next_step="srdeploy upscale streams larger PNG, TIFF and JPEG files; elsewhere use crops",
     )
-
-
-def _narrow_pixels(path: Path, image: Image.Image) -> Pixels:
-    """Return what Pillow decodes without loss: 8 bits of anything, 16 bits of gray."""
-    if image.mode.startswith("I;16") or image.mode == "I":
-        return np.asarray(image).astype(np.uint16)[..., None]
-    mode = _MODES.get(image.mode)
-    if image.mode == "P" or "transparency" in image.info:
-        # Palette entries and a single transparent colour become an alpha channel of their own.
-        mode = "RGBA" if image.has_transparency_data else "RGB"
-        if image.mode in ("1", "L"):
-            mode = "LA"
-    if mode is None:
-        raise InputError(f"{path} has pixels of mode {image.mode}", expected="gray or RGB of 8 or 16 bits")
-    image.load()  # before convert, so that a truncated file fails as such
-    converted = (
-        image if image.mode == mode else image.convert("RGBA").convert("LA") if mode == "LA" else image.convert(mode)
-    )
-    pixels = np.array(converted, dtype=np.uint8)
-    return pixels if pixels.ndim == 3 else pixels[..., None]
-
-
-def _as_stored(pixels: NDArray[Any], image: Image.Image, exif: bytes | None) -> NDArray[Any]:
-    """Undo the turn that Pillow gives to TIFF files (and to no others) by their orientation."""
-    if image.format != "TIFF" or exif is None:
-        return pixels
-    found = Image.Exif()
-    found.load(exif)
-    match found.get(274):
-        case 2:
-            pixels = pixels[:, ::-1]
-        case 3:
-            pixels = pixels[::-1, ::-1]
-        case 4:
-            pixels = pixels[::-1]
-        case 5:
-            pixels = pixels.swapaxes(0, 1)
-        case 6:
-            pixels = np.rot90(pixels, 1)
-        case 7:
-            pixels = pixels[::-1, ::-1].swapaxes(0, 1)
-        case 8:
-            pixels = np.rot90(pixels, -1)
-    return np.ascontiguousarray(pixels)
-
-
-def _is_wide_colour(path: Path, image: Image.Image) -> bool:
-    """Tell whether the file stores more than 8 bits in several channels, which Pillow would cut to 8."""
-    if image.format == "PNG":
-        with path.open("rb") as stream:
-            header = stream.read(26)  # signature, IHDR: width, height, bit depth, colour type
-        return header[24] == 16 and header[25] != 0
-    if image.format == "TIFF":
-        bits = image.tag_v2.get(258, (1,))  # type: ignore[attr-defined]
-        return len(bits) > 1 and max(bits) > 8
-    return image.format == "PPM" and image.mode == "RGB" and _ppm_maximum(path) > 255
-
-
-def _is_wide_gray_alpha_tiff(path: Path) -> bool:
-    """Tell whether a file is the one kind that libvips decodes and Pillow does not even identify."""
-    try:
-        with path.open("rb") as stream:
-            if stream.read(4) not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+") or not is_installed("pyvips"):
-                return False
-        vips: Any = import_extra("pyvips", "huge")
-        image = vips.Image.new_from_file(str(path))
-        return bool(image.format == "ushort" and image.bands == 2)
-    except OSError:
-        return False
-    except vips.Error:
-        return False
 
 
 def _picture_from_vips(path: Path, max_pixels: int) -> Picture:
@@ -416,37 +437,13 @@ def _picture_from_vips(path: Path, max_pixels: int) -> Picture:
     if image.get_typeof("orientation"):
         exif[274] = image.get("orientation")
     return Picture(
-        pixels=_wide_pixels(path),
+        pixels=vips_pixels(path),
         format="tiff",
         icc=blob("icc-profile-data"),
         exif=exif.tobytes() if len(exif) else None,
         xmp=blob("xmp-data"),
         dpi=(image.xres * 25.4, image.yres * 25.4) if image.xres > 0 else None,
     )
-
-
-def _ppm_maximum(path: Path) -> int:
-    with path.open("rb") as stream:
-        lines = [line.split(b"#")[0] for line in stream.read(4096).splitlines()]
-    words = b" ".join(lines).split()
-    return int(words[3]) if len(words) > 3 and words[3].isdigit() else 255
-
-
-def _wide_pixels(path: Path) -> NDArray[np.uint16]:
-    """Decode 16-bit colour through libvips: (H, W, C) uint16."""
-    vips: Any = import_extra("pyvips", "huge")
-    try:
-        image = vips.Image.new_from_file(str(path), access="sequential", fail_on="truncated")
-        if image.format != "ushort":
-            raise InputError(f"{path} has samples of type {image.format}", expected="gray or RGB of 8 or 16 bits")
-        if image.interpretation == "cmyk":
-            raise InputError(f"{path} is CMYK", expected="gray or RGB of 8 or 16 bits")
-        pixels: NDArray[np.uint16] = image.numpy()
-    except vips.Error as error:
-        raise InputError(
-            f"{path} is damaged or truncated ({error})", next_step="copy the file again from where it came from"
-        ) from error
-    return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
 def _exif(image: Image.Image) -> bytes | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from srdeploy.core.errors import GateError, InputError
@@ -16,6 +17,7 @@ from srdeploy.core.imaging.colour import y_from_rgb
 from srdeploy.core.imaging.read import (
     MAX_PIXELS,
     find_images,
+    is_picture,
     network_input,
     picture_metadata,
     read_image,
@@ -298,3 +300,124 @@ def test_broken_output_becomes_no_picture(value: float) -> None:
 
     with pytest.raises(GateError, match="NaN or infinite"):
         to_uint8(output)
+
+
+Y, X = np.mgrid[0:6, 0:8]
+WIDE = ((X * 5 + Y * 7) * 811 % 65536).astype(np.uint16)
+WIDE_RGB = np.dstack([WIDE, WIDE[::-1], WIDE[:, ::-1]])
+
+
+@pytest.mark.parametrize("maximum", [65535, 1023])
+def test_ppm_and_pgm_above_8_bits(maximum: int, tmp_path: Path) -> None:
+    for name, kind, values in (("a.pgm", "P5", WIDE[..., None]), ("a.ppm", "P6", WIDE_RGB)):
+        stored = values.astype(np.int64) % (maximum + 1)
+        head = f"{kind}\n# by a camera\n8 6\n{maximum}\n".encode()
+        (tmp_path / name).write_bytes(head + stored.astype(">u2").tobytes())
+
+        expected = np.rint(stored * (65535 / maximum))
+        assert np.abs(read_image(tmp_path / name).pixels - expected).max() <= (0 if kind == "P6" else 1)
+
+
+def test_plain_ppm_above_8_bits_and_a_truncated_one(tmp_path: Path) -> None:
+    (tmp_path / "a.ppm").write_text("P3\n2 1\n65535\n1000 2000 3000\n65535 0 # blue\n40000\n")
+    (tmp_path / "b.ppm").write_bytes(b"P6 8 6 65535\n" + bytes(50))
+
+    assert read_image(tmp_path / "a.ppm").pixels.tolist() == [[[1000, 2000, 3000], [65535, 0, 40000]]]
+    with pytest.raises(InputError, match=r"25 of 144 samples"):
+        read_image(tmp_path / "b.ppm")
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("alpha", [False, True])
+def test_tiff_that_stores_white_as_0_is_no_negative(bits: int, alpha: bool, tmp_path: Path) -> None:
+    gray = (WIDE >> (16 - bits)).astype(f"u{bits // 8}")
+    stored = np.iinfo(gray.dtype).max - gray
+    if alpha:
+        stored = np.dstack([stored, gray])
+    tifffile.imwrite(
+        tmp_path / "a.tif", stored, photometric="miniswhite", planarconfig="contig",
+        extrasamples=["unassalpha"] if alpha else None,
+    )  # fmt: skip
+
+    pixels = read_image(tmp_path / "a.tif").pixels
+
+    assert pixels.shape[2] == 1 + alpha
+    np.testing.assert_array_equal(pixels[..., 0], gray)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("channels", [2, 4])
+def test_tiff_with_an_extra_sample_that_nothing_describes_keeps_it(bits: int, channels: int, tmp_path: Path) -> None:
+    stored = np.dstack([WIDE_RGB, WIDE])[..., -channels:] >> (16 - bits)
+    stored = stored.astype(f"u{bits // 8}")
+    tifffile.imwrite(
+        tmp_path / "a.tif", stored, photometric="rgb" if channels == 4 else "minisblack", planarconfig="contig",
+        extrasamples=["unspecified"],
+    )  # fmt: skip
+
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif").pixels, stored)
+
+
+def test_tiff_of_five_samples_is_refused(tmp_path: Path) -> None:
+    stored = np.dstack([WIDE_RGB, WIDE, WIDE]).astype(np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", stored, photometric="rgb", extrasamples=["unassalpha", "unspecified"])
+
+    with pytest.raises(InputError, match="5 samples per pixel"):
+        read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0], [1, 1, 0]], ids=str)
+def test_reduced_copies_inside_a_tiff_are_no_pages(order: list[int], tmp_path: Path) -> None:
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        for reduced in order:
+            file.write(RGB[::2, ::2] if reduced else RGB, photometric="rgb", subfiletype=reduced)
+
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif").pixels, RGB)
+
+
+def test_two_full_pages_are_refused(tmp_path: Path) -> None:
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        file.write(RGB, photometric="rgb")
+        file.write(RGB, photometric="rgb")
+
+    with pytest.raises(InputError, match="holds 2 pages"):
+        read_image(tmp_path / "a.tif")
+
+
+def test_transparent_color_of_a_16_bit_png_becomes_alpha(tmp_path: Path) -> None:
+    value = int(WIDE[2, 3])
+    for name, pixels, samples in (("g.png", WIDE[..., None], [value]), ("c.png", WIDE_RGB, WIDE_RGB[2, 3].tolist())):
+        plain = png16(pixels)
+        data = struct.pack(f">{len(samples)}H", *samples)
+        chunk = struct.pack(">I", len(data)) + b"tRNS" + data + struct.pack(">I", zlib.crc32(b"tRNS" + data))
+        (tmp_path / name).write_bytes(plain[:33] + chunk + plain[33:])
+
+        read = read_image(tmp_path / name).pixels
+
+        np.testing.assert_array_equal(read[..., :-1], pixels)
+        np.testing.assert_array_equal(read[..., -1] == 0, (pixels == samples).all(axis=2))
+
+
+@pytest.mark.parametrize(
+    ("start", "name"),
+    [
+        (b"\0\0\0\x1cftypavif", "AVIF"),
+        (b"\0\0\0\x18ftypheic", "HEIC"),
+        (b"\0\0\0\x18ftypmif1", "HEIF"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"),
+        (b"8BPS\0\1", "Photoshop"),
+    ],
+)
+def test_pictures_of_formats_that_are_not_read_are_named(start: bytes, name: str, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(start + bytes(100))
+
+    assert is_picture(tmp_path / "a.png")
+    with pytest.raises(InputError, match=f"picture in {name} format, which is not read"):
+        read_image(tmp_path / "a.png")
+
+
+def test_a_film_is_no_picture(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"\0\0\0\x1cftypisom" + bytes(100))
+
+    assert not is_picture(tmp_path / "a.mp4")

@@ -109,13 +109,38 @@ def test_good_folder_raises_nothing(source: Path, up: Upscaler, tmp_path: Path) 
     upscale_folder(up, source, tmp_path / "out").raise_failures()
 
 
-def test_outputs_that_would_collide_are_refused_before_any_work(source: Path, up: Upscaler, tmp_path: Path) -> None:
+def test_an_output_that_another_image_takes_is_listed_as_failed_and_the_rest_is_made(
+    source: Path, up: Upscaler, tmp_path: Path
+) -> None:
     write_image(source / "a.jpg", RANDOM.integers(0, 256, (3, 3, 3), dtype=np.uint8))
 
-    with pytest.raises(UsageError, match=r"would both become .*a\.png"):
-        upscale_folder(up, source, tmp_path / "out", suffix=".png")
+    report = upscale_folder(up, source, tmp_path / "out", suffix=".png")
 
-    assert not (tmp_path / "out").exists()
+    assert list(report.failed) == ["a.png"]
+    assert "would both become" in str(report.failed["a.png"])
+    assert len(report.made) == 4
+    with pytest.raises(UsageError, match="1 of 5 images failed"):
+        report.raise_failures()
+
+
+def test_names_that_differ_in_case_are_two_outputs(source: Path, up: Upscaler, tmp_path: Path) -> None:
+    for name in ("P.JPG", "P.jpg", "q.jfif"):
+        write_image(source / name, RANDOM.integers(0, 256, (3, 3, 3), dtype=np.uint8))
+
+    report = upscale_folder(up, source, tmp_path / "out")
+
+    assert not report.failed
+    assert {"P.JPG", "P.jpg", "q.jfif"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_files_that_are_no_pictures_are_counted_by_suffix(source: Path, up: Upscaler, tmp_path: Path) -> None:
+    for name in ("clip.mp4", "sub/x.AVIF", "y.avif", "notes", ".hidden.mov"):
+        (source / name).write_bytes(b"content")
+
+    report = upscale_folder(up, source, tmp_path / "out")
+
+    assert report.unread == {"": 1, ".avif": 2, ".mp4": 1}
+    assert report.to_json()["unread"] == report.unread
 
 
 def test_output_inside_the_input_is_refused(source: Path, up: Upscaler) -> None:

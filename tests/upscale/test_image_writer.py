@@ -11,7 +11,8 @@ from PIL import Image, ImageCms
 
 from srdeploy.core.errors import InputError, OutputError, SrdeployError, UsageError
 from srdeploy.core.imaging.read import Picture, read_image
-from srdeploy.upscale.image_writer import resized_exif, write_image
+from srdeploy.upscale.image_writer import write_image
+from srdeploy.upscale.metadata import resized_exif
 from srdeploy.upscale.single_image import OutputOptions, upscale_file
 from srdeploy.upscale.upscaler import Upscaler
 
