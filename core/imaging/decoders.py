@@ -49,6 +49,9 @@ def pillow_pixels(path: Path, image: Image.Image) -> Pixels:
 
 def _wide_gray(path: Path, image: Any) -> NDArray[np.uint16]:
     gray = np.asarray(image).astype(np.uint16)[..., None]
+    bits = image.tag_v2.get(_BITS, (16,))[0] if image.format == "TIFF" else 16
+    if bits < 16:  # Pillow passes 12 bits on as they are, which would be a picture 16 times too dark
+        gray = np.rint(gray * (65535 / (2**bits - 1))).astype(np.uint16)
     if image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0:  # white is 0; Pillow turns 8 bits over only
         return np.uint16(65535) - gray
     transparent = png_chunks.transparent_color(path) if image.format == "PNG" else None

@@ -69,7 +69,8 @@ Kind = Literal["gray", "gray+alpha", "rgb", "rgb+alpha"]
 
 _KINDS: tuple[Kind, ...] = ("gray", "gray+alpha", "rgb", "rgb+alpha")
 _X_RESOLUTION = 282
-_SUBFILE, _OLD_SUBFILE = 254, 255  # TIFF tags
+_SUBFILE, _OLD_SUBFILE, _SAMPLE_FORMAT = 254, 255, 339  # TIFF tags
+_SIGNED = 2  # of _SAMPLE_FORMAT
 _MAX_PAGES = 32  # of a TIFF searched for reduced copies: a document of more pages is none with previews
 _EXIF_TAGS = (270, 271, 272, 274, 305, 306, 315, 33432)
 """What of a TIFF's own directory is about the picture, not about its storage: description, camera, orientation, ..."""
@@ -382,7 +383,7 @@ def _pillow_limit(pixels: int | None) -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = previous
 
 
-def _check_header(path: Path, image: Image.Image, max_pixels: int | None) -> None:
+def _check_header(path: Path, image: Any, max_pixels: int | None) -> None:
     width, height = image.size
     if max_pixels is not None and width * height > max_pixels:
         raise _too_large(path, f"{width}x{height}, {width * height:,}", max_pixels)
@@ -396,6 +397,12 @@ def _check_header(path: Path, image: Image.Image, max_pixels: int | None) -> Non
             expected="one picture",
             next_step="split it into single pictures, or make it a video, first",
         )
+    if (
+        image.format == "TIFF"
+        and max(image.tag_v2.get(258, (1,))) <= 16
+        and _SIGNED in image.tag_v2.get(_SAMPLE_FORMAT, ())
+    ):
+        raise InputError(f"{path} has signed samples", expected="gray or RGB of 8 or 16 bits, unsigned")
     if image.mode in ("CMYK", "LAB", "HSV", "F", "I") and not (image.format == "PPM" and image.mode == "I"):
         names = {"LAB": "Lab", "F": "32-bit floating point", "I": "32-bit integer"}
         raise InputError(

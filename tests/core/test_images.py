@@ -421,3 +421,21 @@ def test_a_film_is_no_picture(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"\0\0\0\x1cftypisom" + bytes(100))
 
     assert not is_picture(tmp_path / "a.mp4")
+
+
+def test_gray_tiff_of_12_bits_spans_the_whole_range(tmp_path: Path) -> None:
+    values = np.array([[0, 1, 2048, 4095]])
+    packed = int("".join(f"{value:012b}" for value in values.ravel()), 2).to_bytes(6, "big")
+    tags = [(256, 4), (257, 1), (258, 12), (259, 1), (262, 1), (273, 122), (277, 1), (278, 1), (279, 6)]
+    rows = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags)
+    (tmp_path / "a.tif").write_bytes(struct.pack("<2sHIH", b"II", 42, 8, 9) + rows + bytes(4) + packed)
+
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif").pixels[..., 0], np.rint(values * 65535 / 4095))
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int16])
+def test_tiff_of_signed_samples_is_refused(dtype: type, tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", np.arange(-6, 6, dtype=dtype).reshape(3, 4), photometric="minisblack")
+
+    with pytest.raises(InputError, match="signed samples"):
+        read_image(tmp_path / "a.tif")
