@@ -14,6 +14,7 @@ from srdeploy.cli.options import EXISTING, OUTPUT_PATH, SHAPE, example, force_op
 from srdeploy.core.errors import UsageError
 from srdeploy.core.runner import Runner
 from srdeploy.core.shapes import Shape, format_shape
+from srdeploy.core.sizes import format_bytes
 
 if TYPE_CHECKING:
     from srdeploy.models.checkpoint.load import LoadedCheckpoint
@@ -26,7 +27,7 @@ srdeploy bench model.onnx --against rcan_x2.pt --shape 1x3x64x64 --sizes 32,64,1
 """
 )
 
-HEADERS = ("runner", "measured", "median ms", "p90", "p99", "min", "images/s", "ratio", "CoV", "runs", "memory MB")
+HEADERS = ("runner", "measured", "median ms", "p90", "p99", "min", "images/s", "ratio", "CoV", "runs", "memory")
 
 EAGER_BASELINES = ("eager", "channels-last", "half", "autocast", "compile", "aot")
 ENGINE_BASELINES = ("onnxruntime", "openvino-f32", "openvino")
@@ -242,7 +243,7 @@ def _studies(
 
 def _show(result: "BenchResult", studies: dict[str, Any], options: dict[str, Any]) -> None:
     rows = [_row(result, row) for row in result.rows]
-    headers = [*HEADERS, "GPU MB"] if _on_gpu(result) else list(HEADERS)
+    headers = [*HEADERS, "GPU memory"] if _on_gpu(result) else list(HEADERS)
     if options["markdown"]:
         click.echo(markdown_table(headers, rows))
     else:
@@ -272,10 +273,10 @@ def _row(result: "BenchResult", row: "Row") -> list[str]:
         f"{ratio:.2f}" if ratio is not None and row.stable else "",
         f"{numbers.cov:.1%}",
         str(numbers.n),
-        "" if memory.process_bytes is None else f"{memory.process_bytes / 1e6:.0f}",
+        "" if memory.process_bytes is None else format_bytes(memory.process_bytes),
     ]
     if _on_gpu(result):
-        cells.append("" if memory.device_bytes is None else f"{memory.device_bytes / 1e6:.0f}")
+        cells.append("" if memory.device_bytes is None else format_bytes(memory.device_bytes))
     return cells
 
 

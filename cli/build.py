@@ -1,6 +1,5 @@
 """srdeploy build: an engine from an ONNX file, with proof of its precision."""
 
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from srdeploy.cli.options import EXISTING, OUTPUT_PATH, SHAPE, example, force_op
 from srdeploy.core.artifact import refuse_input_as_output
 from srdeploy.core.errors import UsageError
 from srdeploy.core.shapes import Shape, ShapeProfile
+from srdeploy.core.sizes import format_bytes, parse_bytes
 
 BUILDERS = ("onnxruntime", "openvino", "tensorrt-rtx", "tensorrt")
 
@@ -63,8 +63,8 @@ def command(onnx: Path, engine: str, output: Path, force: bool, as_json: bool, *
     options = BuildOptions(
         profiles=_profiles(onnx, chosen),
         compute_capabilities=tuple(chosen["compute_capability"]),
-        workspace_bytes=parse_size("--workspace", chosen["workspace"]),
-        memory_bytes=parse_size("--memory", chosen["memory"]),
+        workspace_bytes=_size(chosen, "workspace"),
+        memory_bytes=_size(chosen, "memory"),
         optimization_level=chosen["optimization_level"],
         tf32=chosen["tf32"],
         timing_cache=chosen["timing_cache"],
@@ -88,24 +88,8 @@ def command(onnx: Path, engine: str, output: Path, force: bool, as_json: bool, *
         next_command("srdeploy", "inspect", str(output))
 
 
-def parse_size(flag: str, text: str | None) -> int | None:
-    """Return "8GiB", "512 MB" or "1000000" in bytes.
-
-    Raises:
-        UsageError: not a size.
-    """
-    if text is None:
-        return None
-    units = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-    number = text.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
-    unit = text[len(number) :].strip().lower()
-    try:
-        size = int(float(number) * units[unit])
-    except (ValueError, KeyError, OverflowError):
-        size = 0
-    if size <= 0:
-        raise UsageError(f"{flag} {shlex.quote(text)}", expected="a size such as 8GiB, 512MiB or a number of bytes")
-    return size
+def _size(chosen: dict[str, Any], name: str) -> int | None:
+    return None if chosen[name] is None else parse_bytes(chosen[name], f"--{name}")
 
 
 def _profiles(onnx: Path, chosen: dict[str, Any]) -> tuple[ShapeProfile, ...]:
@@ -142,7 +126,7 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     details = result["details"]
     built, precision = details["built"], details["precision"]
     rows = [
-        ("size", f"{result['bytes'] / 1e6:.2f} MB"),
+        ("size", format_bytes(result["bytes"])),
         ("time", f"{result['seconds']:.1f} s" + (" (cached)" if result["cached"] else "")),
         ("cache", result["cache_reason"]),
         ("precision asked / built", f"{precision['asked']} / {precision['built']}"),
@@ -152,7 +136,7 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     if built.get("kernels"):
         rows.append(("kernels", str(built["kernels"])))
     if built.get("activation_bytes"):
-        rows.append(("activation memory", f"{built['activation_bytes'] / 2**20:.0f} MiB at the largest shape"))
+        rows.append(("activation memory", f"{format_bytes(built['activation_bytes'])} at the largest shape"))
     if details["target"].get("words"):
         rows.append(("runs on", details["target"]["words"]))
     rows += [("profile", _profile_words(profile)) for profile in details["profiles"]]

@@ -6,10 +6,10 @@ from typing import Any
 
 import click
 
-from srdeploy.cli.build import parse_size
 from srdeploy.cli.console import console, emit_json, table
 from srdeploy.cli.options import EXISTING, example, json_option
 from srdeploy.core.errors import InputError
+from srdeploy.core.sizes import format_bytes, parse_bytes
 
 
 @click.group(
@@ -38,7 +38,7 @@ def list_(as_json: bool) -> None:
         emit_json({"root": str(cache.root), "entries": entries})
         return
     table(f"{cache.root}", _HEADERS, [_row(entry) for entry in entries])
-    console.print(f"{len(entries)} engines, {sum(entry['bytes'] for entry in entries) / 1e6:.1f} MB")
+    console.print(f"{len(entries)} engines, {format_bytes(sum(entry['bytes'] for entry in entries))}")
 
 
 @command.command(epilog=example("srdeploy cache explain model.plan"))
@@ -50,7 +50,8 @@ def explain(engine: Path, other: Path | None, as_json: bool) -> None:
 
     ENGINE is a built engine: its sidecar holds the key that was asked for. A key with no differences is a hit.
     """
-    from srdeploy.runtime.engines.cache import key_differences, key_sha256, nearest
+    from srdeploy.runtime.engines.cache import key_differences, nearest
+    from srdeploy.runtime.engines.sidecar import key_sha256
 
     key, cache = _key(engine), _cache()
     lookup = cache.lookup(key)
@@ -87,7 +88,11 @@ def explain(engine: Path, other: Path | None, as_json: bool) -> None:
 @json_option
 def gc(max_size: str | None, older_than: float | None, dry_run: bool, as_json: bool) -> None:
     """Remove damaged engines, and by size or age if asked."""
-    removed = _cache().gc(max_bytes=parse_size("--max-size", max_size), older_than_days=older_than, dry_run=dry_run)
+    removed = _cache().gc(
+        max_bytes=None if max_size is None else parse_bytes(max_size, "--max-size"),
+        older_than_days=older_than,
+        dry_run=dry_run,
+    )
     entries = [entry.to_json() for entry in removed]
     if as_json:
         emit_json({"removed": entries, "dry_run": dry_run})
@@ -112,7 +117,7 @@ def verify(as_json: bool) -> None:
         )
 
 
-_HEADERS = ("key", "engine", "precision", "from", "profile", "MB", "last used", "problem")
+_HEADERS = ("key", "engine", "precision", "from", "profile", "size", "last used", "problem")
 
 
 def _row(entry: dict[str, Any]) -> tuple[str, ...]:
@@ -124,7 +129,7 @@ def _row(entry: dict[str, Any]) -> tuple[str, ...]:
         entry["precision"] or "?",
         entry["onnx"] or "?",
         profiles,
-        f"{entry['bytes'] / 1e6:.1f}",
+        format_bytes(entry["bytes"]),
         used,
         entry["problem"] or "",
     )

@@ -9,6 +9,7 @@ import click
 from srdeploy.cli.checkpoint_options import CheckpointOptions, checkpoint_options, show_ranking
 from srdeploy.cli.console import RichProgress, emit_json, next_command, table, warning_line
 from srdeploy.cli.options import example, json_option
+from srdeploy.core.sizes import format_bytes
 
 EXAMPLE = example(
     """
@@ -203,9 +204,7 @@ def _network(network: Mapping[str, Any]) -> None:
 
 
 def _file_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
-    size = document["bytes"]
-    text = f"{size / 1e6:.2f} MB" if size >= 10_000 else f"{size} bytes"
-    return [("file", f"{document['file']} ({text})"), ("sha256", document["sha256"])]
+    return [("file", f"{document['file']} ({format_bytes(document['bytes'])})"), ("sha256", document["sha256"])]
 
 
 def _text(value: Any) -> str:

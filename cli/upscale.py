@@ -8,6 +8,7 @@ import click
 
 from srdeploy.cli.console import RichProgress, emit_json, next_command, warning_line
 from srdeploy.cli.options import example, force_option, json_option, output_option
+from srdeploy.core.sizes import parse_bytes
 
 EXAMPLE = example(
     """
@@ -165,7 +166,7 @@ def _warn_repaired(repaired: dict[str, int]) -> None:
 def _open(model: Path, options: dict[str, Any]) -> Any:
     from srdeploy.core.errors import UsageError
     from srdeploy.core.precision import Precision
-    from srdeploy.upscale.budget import TileSettings, parse_bytes
+    from srdeploy.upscale.budget import TileSettings
     from srdeploy.upscale.upscaler import Upscaler
 
     try:
@@ -178,7 +179,7 @@ def _open(model: Path, options: dict[str, Any]) -> Any:
         side=options["tile"],
         overlap=options["overlap"],
         batch=options["batch"],
-        memory_bytes=parse_bytes(options["memory"]) if options["memory"] else None,
+        memory_bytes=parse_bytes(options["memory"], "--memory") if options["memory"] else None,
     )
     return Upscaler.open(
         model,

@@ -1,4 +1,4 @@
-"""The manifest beside an artifact: what made it, from which bytes, with which versions.
+"""The manifest next to an artifact: what made it, from which bytes, with which versions.
 
 The manifest of `model.onnx` is `model.onnx.json`; that of an engine is its sidecar. The artifact itself stays clean:
 other tools open it without knowing about srdeploy.
@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from srdeploy.core.artifact import sha256_of_file
+from srdeploy.core.artifact import sha256_of_bytes, sha256_of_file
 from srdeploy.core.errors import InputError
 
 SCHEMA = 1
@@ -39,7 +39,7 @@ class Manifest:
         kind: "onnx", "engine", "calibration-set", "ranges", "bundle" or "report".
         sha256: of the artifact's bytes.
         sources: the files it was made from.
-        details: everything the stage has to say, as JSON values; the stage documents its keys.
+        details: everything else the stage records, as JSON values; the stage documents its keys.
         versions: of the packages that took part, by distribution name.
         created: UTC time, ISO 8601.
         schema: version of this layout.
@@ -80,12 +80,12 @@ class Manifest:
 
 
 def manifest_path(artifact: Path) -> Path:
-    """Return where the manifest of an artifact lies: the artifact's name with ".json" added."""
+    """Return the path of an artifact's manifest: the artifact's name with ".json" added."""
     return artifact.with_name(artifact.name + ".json")
 
 
 def read_manifest(artifact: Path) -> Manifest:
-    """Read the manifest beside an artifact.
+    """Read the manifest next to an artifact.
 
     Raises:
         InputError: it is missing or unreadable.
@@ -95,24 +95,37 @@ def read_manifest(artifact: Path) -> Manifest:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"{artifact} has no readable manifest {path.name} beside it",
+            f"{artifact} has no readable manifest {path.name} next to it",
             next_step="copy both files together, or make the artifact again",
         ) from error
     return Manifest.from_json(text, name=str(path))
 
 
-def verified_manifest(artifact: Path) -> Manifest:
-    """Read the manifest beside an artifact and check the artifact's SHA-256 against it.
+def read_verified(artifact: Path) -> tuple[bytes, Manifest]:
+    """Read an artifact and its manifest, and check that they belong together before anything looks at the bytes.
 
     Raises:
-        InputError: the manifest is missing or unreadable, or belongs to other bytes.
+        InputError: the file or its manifest is missing or unreadable, or the manifest belongs to other bytes.
     """
+    try:
+        data = artifact.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {artifact}: {(error.strerror or str(error)).lower()}") from error
     manifest = read_manifest(artifact)
-    actual = sha256_of_file(artifact)
-    if actual != manifest.sha256:
+    check_sha256(artifact, sha256_of_bytes(data), manifest.sha256, stated_by="its manifest")
+    return data, manifest
+
+
+def check_sha256(path: Path, actual: str, stated: str, *, stated_by: str) -> None:
+    """Check a file's SHA-256 against the one that was recorded when the file was made.
+
+    Raises:
+        InputError: they differ; `stated_by` names what recorded it.
+    """
+    if actual != stated:
         raise InputError(
-            f"{artifact} has SHA-256 {actual[:16]}…",
-            expected=f"{manifest.sha256[:16]}… as its manifest says",
-            next_step="the file was changed or truncated, or the manifest belongs to another file: make it again",
+            f"{path} has SHA-256 {actual[:16]}…",
+            expected=f"{stated[:16]}… as {stated_by} says",
+            next_step=f"the file was changed or truncated, or {stated_by} belongs to another file: copy both again, or "
+            "make them again",
         )
-    return manifest

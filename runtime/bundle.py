@@ -20,7 +20,7 @@ from typing import Any
 from srdeploy.core.artifact import sha256_of_bytes, sha256_of_file
 from srdeploy.core.contract import PREFIX, ModelContract
 from srdeploy.core.errors import CapabilityError, InputError
-from srdeploy.core.manifest import Manifest, Source
+from srdeploy.core.manifest import Manifest, Source, check_sha256
 from srdeploy.core.precision import Precision
 
 MANIFEST = "manifest.json"
@@ -115,12 +115,7 @@ class Bundle:
             actual = sha256_of_file(path)
         except OSError as error:
             raise InputError(f"bundle {self.path} lacks {name}", next_step="copy the whole folder again") from error
-        if actual != self.files[name]:
-            raise InputError(
-                f"{path} has SHA-256 {actual[:16]}…",
-                expected=f"{self.files[name][:16]}… as the bundle's manifest says",
-                next_step="the file was changed or truncated: copy the whole folder again, or deploy again",
-            )
+        check_sha256(path, actual, self.files[name], stated_by="the bundle's manifest")
 
 
 def is_bundle(path: Path) -> bool:

@@ -1,7 +1,6 @@
 """How much memory a run may take, and how an image is cut to stay within it and within the engine's shapes."""
 
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,6 +8,7 @@ from typing import Literal
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import UsageError
 from srdeploy.core.shapes import ShapeProfile, format_shape
+from srdeploy.core.sizes import format_bytes
 from srdeploy.upscale.tiles import TilePlan, plan_tiles
 
 Mode = Literal["auto", "whole", "overlapped", "exact"]
@@ -25,7 +25,6 @@ INDEX_LIMIT = 2**31 - 1
 _DEFAULT_SHARE = 0.5
 _SHARE_OF_STRIPS = 0.5
 _STRIP_COPIES = 3  # the outputs, the part that waits for the next row of tiles, and temporaries
-_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 @dataclass(frozen=True)
@@ -69,23 +68,6 @@ class Decision:
     lock_step: bool
     reason: str
     maps_in_memory: bool = True
-
-
-def parse_bytes(text: str) -> int:
-    """Parse "1.5G", "800M" or "2000000" into bytes (powers of 1024).
-
-    Raises:
-        UsageError: the text is no such number.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
-    if not match or float(match[1]) == 0:
-        raise UsageError(f"memory {text!r}", expected="a size such as 800M or 1.5G")
-    return int(float(match[1]) * _UNITS[match[2]])
-
-
-def format_bytes(count: float) -> str:
-    """Write bytes for people: 512 MB, 1.5 GB (powers of 1024)."""
-    return f"{count / (1 << 30):.1f} GB" if count >= 1 << 30 else f"{count / (1 << 20):.0f} MB"
 
 
 def default_memory() -> int:

@@ -22,8 +22,9 @@ from srdeploy.core.environment import cpu_count
 from srdeploy.core.errors import CapabilityError, InputError, UsageError
 from srdeploy.core.ort import cpu_session
 from srdeploy.core.runner import Runner
+from srdeploy.core.sizes import format_bytes
 from srdeploy.runtime.engines.openvino import shared_core
-from srdeploy.upscale.budget import Decision, TileSettings, format_bytes
+from srdeploy.upscale.budget import Decision, TileSettings
 from srdeploy.upscale.network_cuts import Arrays, Stage, StageRun, live_maps
 from srdeploy.upscale.onnx_cuts import stages_from_onnx
 from srdeploy.upscale.tiles import Planes, TilePlan, plan_tiles

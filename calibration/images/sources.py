@@ -17,6 +17,7 @@ from srdeploy.core.artifact import sha256_of_file
 from srdeploy.core.errors import InputError
 from srdeploy.core.extras import import_extra
 from srdeploy.core.imaging.read import EXTENSIONS, find_images, read_image, rgb8
+from srdeploy.core.sizes import format_bytes
 
 VIDEO_EXTENSIONS = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".y4m")
 MAX_ZIP_ENTRY_BYTES = 512 * 1024**2
@@ -94,7 +95,7 @@ def _from_zip(source: Path, bad: list[tuple[str, str]]) -> Iterator[Photo]:
                 raise InputError(f"{source} contains no images", expected=f"files named {', '.join(EXTENSIONS)}")
             for name in names:
                 if entries[name].file_size > MAX_ZIP_ENTRY_BYTES:
-                    bad.append((name, f"it has {entries[name].file_size / 1e6:.0f} MB"))
+                    bad.append((name, f"it has {format_bytes(entries[name].file_size)}"))
                     continue
                 # A name of our own: the archive's own paths are not trusted.
                 path = Path(folder) / f"image{PurePosixPath(name).suffix.lower()}"

@@ -28,6 +28,7 @@ from srdeploy.core.manifest import manifest_path, read_manifest
 from srdeploy.core.precision import Precision, Target
 from srdeploy.core.progress import Progress
 from srdeploy.core.shapes import Shape, ShapeProfile
+from srdeploy.core.sizes import format_bytes
 from srdeploy.runtime.bundle import BundleEngine, LeftOut
 
 if TYPE_CHECKING:
@@ -279,7 +280,7 @@ def target_of(engine: str) -> Target:
 
 def sized(path: Path) -> str:
     """Return a file's name and size, for one line of progress."""
-    return f"{path.name} {path.stat().st_size / 1e6:.1f} MB"
+    return f"{path.name} {format_bytes(path.stat().st_size)}"
 
 
 def _load(work: Work, say: list[str]) -> "LoadedCheckpoint":

@@ -9,6 +9,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 
+from srdeploy.core.sizes import format_bytes
 from srdeploy.models.checkpoint.filebytes import FileBytes, RefusedError, shown
 
 MOST_ENTRIES = 100_000
@@ -85,7 +86,7 @@ class Archive:
         self._inflated += entry.size
         if self._inflated > MOST_INFLATED_BYTES:
             raise RefusedError(
-                f"holds compressed data that grows beyond {MOST_INFLATED_BYTES // 1024**2} MB",
+                f"holds compressed data that grows beyond {format_bytes(MOST_INFLATED_BYTES)}",
                 expected="an uncompressed archive, as torch.save writes it",
                 next_step="unpack it and store it without compression, if you trust it",
             )

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from srdeploy.core.errors import InputError
+from srdeploy.core.sizes import format_bytes
 
 LARGEST_FILE_BYTES = 2 * 1024**3
 """A default-size RCAN with its EMA copy and Adam state takes 0.3 GB; more than this is something else."""
@@ -118,8 +119,8 @@ def open_file_bytes(path: Path) -> Iterator[FileBytes]:
             raise InputError(f"{path} is empty", expected="a checkpoint file", next_step="copy or download it again")
         if status.st_size > LARGEST_FILE_BYTES:
             raise InputError(
-                f"{path} has {status.st_size / 1e9:.1f} GB",
-                expected=f"at most {LARGEST_FILE_BYTES / 1e9:.1f} GB (the largest known checkpoint has 0.3 GB)",
+                f"{path} has {format_bytes(status.st_size)}",
+                expected=f"at most {format_bytes(LARGEST_FILE_BYTES)} (the largest known checkpoint has 0.3 GB)",
             )
         yield FileBytes(descriptor, status.st_size)
     finally:

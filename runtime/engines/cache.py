@@ -8,8 +8,6 @@ One lock file per key lets two processes that ask for the same engine build it o
 """
 
 import contextlib
-import hashlib
-import json
 import os
 import shutil
 import time
@@ -21,17 +19,12 @@ from typing import Any
 from srdeploy.core.artifact import atomic_folder
 from srdeploy.core.errors import InputError, SrdeployError
 from srdeploy.core.manifest import Manifest, manifest_path
-from srdeploy.runtime.engines.sidecar import Engine, read_engine
+from srdeploy.runtime.engines.sidecar import Engine, key_sha256, read_engine
 
 KEY_SCHEMA = 3
 """Raised when the same inputs are built into other bytes by a change of this program."""
 _NAME = "engine"
 _ENVIRONMENT = "SRDEPLOY_CACHE_DIR"
-
-
-def key_sha256(key: Mapping[str, Any]) -> str:
-    """Return the hash that names a key: SHA-256 of its JSON with sorted names and no spaces."""
-    return hashlib.sha256(json.dumps(key, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def default_root() -> Path:

@@ -18,6 +18,7 @@ import onnx
 from srdeploy.core.errors import UsageError
 from srdeploy.core.onnx_file import GraphFile
 from srdeploy.core.shapes import Shape, ShapeProfile, elements, format_shape
+from srdeploy.core.sizes import format_bytes
 
 MAX_ELEMENTS = 2**31 - 1
 MEMORY_MARGIN = 1.2
@@ -105,8 +106,8 @@ def check_feasible(cost: Footprint, profiles: tuple[ShapeProfile, ...], memory_b
         needed = cost.activation_bytes_per_pixel * pixels * MEMORY_MARGIN + cost.weights_bytes
         if memory_bytes is not None and needed > memory_bytes:
             raise UsageError(
-                f"at {format_shape(profile.max)} the engine needs about {_gib(needed)} of GPU memory",
-                expected=f"at most {_gib(memory_bytes)}",
+                f"at {format_shape(profile.max)} the engine needs about {format_bytes(needed)} of GPU memory",
+                expected=f"at most {format_bytes(memory_bytes)}",
                 next_step=f"the largest legal shape of this kind is {legal}; larger images are tiled",
             )
 
@@ -169,7 +170,3 @@ def _shared_buffers(graph: onnx.GraphProto) -> dict[str, str]:
         if node.op_type in _ALIASES and node.input and node.output:
             alias[node.output[0]] = alias.get(node.input[0], node.input[0])
     return alias
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"

@@ -13,6 +13,8 @@ Keys of `details`:
     notes              lines a user should read
 """
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from typing import Any
 from srdeploy.core.artifact import sha256_of_bytes
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import InputError
-from srdeploy.core.manifest import Manifest, Source, manifest_path, read_manifest
+from srdeploy.core.manifest import Manifest, Source, manifest_path, read_verified
 from srdeploy.core.onnx_file import GraphFile
 from srdeploy.core.shapes import ShapeProfile, TensorSpec
 from srdeploy.runtime.engines.options import BuildOptions, BuiltEngine, profile_from_json, profile_to_json
@@ -93,29 +95,21 @@ def read_engine(path: Path) -> Engine:
     Raises:
         InputError: the file or the sidecar is missing, the bytes are others, or the sidecar is not an engine's.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
-    manifest = read_manifest(path)
-    actual = sha256_of_bytes(data)
-    if actual != manifest.sha256:
-        raise InputError(
-            f"{path} has SHA-256 {actual[:16]}…",
-            expected=f"{manifest.sha256[:16]}… as its sidecar says",
-            next_step="the engine was changed or truncated, or the sidecar belongs to another engine: build it again",
-        )
+    data, manifest = read_verified(path)
     if manifest.kind != KIND:
         raise InputError(f"{manifest_path(path)} describes a file of kind {manifest.kind!r}", expected=KIND)
     return Engine(path, data, manifest)
+
+
+def key_sha256(key: Mapping[str, Any]) -> str:
+    """Return the hash that names a cache key: SHA-256 of its JSON with sorted names and no spaces."""
+    return sha256_of_bytes(json.dumps(key, sort_keys=True, separators=(",", ":")).encode())
 
 
 def engine_manifest(
     graph: GraphFile, engine: str, options: BuildOptions, key: dict[str, Any], built: BuiltEngine
 ) -> Manifest:
     """Assemble the sidecar of a freshly built engine."""
-    from srdeploy.runtime.engines.cache import key_sha256
-
     details = {
         "engine": engine,
         "key": key,

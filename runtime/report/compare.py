@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from srdeploy.core.sizes import format_bytes
+
 Document = Mapping[str, Any]
 
 
@@ -105,7 +107,9 @@ def _engine_changes(
         same_kind = before.get(key.replace("_bytes", "_note")) == after.get(key.replace("_bytes", "_note"))
         if before.get(key) and after.get(key) and same_kind:
             rise = after[key] / before[key] - 1.0
-            changes.append(Change(name, what, _mb(before[key]), _mb(after[key]), f"{rise:+.1%}", rise > allowed))
+            changes.append(
+                Change(name, what, format_bytes(before[key]), format_bytes(after[key]), f"{rise:+.1%}", rise > allowed)
+            )
     for kind in ("end-to-end", "compute"):
         old, new = before["latency"].get(kind), after["latency"].get(kind)
         if comparable and old and new and old["stable"]:
@@ -159,7 +163,3 @@ def _db(value: float | str, digits: int = 1) -> str:
 
 def _ms(latency: Mapping[str, Any]) -> str:
     return f"{latency['median_ms']:.3g} ms"
-
-
-def _mb(count: float) -> str:
-    return f"{count / 1e6:.3g} MB"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from srdeploy.core.extras import import_extra
+from srdeploy.core.sizes import format_bytes
 from srdeploy.runtime.bench.memory import LOWER_BOUND, ON_CPU
 from srdeploy.runtime.report import plots
 from srdeploy.runtime.report.crops import RAMP_CSS
@@ -369,13 +370,8 @@ def _calibration(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def size_words(count: float | None) -> str:
-    """Write bytes as "1.23 MB" (powers of 1000)."""
-    if count is None:
-        return "–"
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.3g} {unit}"
-    return f"{count} B"
+    """Write bytes as "1.18 MiB"; a dash where the size is not known."""
+    return "–" if count is None else format_bytes(count)
 
 
 def count_words(count: float) -> str:

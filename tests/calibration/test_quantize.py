@@ -16,7 +16,7 @@ from srdeploy.calibration.options import QuantizeOptions
 from srdeploy.calibration.quantize import QuantizeResult, artifacts_folder, quantize
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import BuildError, GateError, InputError, SrdeployError, UsageError
-from srdeploy.core.manifest import verified_manifest
+from srdeploy.core.manifest import read_verified
 from srdeploy.core.precision import Precision, Target
 from srdeploy.core.runner import Runner
 
@@ -73,7 +73,7 @@ def test_what_was_asked_for_in_8_bits_runs_in_8_bits(
     assert result.quality.measured
     assert result.quality.fidelity_db > 30
     assert result.latency_ms is not None
-    manifest = verified_manifest(output)
+    manifest = read_verified(output)[1]
     assert manifest.details["readback"]["ran_int8"] == result.readback.ran
     assert manifest.details["calibration"]["files"]
     contract = ModelContract.from_metadata(

@@ -8,10 +8,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from srdeploy.cli.build import parse_size
 from srdeploy.cli.main import run
 from srdeploy.core.contract import ModelContract
-from srdeploy.core.errors import UsageError
 from srdeploy.core.precision import Precision
 
 
@@ -115,21 +113,6 @@ def test_profile_from_images(model: Path, tmp_path: Path, capsys: pytest.Capture
     (profile,) = json.loads(capsys.readouterr().out)["details"]["profiles"]
     assert status == 0
     assert profile == {"min": [1, 3, 8, 16], "opt": [1, 3, 12, 20], "max": [2, 3, 24, 40]}
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("8GiB", 8 * 2**30), ("512 MB", 512_000_000), ("1000", 1000), ("1.5kib", 1536), ("7b", 7), (None, None)],
-    ids=str,
-)
-def test_sizes(text: str | None, size: int | None) -> None:
-    assert parse_size("--memory", text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GiB", "-3MB", "0", "1e400", "nan", "3 apples"], ids=repr)
-def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(UsageError, match="a size such as"):
-        parse_size("--memory", text)
 
 
 def test_doctor_names_every_engine_with_a_reason(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ from srdeploy.cli.pipeline import road
 from srdeploy.cli.pipeline.road import Request, possible_engines
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import CapabilityError, InputError, UsageError
-from srdeploy.core.manifest import verified_manifest
+from srdeploy.core.manifest import read_verified
 from srdeploy.core.precision import Precision
 from srdeploy.runtime.bundle import Bundle, choose_engine, read_bundle
 from srdeploy.runtime.report.write import read_report
@@ -90,7 +90,7 @@ def test_every_file_is_as_the_manifest_says(bundle: Bundle) -> None:
     assert {"model.fp32.onnx", "model.fp16.onnx", "reproduce.sh", "report/report.json", "report/report.html"} <= held
     assert {"calibration/set.json"} <= held
     for engine in bundle.engines:
-        assert verified_manifest(bundle.path / engine.file).kind == "engine"
+        assert read_verified(bundle.path / engine.file)[1].kind == "engine"
 
 
 def test_every_engine_asked_for_is_in_the_bundle_or_named_with_its_reason(bundle: Bundle) -> None:
@@ -184,7 +184,7 @@ def test_reproduce_sh_makes_the_same_graphs_and_checks_its_input(bundle: Bundle,
 
     assert done.returncode == 0, done.stderr
     for name in ("model.fp32.onnx", *(entry.file for entry in bundle.engines)):
-        made = verified_manifest(tmp_path / "again" / name)
+        made = read_verified(tmp_path / "again" / name)[1]
         if name.endswith(".onnx") and "/" not in name:
             assert made.sha256 == bundle.files[name]
     other = tmp_path / "other.pt"

@@ -7,7 +7,7 @@ import pytest
 
 from srdeploy.core.artifact import sha256_of_file
 from srdeploy.core.errors import InputError
-from srdeploy.core.manifest import Manifest, Source, manifest_path, read_manifest, verified_manifest
+from srdeploy.core.manifest import Manifest, Source, manifest_path, read_manifest, read_verified
 
 
 def written(folder: Path, data: bytes = b"engine") -> Path:
@@ -27,7 +27,7 @@ def written(folder: Path, data: bytes = b"engine") -> Path:
 def test_a_manifest_reads_back_as_it_was_written(tmp_path: Path) -> None:
     artifact = written(tmp_path)
 
-    manifest = verified_manifest(artifact)
+    manifest = read_verified(artifact)[1]
 
     assert manifest == read_manifest(artifact)
     assert manifest.sources == (Source("checkpoint", "model.onnx", manifest.sha256),)
@@ -46,7 +46,7 @@ def test_other_bytes_are_refused(tmp_path: Path, change: bytes) -> None:
     artifact.write_bytes(change)
 
     with pytest.raises(InputError, match=r"SHA-256.*as its manifest says"):
-        verified_manifest(artifact)
+        read_verified(artifact)[1]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from onnx import numpy_helper
 
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import ExportError, OutputError, UsageError
-from srdeploy.core.manifest import verified_manifest
+from srdeploy.core.manifest import read_verified
 from srdeploy.core.onnx_file import read_graph
 from srdeploy.core.progress import Advance
 from srdeploy.export import capture
@@ -99,7 +99,7 @@ def test_file_has_the_contract_and_readable_names(
 
 
 def test_manifest_belongs_to_the_file(exported: Path) -> None:
-    manifest = verified_manifest(exported)
+    manifest = read_verified(exported)[1]
 
     assert manifest.kind == "onnx"
     assert manifest.sources[0].role == "checkpoint"
@@ -148,7 +148,7 @@ def test_weights_above_the_limit_go_to_a_file_beside(
     export_onnx(checkpoint, inside)
 
     assert result.external_data == tmp_path / "outside.onnx.data"
-    assert verified_manifest(outside).details["external_data"]["name"] == "outside.onnx.data"
+    assert read_verified(outside)[1].details["external_data"]["name"] == "outside.onnx.data"
     assert outside.stat().st_size < inside.stat().st_size
     outputs = [
         onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"input": image})[0]
@@ -226,7 +226,7 @@ def test_existing_output_needs_force(exported: Path, checkpoint_of: CheckpointOf
         export_onnx(checkpoint, exported)
 
     export_onnx(checkpoint, exported, force=True)
-    assert verified_manifest(exported).sources[0].sha256 == checkpoint.sha256
+    assert read_verified(exported)[1].sources[0].sha256 == checkpoint.sha256
 
 
 def test_folder_that_cannot_be_made_is_refused(checkpoint_of: CheckpointOf, variants: Variants, tmp_path: Path) -> None:

@@ -269,7 +269,7 @@ def test_a_sidecar_that_states_other_profiles_is_refused(built: Path, tmp_path: 
     wider = [{**manifest.details["profiles"][0], "max": [9, 3, 96, 128]}]
     manifest_path(copy).write_text(replace(manifest, details={**manifest.details, "profiles": wider}).to_json())
 
-    with pytest.raises(InputError, match="as its sidecar says"):
+    with pytest.raises(InputError, match="as its manifest says"):
         open_engine(copy)
 
 

@@ -13,9 +13,10 @@ import pytest
 
 from srdeploy.cli.main import run
 from srdeploy.core.manifest import manifest_path
-from srdeploy.runtime.engines.cache import EngineCache, key_differences, key_sha256
+from srdeploy.runtime.engines.cache import EngineCache, key_differences
 from srdeploy.runtime.engines.options import BuildOptions
 from srdeploy.runtime.engines.registry import build_engine
+from srdeploy.runtime.engines.sidecar import key_sha256
 
 GraphFactory = Callable[..., Path]
 

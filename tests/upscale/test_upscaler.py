@@ -25,7 +25,7 @@ from srdeploy.models.networks.srdensenet import SrDenseNetConfig, srdensenet_all
 from srdeploy.runtime.bundle import BundleEngine, write_bundle_manifest
 from srdeploy.runtime.engines.eager import open_eager
 from srdeploy.runtime.engines.registry import open_engine
-from srdeploy.upscale.budget import TileSettings, decide, parse_bytes
+from srdeploy.upscale.budget import TileSettings, decide
 from srdeploy.upscale.upscaler import ImageReport, Upscaler
 
 Draw = Callable[..., NDArray[np.uint8]]
@@ -462,14 +462,3 @@ class TestDecisions:
 
         with pytest.raises(UsageError, match=words):
             decide(90, 200, contract, profile, settings)  # type: ignore[arg-type]
-
-    @pytest.mark.parametrize(
-        ("text", "count"), [("800M", 800 << 20), ("1.5g", 3 << 29), ("1GiB", 1 << 30), ("12345", 12345)], ids=str
-    )
-    def test_sizes_are_read(self, text: str, count: int) -> None:
-        assert parse_bytes(text) == count
-
-    @pytest.mark.parametrize("text", ["", "0", "-1G", "lots", "1.5X"], ids=repr)
-    def test_what_is_no_size_is_refused(self, text: str) -> None:
-        with pytest.raises(UsageError, match="memory"):
-            parse_bytes(text)

@@ -18,6 +18,7 @@ from srdeploy.core.errors import BuildError, OutputError, SrdeployError, UsageEr
 from srdeploy.core.onnx_file import GraphFile
 from srdeploy.core.progress import Advance, Progress
 from srdeploy.core.shapes import ShapeProfile, format_shape
+from srdeploy.core.sizes import format_bytes
 from srdeploy.runtime.engines.cache import default_root
 from srdeploy.runtime.engines.concatenation import concatenations_chained
 from srdeploy.runtime.engines.feasibility import check_feasible, footprint, largest_legal_shape
@@ -205,8 +206,8 @@ def check_memory(layers: Layers, weights_bytes: int, memory: int | None, profile
     needed = layers.activation_bytes + (layers.weights_bytes or weights_bytes)
     if needed > memory:
         raise BuildError(
-            f"the engine needs {needed / 2**30:.2f} GiB of GPU memory at {format_shape(profiles[-1].max)}",
-            expected=f"at most {memory / 2**30:.2f} GiB",
+            f"the engine needs {format_bytes(needed)} of GPU memory at {format_shape(profiles[-1].max)}",
+            expected=f"at most {format_bytes(memory)}",
             next_step="build for a smaller --max-shape",
         )
 

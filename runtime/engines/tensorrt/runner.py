@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from srdeploy.core.errors import CapabilityError, UsageError
 from srdeploy.core.runner import RunnerInfo
 from srdeploy.core.shapes import format_shape
+from srdeploy.core.sizes import format_bytes
 from srdeploy.runtime.engines.feeds import check_feeds, check_profile, check_shape
 from srdeploy.runtime.engines.sidecar import Engine
 from srdeploy.runtime.engines.tensorrt.families import Flavour, gpu
@@ -333,7 +334,7 @@ class _Lane:
         except torch.cuda.OutOfMemoryError as error:
             raise CapabilityError(
                 f"the GPU's memory does not suffice for an input of {format_shape(shape)}"
-                f" ({needed / 2**30:.2f} GiB of activations)",
+                f" ({format_bytes(needed)} of activations)",
                 next_step="tile the image (srdeploy upscale does), or free GPU memory",
             ) from error
 

@@ -17,6 +17,7 @@ from srdeploy.core.contract import OUTPUT, ModelContract
 from srdeploy.core.errors import InputError, UsageError
 from srdeploy.core.precision import Precision
 from srdeploy.core.runner import RunnerInfo
+from srdeploy.core.sizes import format_bytes
 from srdeploy.runtime.bench.latency import BenchResult, Effort, Row, statistics_of
 from srdeploy.runtime.bench.memory import Memory
 from srdeploy.runtime.report import plots
@@ -215,7 +216,7 @@ def test_no_engine_is_called_the_quickest_beside_a_quicker_one_whose_time_did_no
 def test_the_page_shows_memory_floors_coverage_and_records(document: dict[str, Any], tmp_path: Path) -> None:
     html = write_report(document, tmp_path / "report").read_text()
 
-    assert "GPU 3 GB" in html
+    assert f"GPU {format_bytes(3e9)}" in html
     assert "GPU memory is the fall of the GPU&#39;s free memory." in html
     assert "floor: memory traffic" in html
     assert "floor: multiply-adds" in html
@@ -517,7 +518,7 @@ def test_latency_of_another_machine_is_not_compared(document: dict[str, Any]) ->
         (change_words, 0.0512, "−0.051 dB"), (change_words, -0.0001, "+0.000 dB"), (change_words, None, "–"),
         (difference_words, 2 / 255, "2 levels"), (difference_words, 1 / 255, "1 level"),
         (difference_words, 1e-6, "1.0e-06 of 1"),
-        (size_words, 1_234_567, "1.23 MB"), (size_words, 12, "12 B"), (size_words, None, "–"),
+        (size_words, 1_234_567, "1.18 MiB"), (size_words, 12, "12 B"), (size_words, None, "–"),
         (number, 20000.0, "20k"), (number, 0.02, "0.02"), (number, 3e6, "3M"), (number, 0.0, "0"),
     ],
 )  # fmt: skip
