@@ -1,4 +1,4 @@
-"""srdeploy bench: latency beside the eager network, in one run under one set of rules."""
+"""srdeploy bench: latency next to the eager network, in one run under one set of rules."""
 
 import tempfile
 from collections.abc import Sequence
@@ -8,13 +8,28 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from srdeploy.cli.checkpoint_options import CheckpointOptions, checkpoint_options, load_from_options
+from srdeploy.cli.checkpoint_options import CheckpointOptions, load_from_options
 from srdeploy.cli.console import RichProgress, emit_json, markdown_table, next_command, table, warning_line
-from srdeploy.cli.options import EXISTING, OUTPUT_PATH, SHAPE, example, force_option, json_option, refuse_two_documents
+from srdeploy.cli.options import (
+    DEVICE,
+    EXISTING,
+    FORCE,
+    JSON,
+    NUMBERS,
+    OUTPUT_PATH,
+    POSITIVE,
+    SHAPE,
+    argument,
+    arguments,
+    example,
+    option,
+    option_group,
+    refuse_two_documents,
+    verb,
+)
 from srdeploy.core.errors import UsageError
 from srdeploy.core.runner import Runner
 from srdeploy.core.shapes import Shape, format_shape
-from srdeploy.core.sizes import format_bytes
 
 if TYPE_CHECKING:
     from srdeploy.models.checkpoint.load import LoadedCheckpoint
@@ -27,167 +42,217 @@ srdeploy bench model.onnx --against rcan_x2.pt --shape 1x3x64x64 --sizes 32,64,1
 """
 )
 
-HEADERS = ("runner", "measured", "median ms", "p90", "p99", "min", "images/s", "ratio", "CoV", "runs", "memory")
+HEADERS = ("runner", "measured", "median ms", "p90", "p99", "min", "images/s", "ratio", "CoV", "runs", "memory MB")
 
-EAGER_BASELINES = ("eager", "channels-last", "half", "autocast", "compile", "aot")
-ENGINE_BASELINES = ("onnxruntime", "openvino-f32", "openvino")
-BASELINES = (*EAGER_BASELINES, *ENGINE_BASELINES)
-"""What --baseline takes; "eager" is always measured, as ratios refer to it."""
+BASELINES = ("eager", "channels-last", "autocast", "compile", "onnxruntime", "openvino-f32", "openvino")
+"""What --baseline takes; "eager" is always measured, since ratios refer to it."""
 
-
-class _Numbers(click.ParamType[tuple[int, ...]]):
-    """Whole numbers joined by commas."""
-
-    name = "N,N,..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        """Parse the text; a wrong one is a usage error."""
-        if isinstance(value, tuple):
-            return value
-        parts = str(value).split(",")
-        if not all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts):
-            self.fail(f"{value!r} is not a list of positive whole numbers such as 1,2,4", param, ctx)
-        return tuple(sorted({int(part) for part in parts}))
+_FORMS = {"eager": 0, "channels-last": 1, "autocast": 2, "compile": 3}
 
 
-@click.command(epilog=EXAMPLE)
-@click.argument("candidates", nargs=-1, required=True, type=EXISTING, metavar="ONNX-OR-ENGINE...")
-@click.option("--against", "checkpoint", type=EXISTING, required=True, help="Checkpoint: the eager baselines.")
-@click.option("--shape", type=SHAPE, required=True, help="Input shape, such as 1x3x180x320.")
-@click.option("--engine", help="Engine family for ONNX files (default onnxruntime).")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads for every runner; default: all.")
-@click.option("--baseline", "baselines", multiple=True, type=click.Choice(BASELINES), help="Only these; repeatable.")
-@click.option("--no-baselines", is_flag=True, help="Only the eager FP32 network, to which ratios refer.")
-@click.option("--seconds", type=float, default=4.0, show_default=True, help="Measuring time per row.")
-@click.option("--warmup-seconds", type=float, default=0.5, show_default=True, help="Least warm-up time per row.")
-@click.option("--min-runs", type=click.IntRange(min=5), default=15, show_default=True, help="Least measured runs.")
-@click.option("--tolerance", type=float, default=5.0, show_default=True, metavar="%", help="What a stable median is.")
-@click.option("--allow-unstable", is_flag=True, help="Do not fail on unstable medians; they stay unprinted.")
-@click.option("--batches", type=_Numbers(), help="Also: throughput over these batch sizes.")
-@click.option("--streams", type=_Numbers(), help="Also: throughput with so many runs at once.")
-@click.option("--sizes", type=_Numbers(), help="Also: latency of squares of these sides, against the machine's floor.")
-@click.option("--report", "report_folder", type=OUTPUT_PATH, metavar="DIR", help="Write report.json and report.html.")
-@click.option("--markdown", is_flag=True, help="Print the table as Markdown on stdout.")
-@force_option
-@json_option
-@checkpoint_options
-def command(
-    candidates: tuple[Path, ...], checkpoint: Path, shape: Shape, stated: CheckpointOptions, **options: Any
-) -> None:
+@arguments
+class BenchOptions:
+    """What `srdeploy bench` is given."""
+
+    candidates: tuple[Path, ...] = argument(type=EXISTING, metavar="ONNX-OR-ENGINE...", many=True)
+    checkpoint: Path = option("--against", type=EXISTING, help="Checkpoint: the eager baselines.")
+    checkpoint_options: CheckpointOptions = option_group(default_factory=CheckpointOptions)
+    shape: Shape = option("--shape", type=SHAPE, help="Input shape, such as 1x3x180x320.")
+    engine: str | None = option("--engine", default=None, help="Engine family for ONNX files (default onnxruntime).")
+    device: str = option("--device", default="auto", show_default=True, help=DEVICE)
+    threads: int | None = option(
+        "--threads", type=POSITIVE, default=None, help="CPU threads for every runner; default: all."
+    )
+    baselines: tuple[str, ...] = option(
+        "--baseline", type=click.Choice(BASELINES), default=(), help="Only these; repeatable."
+    )
+    no_baselines: bool = option(
+        "--no-baselines", default=False, help="Only the eager FP32 network, to which ratios refer."
+    )
+    seconds: float = option(
+        "--seconds", type=float, default=4.0, show_default=True, help="Measuring time per row."
+    )
+    warmup_seconds: float = option(
+        "--warmup-seconds", type=float, default=0.5, show_default=True, help="Minimum warm-up time per row."
+    )
+    min_runs: int = option(
+        "--min-runs", type=click.IntRange(min=5), default=15, show_default=True, help="Minimum number of measured runs."
+    )
+    tolerance: float = option(
+        "--tolerance",
+        type=float,
+        default=5.0,
+        show_default=True,
+        metavar="%",
+        help="Maximum half width of a stable median's confidence interval.",
+    )
+    allow_unstable: bool = option(
+        "--allow-unstable", default=False, help="Do not fail on unstable medians; they stay unprinted."
+    )
+    batches: tuple[int, ...] | None = option(
+        "--batches", type=NUMBERS, default=None, help="Also: throughput over these batch sizes."
+    )
+    streams: tuple[int, ...] | None = option(
+        "--streams", type=NUMBERS, default=None, help="Also: throughput with so many runs at once."
+    )
+    sizes: tuple[int, ...] | None = option(
+        "--sizes",
+        type=NUMBERS,
+        default=None,
+        help="Also: latency of squares of these sides, against the machine's floor.",
+    )
+    report: Path | None = option(
+        "--report", type=OUTPUT_PATH, default=None, metavar="DIR", help="Write report.json and report.html."
+    )
+    markdown: bool = option("--markdown", default=False, help="Print the table as Markdown on stdout.")
+    force: bool = option("--force", default=False, help=FORCE)
+    as_json: bool = option("--json", default=False, help=JSON)
+
+
+@verb(BenchOptions, epilog=EXAMPLE)
+def command(options: BenchOptions) -> None:
     """Measure engines and ONNX files in turns with the eager network and the other usual ways of running it.
 
-    Every runner is warmed up, then they take turns, so that a slower moment of the machine meets all of them. Rows say
-    "compute" (the network alone) or "end-to-end" (numpy to numpy). A median that is not known to --tolerance is not
-    printed, and the command ends with exit code 7.
+    The eager network runs on the device of the engines. Every runner is warmed up, then they take turns, so that a
+    slow moment of the machine affects all of them. Rows state "compute" (the network alone) or "end-to-end" (numpy to
+    numpy). A median that is not known to --tolerance is not printed, and the command ends with exit code 7.
     """
-    from srdeploy.core.artifact import check_output_folder
-    from srdeploy.runtime.bench.conditions import conditions
-    from srdeploy.runtime.bench.latency import Effort, bench, with_process_memory
+    from srdeploy.cli.pipeline.measure import measure_groups, with_process_memories
 
-    refuse_two_documents(as_json=options["as_json"], markdown=options["markdown"])
-    effort = Effort(
-        warmup_seconds=options["warmup_seconds"],
-        min_runs=options["min_runs"],
-        seconds=options["seconds"],
-        tolerance=options["tolerance"] / 100.0,
-    )
-    if options["report_folder"] is not None:
-        check_output_folder(options["report_folder"], force=options["force"], known_by="report.json")
+    effort = _effort(options)
+    _check(options)
     progress = RichProgress()
-    loaded = load_from_options(checkpoint, stated, progress, quiet=options["as_json"])
-    channels = loaded.contract().channels
-    if shape[1] != channels:
-        raise UsageError(
-            f"--shape {format_shape(shape)} has {shape[1]} channels", expected=f"{channels} for {checkpoint.name}"
-        )
+    loaded = load_from_options(options.checkpoint, options.checkpoint_options, progress, quiet=options.as_json)
+    _check_channels(options, loaded)
     with ExitStack() as stack:
-        runners = _runners(candidates, loaded, shape, stack, options, progress)
-        result = bench(runners, shape=shape, effort=effort, environment=conditions(), progress=progress)
-        names = [runner.info.name for runner in runners[-len(candidates) :]]
-        files = {name: (path, options["engine"]) for path, name in zip(candidates, names, strict=True)}
-        result = with_process_memory(result, files, threads=options["threads"])
-        studies = _studies(candidates, runners, loaded, shape, effort, options, progress)
-    _show(result, studies, options)
-    if options["report_folder"] is not None:
-        _write_report(result, studies, candidates, loaded, options)
-    if options["as_json"]:
-        emit_json({**result.to_json(), "studies": studies})
-    if options["allow_unstable"]:
+        engines = _engines(options, loaded, stack)
+        groups = _groups(options, engines, loaded, stack, progress)
+        _check_studies(options, groups)
+        results = measure_groups(groups, options.shape, effort=effort, progress=progress)
+        studies = _studies(options, groups, loaded, effort, progress)
+    files = {
+        runner.info.name: (path, options.engine) for path, runner in zip(options.candidates, engines, strict=True)
+    }
+    results = with_process_memories(results, files, options.threads)
+    _show(results, studies, markdown=options.markdown)
+    if options.report is not None:
+        _write_report(options, options.report, results, studies, engines, loaded)
+    if options.as_json:
+        devices = {"devices": [result.to_json() for result in results]} if len(results) > 1 else {}
+        emit_json({**results[0].to_json(), "studies": studies, **devices})
+    for result in results:
+        if not options.allow_unstable:
+            result.require_stable()
         for row in result.unstable:
             warning_line(f"{row.runner.name} ({row.kind}) is unstable: {row.why_unstable}")
-    else:
-        result.require_stable()
-    next_command("srdeploy", "verify", *map(str, candidates), "--against", str(checkpoint), "--images", "IMAGES")
+    files_given = map(str, options.candidates)
+    next_command("srdeploy", "verify", *files_given, "--against", str(options.checkpoint), "--images", "IMAGES")
 
 
-def _runners(
-    candidates: Sequence[Path],
-    loaded: "LoadedCheckpoint",
-    shape: Shape,
-    stack: ExitStack,
-    options: dict[str, Any],
-    progress: RichProgress,
-) -> list[Runner]:
-    """Open the baselines, the plain eager network first, and then the candidates."""
-    from srdeploy.cli.opening import open_candidates
-    from srdeploy.runtime.bench.baselines import default_baselines, open_baselines
+def _effort(options: BenchOptions) -> "Effort":
+    from srdeploy.runtime.bench.latency import Effort
 
-    opening = {name: options[name] for name in ("engine", "device", "threads")}
-    engines = open_candidates(candidates, loaded, stack, parity=False, **opening)
-    # Eager baselines compute where the engines do: a CPU network beside a GPU engine compares machines.
-    device = next((engine.info.device for engine in engines if engine.info.device.startswith("cuda")), "cpu")
-    wanted = set(options["baselines"]) or {*default_baselines(device), *ENGINE_BASELINES}
-    if options["no_baselines"]:
-        wanted = set()
-    names = [name for name in EAGER_BASELINES if name in wanted]
-    opened = open_baselines(
-        loaded, names, stack, shape=shape, device=device, threads=options["threads"], progress=progress
+    return Effort(
+        warmup_seconds=options.warmup_seconds,
+        min_runs=options.min_runs,
+        seconds=options.seconds,
+        tolerance=options.tolerance / 100.0,
     )
-    runners = list(opened.runners)
-    if device == "cpu":
-        runners += _engine_baselines(candidates, engines, loaded, wanted, stack, options, progress)
-    taken = {runner.info.name for runner in engines}
-    return [runner for runner in runners if runner.info.name not in taken] + engines
+
+
+def _check(options: BenchOptions) -> None:
+    """Refuse options that do not fit together, before any work."""
+    from srdeploy.core.artifact import check_output_folder
+
+    refuse_two_documents(as_json=options.as_json, markdown=options.markdown)
+    if options.report is not None:
+        check_output_folder(options.report, force=options.force, known_by="report.json")
+
+
+def _check_channels(options: BenchOptions, loaded: "LoadedCheckpoint") -> None:
+    channels = loaded.contract().channels
+    if options.shape[1] != channels:
+        raise UsageError(
+            f"--shape {format_shape(options.shape)} has {options.shape[1]} channels",
+            expected=f"{channels} for {options.checkpoint.name}",
+        )
+
+
+def _engines(options: BenchOptions, loaded: "LoadedCheckpoint", stack: ExitStack) -> list[Runner]:
+    from srdeploy.cli.pipeline.opening import open_candidates
+
+    return open_candidates(
+        options.candidates,
+        loaded,
+        stack,
+        engine=options.engine,
+        device=options.device,
+        threads=options.threads,
+        parity=False,
+    )
+
+
+def _groups(
+    options: BenchOptions,
+    engines: Sequence[Runner],
+    loaded: "LoadedCheckpoint",
+    stack: ExitStack,
+    progress: RichProgress,
+) -> list[list[Runner]]:
+    """Group the engines by device, after the baselines on that device, the plain eager network first."""
+    from srdeploy.cli.pipeline.measure import with_baselines
+    from srdeploy.runtime.bench.baselines import FORMS, open_baselines
+
+    chosen = {"eager"} if options.no_baselines else {"eager", *(options.baselines or BASELINES)}
+    forms = [FORMS[index] for name, index in _FORMS.items() if name in chosen]
+
+    def baselines(device: str) -> list[Runner]:
+        runners: list[Runner] = list(
+            open_baselines(loaded, stack, forms=forms, device=device, threads=options.threads, progress=progress)
+        )
+        if device == "cpu":
+            runners += _engine_baselines(options, engines, loaded, chosen, stack, progress)
+        return runners
+
+    return with_baselines(engines, baselines)
 
 
 def _engine_baselines(
-    candidates: Sequence[Path],
+    options: BenchOptions,
     engines: Sequence[Runner],
     loaded: "LoadedCheckpoint",
-    wanted: set[str],
+    chosen: set[str],
     stack: ExitStack,
-    options: dict[str, Any],
     progress: RichProgress,
 ) -> list[Runner]:
-    """Open the FP32 graph in ONNX Runtime and OpenVINO: a candidate's file where there is one, else a fresh export."""
+    """Open the FP32 graph in ONNX Runtime and OpenVINO: a candidate's file if one is FP32, else a fresh export."""
     from srdeploy.core.extras import is_installed
-    from srdeploy.core.onnx_file import read_graph
     from srdeploy.core.precision import Precision
     from srdeploy.runtime.bench.latency import named
+    from srdeploy.runtime.engines.graph import read_graph
     from srdeploy.runtime.engines.openvino import open_native
     from srdeploy.runtime.engines.registry import open_engine
 
-    chosen = {
+    rows = {
         "onnxruntime": ("onnxruntime", False, "onnxruntime fp32"),
         "openvino-f32": ("openvino", False, "openvino fp32 (hint f32)"),
         "openvino": ("openvino", True, "openvino fp32 (own choice)"),
     }
-    chosen = {name: entry for name, entry in chosen.items() if name in wanted and is_installed(entry[0])}
-    if not chosen:
+    rows = {name: entry for name, entry in rows.items() if name in chosen and is_installed(entry[0])}
+    if not rows:
         return []
     plain = [
         path
-        for path, engine in zip(candidates, engines, strict=True)
+        for path, engine in zip(options.candidates, engines, strict=True)
         if path.suffix == ".onnx" and engine.info.contract.precision is Precision.FP32
     ]
     graph = plain[0] if plain else _exported(loaded, stack, progress)
     runners: list[Runner] = []
-    for family, native, name in chosen.values():
+    for family, native, name in rows.values():
         if native:
-            runner: Runner = open_native(read_graph(graph), threads=options["threads"])
+            runner: Runner = open_native(read_graph(graph), threads=options.threads)
         else:
-            runner = open_engine(graph, engine=family, threads=options["threads"], parity=True)
+            runner = open_engine(graph, engine=family, threads=options.threads, parity=True)
         runners.append(named(stack.enter_context(runner), name))
     return runners
 
@@ -201,13 +266,20 @@ def _exported(loaded: "LoadedCheckpoint", stack: ExitStack, progress: RichProgre
     return folder / "fp32.onnx"
 
 
+def _check_studies(options: BenchOptions, groups: Sequence[Sequence[Runner]]) -> None:
+    if len(groups) > 1 and (options.batches or options.streams or options.sizes):
+        raise UsageError(
+            "--batches, --streams and --sizes with engines on several devices",
+            expected="engines on one device",
+            next_step="measure the engines of each device in a command of their own",
+        )
+
+
 def _studies(
-    candidates: Sequence[Path],
-    runners: Sequence[Runner],
+    options: BenchOptions,
+    groups: Sequence[Sequence[Runner]],
     loaded: "LoadedCheckpoint",
-    shape: Shape,
     effort: "Effort",
-    options: dict[str, Any],
     progress: RichProgress,
 ) -> dict[str, Any]:
     from dataclasses import replace
@@ -215,6 +287,8 @@ def _studies(
     from srdeploy.runtime.bench.studies import scaling, stream_throughput, throughput
     from srdeploy.runtime.engines.registry import open_engine
 
+    (runners, *_) = groups
+    shape = options.shape
     # A curve has many points, and its shape is clear with half the time and half the precision for each.
     effort = replace(
         effort,
@@ -224,36 +298,37 @@ def _studies(
         drift=effort.drift * 2,
     )
     studies: dict[str, Any] = {}
-    if options["batches"]:
-        studies["throughput"] = throughput(runners, shape, options["batches"], effort, progress=progress)
-    if options["streams"]:
+    if options.batches:
+        studies["throughput"] = throughput(runners, shape, options.batches, effort, progress=progress)
+    if options.streams:
 
         def opener(path: Path) -> Any:
-            return lambda threads: open_engine(
-                path, engine=options["engine"], device=options["device"], threads=threads
-            )
+            return lambda threads: open_engine(path, engine=options.engine, device=options.device, threads=threads)
 
         studies["streams"] = stream_throughput(
-            {path.name: opener(path) for path in candidates}, shape, options["streams"], effort, progress=progress
+            {path.name: opener(path) for path in options.candidates}, shape, options.streams, effort, progress=progress
         )
-    if options["sizes"]:
-        studies["scaling"] = scaling(runners, shape, options["sizes"], loaded.spec, effort, progress=progress)
+    if options.sizes:
+        studies["scaling"] = scaling(runners, shape, options.sizes, loaded.spec, effort, progress=progress)
     return studies
 
 
-def _show(result: "BenchResult", studies: dict[str, Any], options: dict[str, Any]) -> None:
-    rows = [_row(result, row) for row in result.rows]
-    headers = [*HEADERS, "GPU memory"] if _on_gpu(result) else list(HEADERS)
-    if options["markdown"]:
-        click.echo(markdown_table(headers, rows))
-    else:
-        table(f"latency at {format_shape(result.shape)}, ratio to {result.rows[0].runner.name}", headers, rows)
+def _show(results: "Sequence[BenchResult]", studies: dict[str, Any], *, markdown: bool) -> None:
+    for result in results:
+        rows = [_row(result, row) for row in result.rows]
+        headers = [*HEADERS, "GPU MB"] if _on_gpu(result) else list(HEADERS)
+        base = result.rows[0].runner
+        _print(f"latency at {format_shape(result.shape)}, ratio to {base.name} on {base.device}", headers, rows, markdown)
     for name, study in studies.items():
         steps, lines = _study_table(name, study)
-        if options["markdown"]:
-            click.echo("\n" + markdown_table(steps, lines))
-        else:
-            table(f"{name}: {study['note']}", steps, lines)
+        _print(f"{name}: {study['note']}", steps, lines, markdown)
+
+
+def _print(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> None:
+    if markdown:
+        click.echo(markdown_table(headers, rows))
+    else:
+        table(title, headers, rows)
 
 
 def _row(result: "BenchResult", row: "Row") -> list[str]:
@@ -273,10 +348,10 @@ def _row(result: "BenchResult", row: "Row") -> list[str]:
         f"{ratio:.2f}" if ratio is not None and row.stable else "",
         f"{numbers.cov:.1%}",
         str(numbers.n),
-        "" if memory.process_bytes is None else format_bytes(memory.process_bytes),
+        "" if memory.process_bytes is None else f"{memory.process_bytes / 1e6:.0f}",
     ]
     if _on_gpu(result):
-        cells.append("" if memory.device_bytes is None else format_bytes(memory.device_bytes))
+        cells.append("" if memory.device_bytes is None else f"{memory.device_bytes / 1e6:.0f}")
     return cells
 
 
@@ -294,32 +369,31 @@ def _study_table(name: str, study: dict[str, Any]) -> tuple[list[str], list[list
             point[key]: f"{point[value]:.3g}" if point.get("stable", True) else "unstable" for point in entry["points"]
         }
         lines.append([entry["name"], *(found.get(step, "") for step in steps)])
-    for floor, words in (("floor", "floor: multiply-adds"), ("memory_floor", "floor: memory traffic")):
+    for floor, label in (("floor", "floor: multiply-adds"), ("memory_floor", "floor: memory traffic")):
         if floor in study:
-            lines.append([words, *(f"{point['ms']:.3g}" for point in study[floor])])
+            lines.append([label, *(f"{point['ms']:.3g}" for point in study[floor])])
     return ["runner", *(f"{key} {step}" for step in steps)], lines
 
 
 def _write_report(
-    result: "BenchResult",
+    options: BenchOptions,
+    folder: Path,
+    results: "Sequence[BenchResult]",
     studies: dict[str, Any],
-    candidates: Sequence[Path],
+    engines: Sequence[Runner],
     loaded: "LoadedCheckpoint",
-    options: dict[str, Any],
 ) -> None:
-    from srdeploy.cli.opening import benched_entry, spoken_command
+    from srdeploy.cli.pipeline.entries import checkpoint_entry, measured_entry, this_command
     from srdeploy.runtime.report.document import report_document
     from srdeploy.runtime.report.write import write_report
 
-    infos = list(dict.fromkeys(row.runner.name for row in result.rows))[-len(candidates) :]
-    by_name = {row.runner.name: row.runner for row in result.rows}
     document = report_document(
-        title=f"Latency of {', '.join(path.name for path in candidates)}",
+        title=f"Latency of {', '.join(path.name for path in options.candidates)}",
         contract=loaded.contract(),
-        engines=[benched_entry(path, by_name[name]) for path, name in zip(candidates, infos, strict=True)],
-        bench=result,
+        engines=[measured_entry(path, runner.info) for path, runner in zip(options.candidates, engines, strict=True)],
+        bench=results,
         studies=studies,
-        checkpoint={"name": loaded.path.name, "dialect": loaded.dialect, "evidence": loaded.evidence.to_json()},
-        commands=[spoken_command()],
+        checkpoint=checkpoint_entry(loaded),
+        commands=[this_command()],
     )
-    write_report(document, options["report_folder"], force=options["force"])
+    write_report(document, folder, force=options.force)

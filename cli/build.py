@@ -1,16 +1,31 @@
 """srdeploy build: an engine from an ONNX file, with proof of its precision."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from srdeploy.cli.console import RichProgress, emit_json, next_command, table, warning_line
-from srdeploy.cli.options import EXISTING, OUTPUT_PATH, SHAPE, example, force_option, json_option, output_option
+from srdeploy.cli.options import (
+    BYTES,
+    EXISTING,
+    FORCE,
+    JSON,
+    OUTPUT_PATH,
+    POSITIVE,
+    SHAPE,
+    argument,
+    arguments,
+    example,
+    option,
+    verb,
+)
 from srdeploy.core.artifact import refuse_input_as_output
 from srdeploy.core.errors import UsageError
 from srdeploy.core.shapes import Shape, ShapeProfile
-from srdeploy.core.sizes import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from srdeploy.runtime.engines.options import BuildOptions
 
 BUILDERS = ("onnxruntime", "openvino", "tensorrt-rtx", "tensorrt")
 
@@ -23,62 +38,100 @@ srdeploy build rcan_x2.int8.openvino.onnx --engine openvino -o rcan_x2.blob
 )
 
 
-@click.command(epilog=EXAMPLE)
-@click.argument("onnx", type=EXISTING)
-@click.option("--engine", type=click.Choice(BUILDERS), required=True, help="Engine family.")
-@output_option(help_text="Engine file; its sidecar is written to the same name with .json added.")
-@click.option("--min-shape", type=SHAPE, multiple=True, help="Smallest input; repeat all three for several profiles.")
-@click.option("--opt-shape", type=SHAPE, multiple=True, help="Input that the engine is tuned for.")
-@click.option("--max-shape", type=SHAPE, multiple=True, help="Largest input.")
-@click.option("--profile-images", type=EXISTING, help="Propose the profile from the low-resolution images in a folder.")
-@click.option("--profile-batch", type=click.IntRange(min=1), default=1, show_default=True, help="Its largest batch.")
-@click.option("--compute-capability", multiple=True, metavar="X.Y", help="GPU to build for (tensorrt-rtx); repeatable.")
-@click.option("--workspace", metavar="SIZE", help="Limit of scratch memory, such as 2GiB (tensorrt).")
-@click.option("--memory", metavar="SIZE", help="GPU memory the engine must fit in, such as 8GiB.")
-@click.option("--optimization-level", type=click.IntRange(0, 5), help="Quick build (0) to quick engine (5); tensorrt.")
-@click.option("--tf32/--no-tf32", default=False, show_default=True, help="TF32 in FP32 convolutions (TensorRT).")
-@click.option("--timing-cache", type=OUTPUT_PATH, help="Kernel timings to start from and to add to (tensorrt).")
-@click.option(
-    "--hardware-compatibility",
-    type=click.Choice(["ampere_plus", "same_compute_capability"]),
-    help="GPUs besides this one that may open the engine (tensorrt).",
-)
-@click.option("--version-compatible", is_flag=True, help="For later releases, in other programs (tensorrt).")
-@click.option("--aux-streams", type=click.IntRange(min=0), help="Helper streams inside the engine (tensorrt).")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads to compile with (openvino, onnxruntime).")
-@click.option("--cache/--no-cache", default=True, show_default=True, help="Use the engine cache.")
-@click.option("--log", "log_path", type=OUTPUT_PATH, help="Where TensorRT's whole log goes.")
-@force_option
-@json_option
-def command(onnx: Path, engine: str, output: Path, force: bool, as_json: bool, **chosen: Any) -> None:
+@arguments
+class BuildVerbOptions:
+    """What `srdeploy build` is given."""
+
+    onnx: Path = argument(type=EXISTING)
+    engine: str = option("--engine", type=click.Choice(BUILDERS), help="Engine family.")
+    min_shape: tuple[Shape, ...] = option(
+        "--min-shape", type=SHAPE, default=(), help="Smallest input; repeat all three for several profiles."
+    )
+    opt_shape: tuple[Shape, ...] = option(
+        "--opt-shape", type=SHAPE, default=(), help="Input that the engine is tuned for."
+    )
+    max_shape: tuple[Shape, ...] = option("--max-shape", type=SHAPE, default=(), help="Largest input.")
+    profile_images: Path | None = option(
+        "--profile-images",
+        type=EXISTING,
+        default=None,
+        help="Propose the profile from the low-resolution images in a folder.",
+    )
+    profile_batch: int = option(
+        "--profile-batch", type=POSITIVE, default=1, show_default=True, help="Largest batch of that profile."
+    )
+    compute_capability: tuple[str, ...] = option(
+        "--compute-capability", default=(), metavar="X.Y", help="GPU to build for (tensorrt-rtx); repeatable."
+    )
+    workspace: int | None = option(
+        "--workspace", type=BYTES, default=None, help="Limit of scratch memory, such as 2GiB (tensorrt)."
+    )
+    memory: int | None = option(
+        "--memory", type=BYTES, default=None, help="GPU memory that the engine must fit in, such as 8GiB."
+    )
+    optimization_level: int | None = option(
+        "--optimization-level",
+        type=click.IntRange(0, 5),
+        default=None,
+        help="From 0 (fast build) to 5 (fast engine); tensorrt.",
+    )
+    tf32: bool = option(
+        "--tf32/--no-tf32", default=False, show_default=True, help="TF32 in FP32 convolutions (TensorRT)."
+    )
+    timing_cache: Path | None = option(
+        "--timing-cache",
+        type=OUTPUT_PATH,
+        default=None,
+        help="Kernel timings to start from and to add to (tensorrt).",
+    )
+    hardware_compatibility: str | None = option(
+        "--hardware-compatibility",
+        type=click.Choice(["ampere_plus", "same_compute_capability"]),
+        default=None,
+        help="Other GPUs that may open the engine (tensorrt).",
+    )
+    version_compatible: bool = option(
+        "--version-compatible", default=False, help="For later releases, in other programs (tensorrt)."
+    )
+    aux_streams: int | None = option(
+        "--aux-streams", type=click.IntRange(min=0), default=None, help="Helper streams inside the engine (tensorrt)."
+    )
+    threads: int | None = option(
+        "--threads", type=POSITIVE, default=None, help="CPU threads to compile with (openvino, onnxruntime)."
+    )
+    cache: bool = option("--cache/--no-cache", default=True, show_default=True, help="Use the engine cache.")
+    log: Path | None = option(
+        "--log", type=OUTPUT_PATH, default=None, help="File for TensorRT's complete log."
+    )
+    output: Path = option(
+        "-o", "--output", type=OUTPUT_PATH, help="Engine file; its sidecar gets the same name with .json added."
+    )
+    force: bool = option("--force", default=False, help=FORCE)
+    as_json: bool = option("--json", default=False, help=JSON)
+
+
+@verb(BuildVerbOptions, epilog=EXAMPLE)
+def command(options: BuildVerbOptions) -> None:
     """Build an engine from an ONNX file and prove what it computes in.
 
     Precision lives in the ONNX file: an FP16 or INT8 engine is built from an FP16 or INT8 file (srdeploy quantize).
     After the build the engine's kernels are read back; a convolution in another type fails the build (exit 5).
     """
-    from srdeploy.runtime.engines.options import BuildOptions
     from srdeploy.runtime.engines.registry import build_engine, family
 
-    refuse_input_as_output(output, onnx)
-    options = BuildOptions(
-        profiles=_profiles(onnx, chosen),
-        compute_capabilities=tuple(chosen["compute_capability"]),
-        workspace_bytes=_size(chosen, "workspace"),
-        memory_bytes=_size(chosen, "memory"),
-        optimization_level=chosen["optimization_level"],
-        tf32=chosen["tf32"],
-        timing_cache=chosen["timing_cache"],
-        hardware_compatibility=chosen["hardware_compatibility"],
-        version_compatible=chosen["version_compatible"],
-        max_aux_streams=chosen["aux_streams"],
-        threads=chosen["threads"],
-        use_cache=chosen["cache"],
-        log_path=chosen["log_path"],
+    output, engine = options.output, options.engine
+    refuse_input_as_output(output, options.onnx)
+    result = build_engine(
+        options.onnx,
+        output,
+        engine=engine,
+        options=_build_options(options),
+        force=options.force,
+        progress=RichProgress(),
     )
-    result = build_engine(onnx, output, engine=engine, options=options, force=force, progress=RichProgress())
     for note in result.notes:
         warning_line(note)
-    if as_json:
+    if options.as_json:
         emit_json(result.to_json())
         return
     table(f"{output} ({engine})", ("what", "value"), _rows(result.to_json()))
@@ -88,16 +141,32 @@ def command(onnx: Path, engine: str, output: Path, force: bool, as_json: bool, *
         next_command("srdeploy", "inspect", str(output))
 
 
-def _size(chosen: dict[str, Any], name: str) -> int | None:
-    return None if chosen[name] is None else parse_bytes(chosen[name], f"--{name}")
+def _build_options(options: BuildVerbOptions) -> "BuildOptions":
+    from srdeploy.runtime.engines.options import BuildOptions
+
+    return BuildOptions(
+        profiles=_profiles(options),
+        compute_capabilities=options.compute_capability,
+        workspace_bytes=options.workspace,
+        memory_bytes=options.memory,
+        optimization_level=options.optimization_level,
+        tf32=options.tf32,
+        timing_cache=options.timing_cache,
+        hardware_compatibility=options.hardware_compatibility,
+        version_compatible=options.version_compatible,
+        max_aux_streams=options.aux_streams,
+        threads=options.threads,
+        use_cache=options.cache,
+        log_path=options.log,
+    )
 
 
-def _profiles(onnx: Path, chosen: dict[str, Any]) -> tuple[ShapeProfile, ...]:
-    low, middle, high = (list[Shape](chosen[name]) for name in ("min_shape", "opt_shape", "max_shape"))
-    if chosen["profile_images"] is not None:
+def _profiles(options: BuildVerbOptions) -> tuple[ShapeProfile, ...]:
+    low, middle, high = options.min_shape, options.opt_shape, options.max_shape
+    if options.profile_images is not None:
         if low or middle or high:
             raise UsageError("--profile-images and --min-shape/--opt-shape/--max-shape were both given")
-        return (_from_images(onnx, chosen["profile_images"], chosen["profile_batch"]),)
+        return (_from_images(options.onnx, options.profile_images, options.profile_batch),)
     if not len(low) == len(middle) == len(high):
         raise UsageError(
             f"{len(low)} --min-shape, {len(middle)} --opt-shape and {len(high)} --max-shape were given",
@@ -126,7 +195,7 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     details = result["details"]
     built, precision = details["built"], details["precision"]
     rows = [
-        ("size", format_bytes(result["bytes"])),
+        ("size", f"{result['bytes'] / 1e6:.2f} MB"),
         ("time", f"{result['seconds']:.1f} s" + (" (cached)" if result["cached"] else "")),
         ("cache", result["cache_reason"]),
         ("precision asked / built", f"{precision['asked']} / {precision['built']}"),
@@ -136,12 +205,12 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     if built.get("kernels"):
         rows.append(("kernels", str(built["kernels"])))
     if built.get("activation_bytes"):
-        rows.append(("activation memory", f"{format_bytes(built['activation_bytes'])} at the largest shape"))
+        rows.append(("activation memory", f"{built['activation_bytes'] / 2**20:.0f} MiB at the largest shape"))
     if details["target"].get("words"):
         rows.append(("runs on", details["target"]["words"]))
-    rows += [("profile", _profile_words(profile)) for profile in details["profiles"]]
+    rows += [("profile", _profile_text(profile)) for profile in details["profiles"]]
     return rows
 
 
-def _profile_words(profile: dict[str, list[int]]) -> str:
+def _profile_text(profile: dict[str, list[int]]) -> str:
     return " .. ".join("x".join(map(str, profile[name])) for name in ("min", "opt", "max"))

@@ -7,9 +7,8 @@ from typing import Any
 import click
 
 from srdeploy.cli.console import console, emit_json, table
-from srdeploy.cli.options import EXISTING, example, json_option
+from srdeploy.cli.options import BYTES, EXISTING, JSON, argument, arguments, example, option, verb
 from srdeploy.core.errors import InputError
-from srdeploy.core.sizes import format_bytes, parse_bytes
 
 
 @click.group(
@@ -24,44 +23,73 @@ srdeploy cache gc --max-size 5GiB --older-than 30
 def command() -> None:
     """The engine cache: engines are found in it by what decides their bytes, never by name.
 
-    It lies in the system's cache folder; the environment variable SRDEPLOY_CACHE_DIR moves it.
+    It is in the system's cache folder; the environment variable SRDEPLOY_CACHE_DIR moves it.
     """
 
 
-@command.command("ls", epilog=example("srdeploy cache ls --json"))
-@json_option
-def list_(as_json: bool) -> None:
+@arguments
+class ListOptions:
+    """What `srdeploy cache ls` and `srdeploy cache verify` are given."""
+
+    as_json: bool = option("--json", default=False, help=JSON)
+
+
+@arguments
+class ExplainOptions:
+    """What `srdeploy cache explain` is given."""
+
+    engine: Path = argument(type=EXISTING)
+    other: Path | None = argument(type=EXISTING, default=None)
+    as_json: bool = option("--json", default=False, help=JSON)
+
+
+@arguments
+class CleanOptions:
+    """What `srdeploy cache gc` is given."""
+
+    max_size: int | None = option(
+        "--max-size", type=BYTES, default=None, help="Keep at most this much, the last used first."
+    )
+    older_than: float | None = option(
+        "--older-than",
+        type=click.FloatRange(min=0),
+        default=None,
+        metavar="DAYS",
+        help="Remove engines not used for so many days.",
+    )
+    dry_run: bool = option("--dry-run", default=False, help="Only report what would be removed.")
+    as_json: bool = option("--json", default=False, help=JSON)
+
+
+@verb(ListOptions, name="ls", epilog=example("srdeploy cache ls --json"))
+def list_(options: ListOptions) -> None:
     """List the cached engines, the last used first."""
     cache = _cache()
     entries = [entry.to_json() for entry in cache.entries()]
-    if as_json:
+    if options.as_json:
         emit_json({"root": str(cache.root), "entries": entries})
         return
     table(f"{cache.root}", _HEADERS, [_row(entry) for entry in entries])
-    console.print(f"{len(entries)} engines, {format_bytes(sum(entry['bytes'] for entry in entries))}")
+    console.print(f"{len(entries)} engines, {sum(entry['bytes'] for entry in entries) / 1e6:.1f} MB")
 
 
-@command.command(epilog=example("srdeploy cache explain model.plan"))
-@click.argument("engine", type=EXISTING)
-@click.argument("other", type=EXISTING, required=False)
-@json_option
-def explain(engine: Path, other: Path | None, as_json: bool) -> None:
-    """Say which fields of an engine's key differ from the nearest cached engine, or from another engine.
+@verb(ExplainOptions, name="explain", epilog=example("srdeploy cache explain model.plan"))
+def explain(options: ExplainOptions) -> None:
+    """Show which fields of an engine's key differ from the nearest cached engine, or from another engine.
 
-    ENGINE is a built engine: its sidecar holds the key that was asked for. A key with no differences is a hit.
+    ENGINE is a built engine: its sidecar holds the key that was requested. A key with no differences is a hit.
     """
-    from srdeploy.runtime.engines.cache import key_differences, nearest
-    from srdeploy.runtime.engines.sidecar import key_sha256
+    from srdeploy.runtime.engines.cache import key_differences, key_sha256, nearest
 
-    key, cache = _key(engine), _cache()
+    key, cache = _key(options.engine), _cache()
     lookup = cache.lookup(key)
-    if other is not None:
-        against, pairs = str(other), key_differences(key, _key(other))
+    if options.other is not None:
+        against, pairs = str(options.other), key_differences(key, _key(options.other))
     else:
         found = nearest(cache, key)
         against, pairs = (f"cached engine {found[0].key_sha256[:16]}", found[1]) if found else ("nothing", {})
-    differences = {name: {"wanted": wanted, "there": there} for name, (wanted, there) in pairs.items()}
-    if as_json:
+    differences = {name: {"wanted": wanted, "there": cached} for name, (wanted, cached) in pairs.items()}
+    if options.as_json:
         emit_json(
             {
                 "key": key,
@@ -81,32 +109,23 @@ def explain(engine: Path, other: Path | None, as_json: bool) -> None:
         console.print(f"no field differs from {against}", soft_wrap=True)
 
 
-@command.command(epilog=example("srdeploy cache gc --max-size 5GiB --older-than 30 --dry-run"))
-@click.option("--max-size", metavar="SIZE", help="Keep at most this much, the last used first.")
-@click.option("--older-than", type=click.FloatRange(min=0), metavar="DAYS", help="Remove what was not used for long.")
-@click.option("--dry-run", is_flag=True, help="Only tell what would be removed.")
-@json_option
-def gc(max_size: str | None, older_than: float | None, dry_run: bool, as_json: bool) -> None:
-    """Remove damaged engines, and by size or age if asked."""
-    removed = _cache().gc(
-        max_bytes=None if max_size is None else parse_bytes(max_size, "--max-size"),
-        older_than_days=older_than,
-        dry_run=dry_run,
-    )
+@verb(CleanOptions, name="gc", epilog=example("srdeploy cache gc --max-size 5GiB --older-than 30 --dry-run"))
+def gc(options: CleanOptions) -> None:
+    """Remove damaged engines, and others by size or age if requested."""
+    removed = _cache().gc(max_bytes=options.max_size, older_than_days=options.older_than, dry_run=options.dry_run)
     entries = [entry.to_json() for entry in removed]
-    if as_json:
-        emit_json({"removed": entries, "dry_run": dry_run})
+    if options.as_json:
+        emit_json({"removed": entries, "dry_run": options.dry_run})
         return
-    table("would be removed" if dry_run else "removed", _HEADERS, [_row(entry) for entry in entries])
+    table("would be removed" if options.dry_run else "removed", _HEADERS, [_row(entry) for entry in entries])
 
 
-@command.command(epilog=example("srdeploy cache verify"))
-@json_option
-def verify(as_json: bool) -> None:
+@verb(ListOptions, name="verify", epilog=example("srdeploy cache verify"))
+def verify(options: ListOptions) -> None:
     """Read every cached engine and compare it with its sidecar; exit 3 when one is damaged."""
     entries = [entry.to_json() for entry in _cache().entries(check=True)]
     damaged = [entry for entry in entries if entry["problem"]]
-    if as_json:
+    if options.as_json:
         emit_json({"entries": entries, "damaged": len(damaged)})
     else:
         table("", _HEADERS, [_row(entry) for entry in entries])
@@ -117,7 +136,10 @@ def verify(as_json: bool) -> None:
         )
 
 
-_HEADERS = ("key", "engine", "precision", "from", "profile", "size", "last used", "problem")
+for each in (list_, explain, gc, verify):
+    command.add_command(each)
+
+_HEADERS = ("key", "engine", "precision", "from", "profile", "MB", "last used", "problem")
 
 
 def _row(entry: dict[str, Any]) -> tuple[str, ...]:
@@ -129,7 +151,7 @@ def _row(entry: dict[str, Any]) -> tuple[str, ...]:
         entry["precision"] or "?",
         entry["onnx"] or "?",
         profiles,
-        format_bytes(entry["bytes"]),
+        f"{entry['bytes'] / 1e6:.1f}",
         used,
         entry["problem"] or "",
     )

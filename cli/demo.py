@@ -1,4 +1,4 @@
-"""srdeploy demo: both example networks deployed, judged and run on photographs, from the clone's examples/ folder."""
+"""srdeploy demo: both example networks deployed, verified and run on photographs of the clone's examples/ folder."""
 
 import time
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from srdeploy.cli.console import RichProgress, console, emit_json, next_command
-from srdeploy.cli.options import EXISTING, example, force_option, json_option, output_option
+from srdeploy.cli.options import EXISTING, FORCE, JSON, OUTPUT_PATH, arguments, example, option, verb
 from srdeploy.core.errors import CapabilityError, InputError, UsageError
 from srdeploy.core.progress import Progress
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from srdeploy.cli.pipeline.road import Outcome
+    from srdeploy.cli.pipeline.types import Outcome
 
 NETWORKS = {"rcan_x2": "rcan_x2_demo.pt", "srdensenet_x4": "srdensenet_x4_demo.pth"}
 """Bundle name to checkpoint file in the examples folder."""
@@ -36,29 +36,45 @@ srdeploy upscale demo-output/rcan_x2.srd photo.jpg -o photo_x2.png
 )
 
 
-@click.command(epilog=EXAMPLE)
-@output_option(required=False, help_text="Folder for everything; default: demo-output.")
-@click.option("--examples", type=EXISTING, help="Folder of the examples; default: the source tree's own.")
-@click.option("--network", "names", type=click.Choice(list(NETWORKS)), multiple=True, help="Only this one; repeatable.")
-@force_option
-@json_option
-def command(output: Path | None, examples: Path | None, names: tuple[str, ...], force: bool, as_json: bool) -> int:
+@arguments
+class DemoOptions:
+    """What `srdeploy demo` is given."""
+
+    output: Path = option(
+        "-o",
+        "--output",
+        type=OUTPUT_PATH,
+        default=Path("demo-output"),
+        show_default=True,
+        help="Folder for everything.",
+    )
+    examples: Path | None = option(
+        "--examples", type=EXISTING, default=None, help="Folder of the examples; default: the source tree's own."
+    )
+    names: tuple[str, ...] = option(
+        "--network", type=click.Choice(list(NETWORKS)), default=(), help="Only this one; repeatable."
+    )
+    force: bool = option("--force", default=False, help=FORCE)
+    as_json: bool = option("--json", default=False, help=JSON)
+
+
+@verb(DemoOptions, epilog=EXAMPLE)
+def command(options: DemoOptions) -> int:
     """Deploy the two example networks, upscale photographs with them, and draw a before/after picture.
 
-    The examples (two small networks and their photographs) lie in the folder examples/ of the source tree; an installed
-    wheel does not hold them.
+    The examples (two small networks and their photographs) are in the folder examples/ of the source tree; an installed
+    wheel does not contain them.
     """
     from srdeploy.cli.deploy import show, to_json
 
-    examples = examples_folder(examples)
-    output = output or Path("demo-output")
-    if output.exists() and not force:
+    examples, output = examples_folder(options.examples), options.output
+    if output.exists() and not options.force:
         raise UsageError(f"{output} exists already", next_step="choose another name, or pass --force to replace it")
     progress = RichProgress()
     started = time.perf_counter()
     documents = {}
     exit_code = 0
-    for name in names or tuple(NETWORKS):
+    for name in options.names or tuple(NETWORKS):
         console.rule(f"{name}: {NETWORKS[name]}", align="left", characters="=")
         outcome = _deploy(examples, output / f"{name}.srd", NETWORKS[name], progress)
         pictures = _upscale(outcome, examples, output / f"{name}_photos", progress)
@@ -69,23 +85,23 @@ def command(output: Path | None, examples: Path | None, names: tuple[str, ...], 
         progress.note(f"before and after: {comparison}")
         documents[name] = {**to_json(outcome), "photos": pictures, "before_after": str(comparison)}
         exit_code = exit_code or outcome.exit_code
-    progress.note(f"\nall of it took {time.perf_counter() - started:.0f} s")
-    if as_json:
+    progress.note(f"\nthe whole demo took {time.perf_counter() - started:.0f} s")
+    if options.as_json:
         emit_json(documents)
     bundle = next(iter(documents.values()))["bundle"]
     next_command("srdeploy", "upscale", str(bundle), "YOUR_PHOTO.jpg", "-o", "larger.png")
     return exit_code
 
 
-def examples_folder(stated: Path | None) -> Path:
+def examples_folder(given: Path | None) -> Path:
     """Return the folder of the example networks and photographs.
 
     Raises:
-        CapabilityError: srdeploy was installed without its source tree, and no folder was stated.
+        CapabilityError: srdeploy was installed without its source tree, and no folder was given.
         InputError: the folder lacks a network or the photographs.
     """
-    folder = stated or Path(__file__).resolve().parents[1] / "examples"
-    if stated is None and not folder.is_dir():
+    folder = given or Path(__file__).resolve().parents[1] / "examples"
+    if given is None and not folder.is_dir():
         raise CapabilityError(
             "the examples are not part of the installed package",
             next_step="clone the repository and run `make demo` there, or name its folder with --examples",
@@ -97,10 +113,11 @@ def examples_folder(stated: Path | None) -> Path:
 
 
 def _deploy(examples: Path, bundle: Path, checkpoint: str, progress: Progress) -> "Outcome":
-    from srdeploy.cli.pipeline.road import Request, deploy
+    from srdeploy.cli.pipeline.deploy import deploy
+    from srdeploy.cli.pipeline.types import DeployOptions
     from srdeploy.runtime.bench.latency import Effort
 
-    request = Request(
+    options = DeployOptions(
         checkpoint=examples / checkpoint,
         images=examples / "photos" / "calibration",
         evaluate=examples / "photos" / "evaluation",
@@ -108,9 +125,9 @@ def _deploy(examples: Path, bundle: Path, checkpoint: str, progress: Progress) -
         output=bundle,
         size=BENCH_SIZE,
         force=True,
-        effort=Effort(warmup_runs=2, warmup_seconds=0.2, min_runs=7, seconds=BENCH_SECONDS),
     )
-    return deploy(request, progress)
+    effort = Effort(warmup_runs=2, warmup_seconds=0.2, min_runs=7, seconds=BENCH_SECONDS)
+    return deploy(options, progress, effort=effort)
 
 
 def _upscale(outcome: "Outcome", examples: Path, output: Path, progress: Progress) -> list[dict[str, Any]]:
@@ -125,10 +142,10 @@ def _upscale(outcome: "Outcome", examples: Path, output: Path, progress: Progres
             up, examples / "photos" / "evaluation", output, OutputOptions(force=True), progress=progress
         )
     report.raise_failures()
-    said = f"{len(report.made)} photos to {output}"
+    summary = f"{len(report.made)} photos to {output}"
     if report.skipped:
-        said += f"; {len(report.skipped)} were there already, made by the same engine"
-    progress.note(f"{'upscale':<10}{time.perf_counter() - started:7.1f} s  {said}")
+        summary += f"; {len(report.skipped)} existed already, made by the same engine"
+    progress.note(f"{'upscale':<10}{time.perf_counter() - started:7.1f} s  {summary}")
     return [{"photo": name, **made.to_json()} for name, made in report.made.items()]
 
 

@@ -4,18 +4,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import click
-
 from srdeploy.cli.console import console, emit_json, next_command, table
-from srdeploy.cli.options import example, json_option
-from srdeploy.core.sizes import format_bytes
+from srdeploy.cli.options import JSON, arguments, example, option, verb
 
 PACKAGES = ("srdeploy", "torch", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt_rtx",
             "numpy", "pillow", "polygraphy", "nncf", "av", "pyvips", "jinja2", "matplotlib")  # fmt: skip
 
 _FLAG_MEANINGS = {
-    "avx512_vnni": "quick INT8",
-    "avx_vnni": "quick INT8",
+    "avx512_vnni": "fast INT8",
+    "avx_vnni": "fast INT8",
     "amx_int8": "INT8 matrix units",
     "amx_bf16": "BF16 matrix units",
     "avx512_bf16": "BF16",
@@ -26,22 +23,28 @@ _FLAG_MEANINGS = {
 _WEIGHT_BITS = {8: "8 bits", 7: "7 bits: without VNNI, sums of 8-bit ones overflow"}
 
 
-@click.command(epilog=example("srdeploy doctor\nsrdeploy doctor --json"))
-@json_option
-def command(as_json: bool) -> None:
-    """Tell which engines can build and run on this machine, and why not."""
+@arguments
+class DoctorOptions:
+    """What `srdeploy doctor` is given."""
+
+    as_json: bool = option("--json", default=False, help=JSON)
+
+
+@verb(DoctorOptions, epilog=example("srdeploy doctor\nsrdeploy doctor --json"))
+def command(options: DoctorOptions) -> None:
+    """Report which engines can build and run on this machine, and why not."""
     document = examination()
-    if as_json:
+    if options.as_json:
         emit_json(document)
         return
     engines = document["engines"]
     rows = [(entry["engine"], _mark(entry["why_not_build"]), _mark(entry["why_not_run"])) for entry in engines]
     table("engines", ("engine", "build", "run"), rows)
     machine = document["machine"]
-    memory = format_bytes(machine["memory_bytes"]) if machine["memory_bytes"] else "unknown"
+    memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB" if machine["memory_bytes"] else "unknown"
     table("machine", ("what", "value"), [
         ("processor", f"{machine['processor']}, {machine['cpus']} CPUs"),
-        ("instructions", ", ".join(_flag(flag) for flag in machine["cpu_flags"]) or "none of interest"),
+        ("instructions", ", ".join(_flag(flag) for flag in machine["cpu_flags"]) or "none that matter here"),
         ("INT8 weights", _WEIGHT_BITS[document["int8_weight_bits"]]),
         ("memory", memory),
         ("GPU", document["gpu"] or document["why_no_gpu"]),
@@ -57,7 +60,7 @@ def command(as_json: bool) -> None:
 
 
 def examination() -> dict[str, Any]:
-    """Return everything the doctor knows as JSON values."""
+    """Return the whole report as JSON values."""
     from srdeploy.core.environment import int8_sums_saturate, machine, package_versions
     from srdeploy.runtime.engines.cache import EngineCache
     from srdeploy.runtime.engines.registry import availability
@@ -69,7 +72,7 @@ def examination() -> dict[str, Any]:
         "engines": [status.to_json() for status in availability()],
         "machine": machine(),
         "int8_weight_bits": 7 if int8_sums_saturate() else 8,
-        "gpu": f"{found[0]}, compute capability {found[1][0]}.{found[1][1]}, {format_bytes(found[2])}"
+        "gpu": f"{found[0]}, compute capability {found[1][0]}.{found[1][1]}, {found[2] / 2**30:.0f} GiB"
         if found
         else None,
         "why_no_gpu": why_no_gpu(),
@@ -83,7 +86,7 @@ def examination() -> dict[str, Any]:
 
 
 def _why_not_writable(folder: Path) -> str | None:
-    """Say why a folder, or the first existing one above it, cannot be written; None when it can."""
+    """Return why a folder, or the first existing one above it, cannot be written; None if it can."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):

@@ -4,12 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import click
-
-from srdeploy.cli.checkpoint_options import CheckpointOptions, checkpoint_options, show_ranking
+from srdeploy.cli.checkpoint_options import CheckpointOptions, show_ranking
 from srdeploy.cli.console import RichProgress, emit_json, next_command, table, warning_line
-from srdeploy.cli.options import example, json_option
-from srdeploy.core.sizes import format_bytes
+from srdeploy.cli.options import ANY_PATH, JSON, argument, arguments, example, option, option_group, verb
 
 EXAMPLE = example(
     """
@@ -30,11 +27,17 @@ _BY = {
 }
 
 
-@click.command(epilog=EXAMPLE)
-@click.argument("path", type=click.Path(path_type=Path), metavar="FILE")
-@checkpoint_options
-@json_option
-def command(path: Path, stated: CheckpointOptions, as_json: bool) -> None:
+@arguments
+class InspectOptions:
+    """What `srdeploy inspect` is given."""
+
+    path: Path = argument(type=ANY_PATH, metavar="FILE")
+    checkpoint_options: CheckpointOptions = option_group(default_factory=CheckpointOptions)
+    as_json: bool = option("--json", default=False, help=JSON)
+
+
+@verb(InspectOptions, epilog=EXAMPLE)
+def command(options: InspectOptions) -> None:
     """Show what FILE (a checkpoint, ONNX file, engine or bundle) is.
 
     For a checkpoint: its layout, every hyper-parameter with the tensor it was read from, and what the tensors cannot
@@ -43,11 +46,11 @@ def command(path: Path, stated: CheckpointOptions, as_json: bool) -> None:
     from srdeploy.cli.inspect_documents import document_of
 
     progress = RichProgress()
-    document = document_of(path, stated, progress)
+    document = document_of(options.path, options.checkpoint_options, progress)
     {"checkpoint": _checkpoint, "onnx": _onnx, "engine": _engine, "bundle": _bundle}[document["kind"]](document)
-    if as_json:
+    if options.as_json:
         emit_json(document)
-    _next(path, document, stated)
+    _next(options.path, document, options.checkpoint_options)
 
 
 def _checkpoint(document: Mapping[str, Any]) -> None:
@@ -122,7 +125,7 @@ def _engine(document: Mapping[str, Any]) -> None:
     rows = [
         *_file_rows(document),
         ("engine", document["engine"]),
-        ("precision", f"{precision.get('built', '-')} (asked {precision.get('asked', '-')})"),
+        ("precision", f"{precision.get('built', '-')} (requested {precision.get('asked', '-')})"),
         ("shapes", ", ".join(document["profiles"]) or "all"),
         ("runs on", _text(document["target"])),
         ("versions", ", ".join(f"{name} {version}" for name, version in document["versions"].items())),
@@ -199,12 +202,14 @@ def _network(network: Mapping[str, Any]) -> None:
         ("largest square input", f"{side} x {side} LR pixels (beyond, a tensor passes 2^31 elements)"),
     ]
     if network["min_size"] > 1:
-        rows.append(("least input", f"{network['min_size']} x {network['min_size']}"))
+        rows.append(("minimum input", f"{network['min_size']} x {network['min_size']}"))
     table("Network", ("", ""), rows)
 
 
 def _file_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [("file", f"{document['file']} ({format_bytes(document['bytes'])})"), ("sha256", document["sha256"])]
+    size = document["bytes"]
+    text = f"{size / 1e6:.2f} MB" if size >= 10_000 else f"{size} bytes"
+    return [("file", f"{document['file']} ({text})"), ("sha256", document["sha256"])]
 
 
 def _text(value: Any) -> str:
@@ -229,12 +234,12 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _next(path: Path, document: Mapping[str, Any], stated: CheckpointOptions) -> None:
+def _next(path: Path, document: Mapping[str, Any], options: CheckpointOptions) -> None:
     if document["kind"] == "checkpoint":
         open_choices = [each for each in document["decisions"] if each["by"] == "open"]
         flags = [f"--{each['choice'].replace('_', '-')} {_text(each['candidates'][0])}" for each in open_choices]
         words = [word for flag in flags for word in flag.split()]
-        next_command("srdeploy", "export", str(path), *stated.flags(), *words, "-o", "model.onnx")
+        next_command("srdeploy", "export", str(path), *options.flags(), *words, "-o", "model.onnx")
     elif document["kind"] == "onnx" and document["contract"] is not None:
         next_command("srdeploy", "build", str(path), "--engine", "openvino", "-o", f"{path.stem}.engine")
     elif document["kind"] in ("engine", "bundle"):

@@ -1,4 +1,4 @@
-"""What `srdeploy inspect` finds out about a file, as JSON values: one function per kind of artifact."""
+"""What `srdeploy inspect` reports about a file, as JSON values: one function per kind of artifact."""
 
 import math
 from collections import Counter
@@ -16,8 +16,8 @@ ELEMENT_LIMIT = 2**31
 """Tensors of this many elements break index arithmetic in engines and in some PyTorch kernels."""
 
 
-def document_of(path: Path, stated: CheckpointOptions, progress: Progress) -> dict[str, Any]:
-    """Find out what a path is and describe it.
+def document_of(path: Path, options: CheckpointOptions, progress: Progress) -> dict[str, Any]:
+    """Detect what a path is and describe it.
 
     Raises:
         InputError: it does not exist, or is neither checkpoint, ONNX file, engine nor bundle.
@@ -36,19 +36,19 @@ def document_of(path: Path, stated: CheckpointOptions, progress: Progress) -> di
         return engine_document(path)
     if path.suffix == ".onnx":
         return onnx_document(path)
-    return checkpoint_document(path, stated, progress)
+    return checkpoint_document(path, options, progress)
 
 
-def checkpoint_document(path: Path, stated: CheckpointOptions, progress: Progress) -> dict[str, Any]:
+def checkpoint_document(path: Path, options: CheckpointOptions, progress: Progress) -> dict[str, Any]:
     """Describe a checkpoint. Open questions are listed, not refused."""
     from srdeploy.models.checkpoint.load import examine_checkpoint
     from srdeploy.models.networks.spec import config_to_json, spec_of
 
-    examined = examine_checkpoint(path, stated.choices(), probe_images=stated.probe_images(), progress=progress)
+    examined = examine_checkpoint(path, options.choices(), probe_images=options.probe_images(), progress=progress)
     raw, evidence = examined.raw, examined.evidence
     configuration = config_to_json(examined.config)
     for decision in evidence.decisions:
-        if decision.by == "open":  # what the configuration holds there is only a stand-in
+        if decision.by == "open":  # the configuration holds a placeholder there
             configuration |= dict.fromkeys(decision.fields)
     weights = next((each.value for each in evidence.decisions if each.choice == "weights"), raw.weights)
     state = raw.alternatives[weights]
@@ -201,7 +201,7 @@ def _contract_summary(contract: Any) -> dict[str, Any]:
 
 
 def _manifest_document(path: Path) -> dict[str, Any] | None:
-    """Return what the manifest beside a file says, and whether it belongs to these bytes."""
+    """Return what the manifest next to a file says, and whether it belongs to these bytes."""
     if not manifest_path(path).is_file():
         return None
     manifest = read_manifest(path)

@@ -1,21 +1,35 @@
-"""srdeploy quantize: bring an ONNX file to FP16, BF16, INT8 or FP8 with real images."""
+"""srdeploy quantize: make an FP16, BF16, INT8 or FP8 graph from an FP32 one with real images."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from srdeploy.cli.console import RichProgress, emit_json, next_command, table, warning_line
-from srdeploy.cli.options import EXISTING, example, force_option, json_option, output_option
+from srdeploy.cli.options import (
+    ANY_PATH,
+    EXISTING,
+    FORCE,
+    JSON,
+    OUTPUT_PATH,
+    POSITIVE,
+    EnumChoice,
+    argument,
+    arguments,
+    example,
+    option,
+    verb,
+)
 from srdeploy.core.artifact import refuse_existing, refuse_input_as_output
+from srdeploy.core.contract import ModelContract
+from srdeploy.core.precision import Precision, Target
 
 if TYPE_CHECKING:
+    from srdeploy.calibration.images.dataset import CalibrationSet
+    from srdeploy.calibration.options import QuantizeOptions
     from srdeploy.calibration.quantize import QuantizeResult
-    from srdeploy.core.precision import Target
-    from srdeploy.core.runner import Runner
 
-_EPILOG = example(
+EXAMPLE = example(
     """
 srdeploy quantize model.onnx --precision int8 --target openvino --images photos --hr --max-psnr-drop 0.02 -o int8.onnx
   67 of 69 layers in INT8 (98.9 % of multiply-adds), fidelity 57.1 dB, drop 0.012 dB
@@ -23,132 +37,191 @@ srdeploy quantize model.onnx --precision int8 --target openvino --images photos 
 )
 
 
-@click.command(epilog=_EPILOG)
-@click.argument("onnx", type=EXISTING)
-@click.option("--precision", type=click.Choice(["fp16", "bf16", "int8", "fp8"]), required=True)
-@click.option(
-    "--target",
-    type=click.Choice(["tensorrt", "tensorrt-rtx", "openvino", "onnxruntime"]),
-    default="openvino",
-    show_default=True,
-    help="Engine family that the graph is laid out for.",
-)
-@click.option(
-    "--images",
-    type=click.Path(path_type=Path),
-    help="Real images: folder, image, pattern, zip, list file or video. Needed for int8 and fp8.",
-)
-@click.option(
-    "--hr", is_flag=True, help="The images are high resolution: shrink them to be inputs, judge against them."
-)
-@click.option("--crops", type=int, default=64, show_default=True, help="Crops that ranges are taken from.")
-@click.option("--crop-size", type=int, default=64, show_default=True, help="Their height and width in LR pixels.")
-@click.option("--whole", type=int, default=4, show_default=True, help="Images taken whole besides.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Decides which crops are taken.")
-@click.option("--skip-bad", is_flag=True, help="Use the rest when some images cannot be used.")
-@click.option("--max-psnr-drop", type=float, help="Largest loss of Y PSNR in dB; layers leave INT8 until it is kept.")
-@click.option("--min-fidelity", type=float, help="Least PSNR in dB between the result and the FP32 graph.")
-@click.option(
-    "--cost",
-    type=click.Choice(["latency", "macs"]),
-    default="latency",
-    show_default=True,
-    help="What the search pays for exact layers: time on the engine, or multiply-adds (the same graph every time).",
-)
-@click.option("--time-budget", type=float, default=600.0, show_default=True, help="Seconds the search may take.")
-@click.option(
-    "--method", type=click.Choice(["minmax", "percentile", "mse", "entropy"]), help="Ranges; default: measured."
-)
-@click.option("--equalize", type=float, help="Strength of channel equalization, 0 to 1; default: measured.")
-@click.option(
-    "--deconvolution", type=click.Choice(["auto", "int8", "float", "rewrite"]), default="auto", show_default=True
-)
-@click.option(
-    "--weight-bits",
-    type=click.Choice(["auto", "7", "8"]),
-    default="auto",
-    show_default=True,
-    help="7 runs on every CPU; 8 needs VNNI on x86 CPUs, and is a little more exact; auto: what this processor needs.",
-)
-@click.option("--keep", multiple=True, metavar="LAYER", help="Leave a layer float; may be repeated.")
-@click.option("--ranges", type=EXISTING, help="A ranges.json of this model, instead of collecting ranges again.")
-@click.option("--threads", type=int, help="CPU threads of the engine that judges.")
-@output_option(help_text="ONNX file to write.")
-@force_option
-@json_option
-def command(onnx: Path, precision: str, target: str, images: Path | None, output: Path, **choices: Any) -> None:
-    """Bring an exported ONNX file to FP16, BF16, INT8 or FP8, and tell what that costs."""
-    from srdeploy.calibration.fp32 import read_fp32_graph
-    from srdeploy.calibration.options import QuantizeOptions
+@arguments
+class QuantizeVerbOptions:
+    """What `srdeploy quantize` is given."""
+
+    onnx: Path = argument(type=EXISTING)
+    precision: Precision = option(
+        "--precision",
+        type=EnumChoice([Precision.FP16, Precision.BF16, Precision.INT8, Precision.FP8]),
+        help="Type of the heavy layers.",
+    )
+    target: Target = option(
+        "--target",
+        type=EnumChoice(list(Target)),
+        default=Target.OPENVINO,
+        show_default=True,
+        help="Engine family that the graph is laid out for.",
+    )
+    images: Path | None = option(
+        "--images",
+        type=ANY_PATH,
+        default=None,
+        help="Real images: folder, image, pattern, zip, list file or video. Needed for int8 and fp8.",
+    )
+    hr: bool = option(
+        "--hr",
+        default=False,
+        help="The images are high resolution: inputs are made from them, and they are the ground truth.",
+    )
+    crops: int = option(
+        "--crops", type=int, default=64, show_default=True, help="Number of crops that ranges are taken from."
+    )
+    crop_size: int = option(
+        "--crop-size", type=int, default=64, show_default=True, help="Their height and width in LR pixels."
+    )
+    whole: int = option("--whole", type=int, default=4, show_default=True, help="Number of whole images besides.")
+    seed: int = option("--seed", type=int, default=0, show_default=True, help="Seed of the choice of crops.")
+    skip_bad: bool = option("--skip-bad", default=False, help="Use the rest when some images cannot be used.")
+    max_psnr_drop: float | None = option(
+        "--max-psnr-drop",
+        type=float,
+        default=None,
+        help="Maximum loss of Y PSNR in dB; layers leave INT8 until it is kept.",
+    )
+    min_fidelity: float | None = option(
+        "--min-fidelity",
+        type=float,
+        default=None,
+        help="Minimum PSNR in dB between the result and the FP32 graph.",
+    )
+    cost: Literal["latency", "macs"] = option(
+        "--cost",
+        type=click.Choice(["latency", "macs"]),
+        default="latency",
+        show_default=True,
+        help="What an exact layer costs in the search: time on the engine, or multiply-adds (the same graph every "
+        "time).",
+    )
+    time_budget: float = option(
+        "--time-budget", type=float, default=600.0, show_default=True, help="Seconds that the search may take."
+    )
+    method: Literal["minmax", "percentile", "mse", "entropy"] | None = option(
+        "--method",
+        type=click.Choice(["minmax", "percentile", "mse", "entropy"]),
+        default=None,
+        help="Method of the ranges; default: measured.",
+    )
+    equalize: float | None = option(
+        "--equalize", type=float, default=None, help="Strength of channel equalization, 0 to 1; default: measured."
+    )
+    deconvolution: Literal["auto", "int8", "float", "rewrite"] = option(
+        "--deconvolution",
+        type=click.Choice(["auto", "int8", "float", "rewrite"]),
+        default="auto",
+        show_default=True,
+        help="How deconvolutions are computed; rewrite: as exact convolutions.",
+    )
+    weight_bits: Literal["auto", "7", "8"] = option(
+        "--weight-bits",
+        type=click.Choice(["auto", "7", "8"]),
+        default="auto",
+        show_default=True,
+        help="7 runs on every CPU; 8 needs VNNI on x86 CPUs, and is a little more exact; auto: what this processor "
+        "needs.",
+    )
+    keep: tuple[str, ...] = option("--keep", default=(), metavar="LAYER", help="Keep a layer float; repeatable.")
+    ranges: Path | None = option(
+        "--ranges",
+        type=EXISTING,
+        default=None,
+        help="A ranges.json of this model, instead of collecting ranges again.",
+    )
+    threads: int | None = option(
+        "--threads", type=POSITIVE, default=None, help="CPU threads of the engine that evaluates graphs."
+    )
+    output: Path = option("-o", "--output", type=OUTPUT_PATH, help="ONNX file to write.")
+    force: bool = option("--force", default=False, help=FORCE)
+    as_json: bool = option("--json", default=False, help=JSON)
+
+
+@verb(QuantizeVerbOptions, epilog=EXAMPLE)
+def command(options: QuantizeVerbOptions) -> None:
+    """Make an FP16, BF16, INT8 or FP8 graph from an exported ONNX file, and report what that costs."""
+    from srdeploy.calibration.graph import read_model
     from srdeploy.calibration.quantize import quantize
-    from srdeploy.core.precision import Precision, Target
+    from srdeploy.cli.pipeline.opening import engine_opener
 
-    refuse_input_as_output(output, onnx)
-    refuse_existing(output, choices["force"])
+    output = options.output
+    refuse_input_as_output(output, options.onnx)
+    refuse_existing(output, options.force)
+    quantize_options = _quantize_options(options)
     progress = RichProgress()
-    contract = read_fp32_graph(onnx).contract
-    calibration = None
-    if images is not None:
-        from srdeploy.calibration.images.dataset import make_calibration_set
-
-        calibration = make_calibration_set(
-            images,
-            contract=contract,
-            hr=choices["hr"],
-            count=choices["crops"],
-            crop=choices["crop_size"],
-            whole=choices["whole"],
-            seed=choices["seed"],
-            skip_bad=choices["skip_bad"],
-            progress=progress,
-        )
-        for entry in calibration.document["passed_over"]:
-            warning_line(f"passed over {entry['name']}: {entry['reason']}")
+    contract = read_model(options.onnx)[1]
     result = quantize(
-        onnx,
+        options.onnx,
         output,
-        precision=Precision(precision),
-        target=Target(target),
-        calibration=calibration,
-        options=QuantizeOptions(
-            method=choices["method"],
-            strength=choices["equalize"],
-            keep=choices["keep"],
-            deconvolution=choices["deconvolution"],
-            weight_bits=choices["weight_bits"],
-            max_psnr_drop=choices["max_psnr_drop"],
-            min_fidelity=choices["min_fidelity"],
-            cost=choices["cost"],
-            time_budget_s=choices["time_budget"],
-            ranges=choices["ranges"],
-            seed=choices["seed"],
-        ),
-        open_engine=engine_for(Target(target), choices["threads"]),
-        force=choices["force"],
+        precision=options.precision,
+        target=options.target,
+        calibration=None if options.images is None else _calibration(options, options.images, contract, progress),
+        options=quantize_options,
+        open_engine=engine_opener(options.target, options.threads),
+        force=options.force,
         progress=progress,
     )
     _show(result)
-    if choices["as_json"]:
+    if options.as_json:
         emit_json(result.to_json())
+    _next(options, contract)
+
+
+def _quantize_options(options: QuantizeVerbOptions) -> "QuantizeOptions":
+    from srdeploy.calibration.options import QuantizeOptions
+
+    return QuantizeOptions(
+        method=options.method,
+        strength=options.equalize,
+        keep=options.keep,
+        deconvolution=options.deconvolution,
+        weight_bits=options.weight_bits,
+        max_psnr_drop=options.max_psnr_drop,
+        min_fidelity=options.min_fidelity,
+        cost=options.cost,
+        time_budget_s=options.time_budget,
+        ranges=options.ranges,
+        seed=options.seed,
+    )
+
+
+def _calibration(
+    options: QuantizeVerbOptions, images: Path, contract: ModelContract, progress: RichProgress
+) -> "CalibrationSet":
+    from srdeploy.calibration.images.dataset import make_calibration_set
+
+    calibration = make_calibration_set(
+        images,
+        contract=contract,
+        hr=options.hr,
+        count=options.crops,
+        crop=options.crop_size,
+        whole=options.whole,
+        seed=options.seed,
+        skip_bad=options.skip_bad,
+        progress=progress,
+    )
+    for entry in calibration.document["passed_over"]:
+        warning_line(f"skipped {entry['name']}: {entry['reason']}")
+    return calibration
+
+
+def _next(options: QuantizeVerbOptions, contract: ModelContract) -> None:
+    from srdeploy.cli.build import BuildVerbOptions
+    from srdeploy.cli.options import command_line
     from srdeploy.runtime.engines.registry import family
 
-    engine = output.with_suffix(family(target).suffix or ".engine")
-    shapes: list[str] = []
-    if Target(target) in (Target.TENSORRT, Target.TENSORRT_RTX):  # their engines are built for a range of shapes
-        sizes = {"--min-shape": "16x16", "--opt-shape": "180x320", "--max-shape": "360x640"}
-        shapes = [word for flag, size in sizes.items() for word in (flag, f"1x{contract.channels}x{size}")]
-    next_command("srdeploy", "build", str(output), "--engine", target, *shapes, "-o", str(engine))
-
-
-def engine_for(target: "Target", threads: int | None) -> "Callable[[Path], Runner] | None":
-    """Return a function that opens an ONNX file with the target's engine; None when none runs ONNX files here."""
-    from srdeploy.core.precision import Target
-
-    if target not in (Target.OPENVINO, Target.ONNXRUNTIME):
-        return None
-    from srdeploy.runtime.engines.registry import open_engine
-
-    return lambda path: open_engine(path, engine=target.value, threads=threads, parity=True)
+    target = options.target.value
+    small, tuned, large = ((1, contract.channels, *size) for size in ((16, 16), (180, 320), (360, 640)))
+    ranged = options.target in (Target.TENSORRT, Target.TENSORRT_RTX)  # their engines are built for a range of shapes
+    build = BuildVerbOptions(
+        onnx=options.output,
+        engine=target,
+        min_shape=(small,) if ranged else (),
+        opt_shape=(tuned,) if ranged else (),
+        max_shape=(large,) if ranged else (),
+        output=options.output.with_suffix(family(target).suffix or ".engine"),
+    )
+    next_command(*command_line("build", build))
 
 
 def _show(result: "QuantizeResult") -> None:
@@ -174,7 +247,7 @@ def _show(result: "QuantizeResult") -> None:
         )
     if result.merged:
         names = ", ".join(result.merged)
-        progress.note(f"{names} became one exact convolution (--keep one of them to leave them apart)")
+        progress.note(f"{names} became one exact convolution (--keep one of them to keep them separate)")
     if result.readback is not None:
         progress.note(f"{result.readback.engine} runs {result.readback.line()}")
     for island in result.islands if len(result.islands) <= 5 else ():
@@ -185,7 +258,7 @@ def _show(result: "QuantizeResult") -> None:
         kind = "measured against HR images" if result.quality.measured else "expected from the fidelity"
         progress.note(
             f"fidelity {result.quality.fidelity_db:.2f} dB (worst image {result.quality.worst_db:.2f}), "
-            f"drop {result.quality.drop_db:.4f} dB ({kind}, {result.quality.images} images kept aside)"
+            f"drop {result.quality.drop_db:.4f} dB ({kind}, {result.quality.images} held-out images)"
         )
     for note in result.notes:
         warning_line(note)

@@ -2,13 +2,32 @@
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from srdeploy.cli.console import RichProgress, emit_json, next_command, warning_line
-from srdeploy.cli.options import example, force_option, json_option, output_option
-from srdeploy.core.sizes import parse_bytes
+from srdeploy.cli.options import (
+    ANY_PATH,
+    BYTES,
+    DEVICE,
+    FORCE,
+    JSON,
+    OUTPUT_PATH,
+    POSITIVE,
+    THREADS,
+    EnumChoice,
+    argument,
+    arguments,
+    example,
+    option,
+    verb,
+)
+from srdeploy.core.errors import InputError, UsageError
+from srdeploy.core.precision import Precision
+
+if TYPE_CHECKING:
+    from srdeploy.upscale.upscaler import Upscaler
 
 EXAMPLE = example(
     """
@@ -19,76 +38,113 @@ srdeploy upscale rcan_x2.srd clip.mp4 -o clip_x2.mp4 --quality 16
 )
 
 
-@click.command(epilog=EXAMPLE)
-@click.argument("model", type=click.Path(path_type=Path))
-@click.argument("source", type=click.Path(path_type=Path))
-@output_option(help_text="Output file; a folder when SOURCE is one.")
-@click.option("--engine", help="Engine family: for an ONNX file (default onnxruntime), or to choose from a bundle.")
-@click.option("--precision", help="Take only engines of this precision from a bundle.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all.")
-@click.option("--memory", metavar="SIZE", help="Memory a run may take, such as 1.5G; default: half of what is free.")
-@click.option(
-    "--tiles",
-    type=click.Choice(["auto", "whole", "overlapped", "exact"]),
-    default="auto",
-    show_default=True,
-    help="auto: the whole image when it fits, else tiles. exact: tiles that equal the whole image.",
-)
-@click.option("--tile", type=click.IntRange(min=1), metavar="PIXELS", help="Side of the tiles; default: what fits.")
-@click.option("--overlap", type=click.IntRange(min=0), metavar="PIXELS", help="Overlap on each side of a seam.")
-@click.option("--batch", type=click.IntRange(min=1), help="Tiles per run.")
-@click.option("--fallback", type=click.Path(path_type=Path), help="FP32 ONNX file for tiles that the engine fails on.")
-@click.option("--float", "as_float", is_flag=True, help="Write 32-bit floating-point TIFF, not clamped.")
-@click.option("--format", "suffix", help="For folders: png, jpg, webp or tif; default: as each input.")
-@click.option(
-    "--quality", type=click.IntRange(0, 100), help="JPEG and WebP: 1 to 100. Video: the codec's CRF, lower is better."
-)
-@click.option("--codec", help="Video codec: libx264 (default), libx265, libsvtav1, libvpx-vp9, ffv1, ...")
-@force_option
-@json_option
-def command(model: Path, source: Path, output: Path, **options: Any) -> None:
+@arguments
+class UpscaleOptions:
+    """What `srdeploy upscale` is given."""
+
+    model: Path = argument(type=ANY_PATH)
+    source: Path = argument(type=ANY_PATH)
+    engine: str | None = option(
+        "--engine",
+        default=None,
+        help="Engine family: for an ONNX file (default onnxruntime), or to choose from a bundle.",
+    )
+    precision: Precision | None = option(
+        "--precision",
+        type=EnumChoice(list(Precision)),
+        default=None,
+        help="Take only engines of this precision from a bundle.",
+    )
+    device: str = option("--device", default="auto", show_default=True, help=DEVICE)
+    threads: int | None = option("--threads", type=POSITIVE, default=None, help=THREADS)
+    memory: int | None = option(
+        "--memory",
+        type=BYTES,
+        default=None,
+        help="Memory that a run may take, such as 1.5GiB; default: half of what is free.",
+    )
+    tiles: Literal["auto", "whole", "overlapped", "exact"] = option(
+        "--tiles",
+        type=click.Choice(["auto", "whole", "overlapped", "exact"]),
+        default="auto",
+        show_default=True,
+        help="auto: the whole image if it fits, else tiles. exact: tiles that equal the whole image.",
+    )
+    tile: int | None = option(
+        "--tile", type=POSITIVE, default=None, metavar="PIXELS", help="Side of the tiles; default: what fits."
+    )
+    overlap: int | None = option(
+        "--overlap",
+        type=click.IntRange(min=0),
+        default=None,
+        metavar="PIXELS",
+        help="Overlap on each side of a seam.",
+    )
+    batch: int | None = option("--batch", type=POSITIVE, default=None, help="Tiles per run.")
+    fallback: Path | None = option(
+        "--fallback", type=ANY_PATH, default=None, help="FP32 ONNX file for tiles that the engine fails on."
+    )
+    as_float: bool = option("--float", default=False, help="Write 32-bit floating-point TIFF, not clamped.")
+    suffix: str | None = option(
+        "--format", default=None, help="For folders: png, jpg, webp or tif; default: as each input."
+    )
+    quality: int | None = option(
+        "--quality",
+        type=click.IntRange(0, 100),
+        default=None,
+        help="JPEG and WebP: 1 to 100. Video: the codec's CRF, lower is better.",
+    )
+    codec: str | None = option(
+        "--codec", default=None, help="Video codec: libx264 (default), libx265, libsvtav1, libvpx-vp9, ffv1, ..."
+    )
+    output: Path = option(
+        "-o", "--output", type=OUTPUT_PATH, help="Output file; a folder when SOURCE is one."
+    )
+    force: bool = option("--force", default=False, help=FORCE)
+    as_json: bool = option("--json", default=False, help=JSON)
+
+
+@verb(UpscaleOptions, epilog=EXAMPLE)
+def command(options: UpscaleOptions) -> None:
     """Upscale SOURCE (an image, a folder of images or a video) with MODEL (an engine, ONNX file or bundle).
 
-    Sizes that do not fit the memory or the engine run in tiles. A tile that comes out as NaN, infinity or one colour
+    Sizes that do not fit the memory or the engine run in tiles. A tile that comes out as NaN, infinity or one color
     is run again in FP32 where the bundle (or --fallback) has it; else the command ends with exit code 6, no output.
     """
-    from srdeploy.core.errors import InputError
-    from srdeploy.upscale.single_image import OutputOptions, refuse_same
+    from srdeploy.upscale.pictures import OutputOptions, refuse_same
 
+    source, output = options.source, options.output
     if not source.exists():
         raise InputError(f"{source} does not exist", expected="an image, a folder of images or a video")
     refuse_same(source, output)
-    written = OutputOptions(as_float=options["as_float"], quality=options["quality"], force=options["force"])
+    written = OutputOptions(as_float=options.as_float, quality=options.quality, force=options.force)
     progress = RichProgress()
-    with _open(model, options) as up:
+    with _open(options) as up:
         info = up.info
         progress.note(f"{info.name} on {info.device}, {info.numeric_mode}; x{up.contract.scale}, {up.contract.colours}")
         if source.is_dir():
-            _refuse("a folder of images", {"--codec": options["codec"]})
-            document = _folder(up, source, output, written, options["suffix"], progress)
+            _refuse("a folder of images", {"--codec": options.codec})
+            document = _folder(up, source, output, written, options.suffix, progress)
         elif _is_video(source):
-            _refuse("a video", {"--float": options["as_float"], "--format": options["suffix"]})
-            document = _video(up, source, output, written, options["codec"], progress)
+            _refuse("a video", {"--float": options.as_float, "--format": options.suffix})
+            document = _video(up, source, output, written, options.codec, progress)
         else:
-            _refuse("an image", {"--codec": options["codec"], "--format": options["suffix"]})
+            _refuse("an image", {"--codec": options.codec, "--format": options.suffix})
             document = _image(up, source, output, written, progress)
-        document = {"model": str(model), "engine": info.name, "versions": dict(info.versions), **document}
+        document = {"model": str(options.model), "engine": info.name, "versions": dict(info.versions), **document}
     failures = document.pop("failures", None)
-    if options["as_json"]:
+    if options.as_json:
         emit_json(document)
     if failures is not None:
         failures.raise_failures()
-    next_command("srdeploy", "inspect", str(model))
+    next_command("srdeploy", "inspect", str(options.model))
 
 
 def _refuse(what: str, given: dict[str, Any]) -> None:
-    """Refuse options that do not apply: nothing that was asked for is dropped in silence."""
-    from srdeploy.core.errors import UsageError
-
+    """Refuse options that do not apply: nothing that was requested is dropped silently."""
     for name, value in given.items():
         if value:
-            raise UsageError(f"{name} does not apply to {what}", next_step="leave it out")
+            raise UsageError(f"{name} does not apply to {what}", next_step=f"remove {name}")
 
 
 def _image(up: Any, source: Path, output: Path, written: Any, progress: RichProgress) -> dict[str, Any]:
@@ -111,7 +167,6 @@ def _image(up: Any, source: Path, output: Path, written: Any, progress: RichProg
 def _folder(
     up: Any, source: Path, output: Path, written: Any, suffix: str | None, progress: RichProgress
 ) -> dict[str, Any]:
-    from srdeploy.core.errors import UsageError
     from srdeploy.upscale.folders import upscale_folder
     from srdeploy.upscale.image_writer import FORMATS
 
@@ -129,7 +184,7 @@ def _folder(
             repaired[fault] = repaired.get(fault, 0) + count
     _warn_repaired(repaired)
     progress.note(
-        f"{output}: {len(report.made)} made, {len(report.skipped)} there already, {len(report.failed)} failed "
+        f"{output}: {len(report.made)} made, {len(report.skipped)} existed already, {len(report.failed)} failed "
         f"in {report.seconds:.1f} s"
     )
     return {"output": str(output), **report.to_json(), "failures": report}
@@ -163,30 +218,23 @@ def _warn_repaired(repaired: dict[str, int]) -> None:
         warning_line(f"{count} tiles came out as {fault} and were run again on the FP32 fallback")
 
 
-def _open(model: Path, options: dict[str, Any]) -> Any:
-    from srdeploy.core.errors import UsageError
-    from srdeploy.core.precision import Precision
+def _open(options: UpscaleOptions) -> "Upscaler":
     from srdeploy.upscale.budget import TileSettings
     from srdeploy.upscale.upscaler import Upscaler
 
-    try:
-        precision = Precision(options["precision"]) if options["precision"] else None
-    except ValueError as error:
-        expected = ", ".join(entry.value for entry in Precision)
-        raise UsageError(f"precision {options['precision']!r}", expected=expected) from error
     settings = TileSettings(
-        mode=options["tiles"],
-        side=options["tile"],
-        overlap=options["overlap"],
-        batch=options["batch"],
-        memory_bytes=parse_bytes(options["memory"], "--memory") if options["memory"] else None,
+        mode=options.tiles,
+        side=options.tile,
+        overlap=options.overlap,
+        batch=options.batch,
+        memory_bytes=options.memory,
     )
     return Upscaler.open(
-        model,
+        options.model,
         settings,
-        engine=options["engine"],
-        precision=precision,
-        device=options["device"],
-        threads=options["threads"],
-        fallback=options["fallback"],
+        engine=options.engine,
+        precision=options.precision,
+        device=options.device,
+        threads=options.threads,
+        fallback=options.fallback,
     )

@@ -1,17 +1,33 @@
-"""srdeploy verify: engines against the eager network they came from, in decibels."""
+"""srdeploy verify: engines against the eager network they were made from, in decibels."""
 
 import math
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from srdeploy.cli.checkpoint_options import CheckpointOptions, checkpoint_options, load_from_options
+from srdeploy.cli.checkpoint_options import CheckpointOptions, load_from_options
 from srdeploy.cli.console import RichProgress, emit_json, markdown_table, next_command, table, warning_line
-from srdeploy.cli.options import EXISTING, OUTPUT_PATH, example, force_option, json_option, refuse_two_documents
+from srdeploy.cli.options import (
+    DEVICE,
+    EXISTING,
+    FORCE,
+    JSON,
+    OUTPUT_PATH,
+    POSITIVE,
+    THREADS,
+    argument,
+    arguments,
+    example,
+    option,
+    option_group,
+    refuse_two_documents,
+    verb,
+)
+from srdeploy.core.errors import UsageError
 from srdeploy.core.shapes import format_shape
 
 if TYPE_CHECKING:
@@ -30,65 +46,87 @@ HEADERS = ("engine", "verdict", "fidelity dB", "mean dB", "max |diff|", "8-bit p
            "Y PSNR engine", "drop dB", "SSIM engine")  # fmt: skip
 
 
-@click.command(epilog=EXAMPLE)
-@click.argument("candidates", nargs=-1, required=True, type=EXISTING, metavar="ONNX-OR-ENGINE...")
-@click.option("--against", "checkpoint", type=EXISTING, required=True, help="Checkpoint: the eager FP32 reference.")
-@click.option("--images", type=EXISTING, help="Low-resolution images to judge by: a folder or a file.")
-@click.option(
-    "--hr", type=EXISTING, help="Ground truth by the same names; alone, the images are made from it (bicubic)."
-)
-@click.option("--engine", help="Engine family for ONNX files (default onnxruntime).")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all.")
-@click.option(
-    "--min-fidelity", type=float, metavar="DB", help="Gate instead of the precision's own (fp32 90, fp16 60)."
-)
-@click.option("--max-psnr-drop", type=float, metavar="DB", help="Largest loss of mean Y PSNR; needs --hr.")
-@click.option("--limit", type=click.IntRange(min=1), help="Judge by at most this many images, spread over all.")
-@click.option(
-    "--max-side", type=click.IntRange(min=8), metavar="PIXELS", help="Crop images to this many pixels per axis."
-)
-@click.option("--bisect", is_flag=True, help="Name the first ONNX node that differs, and its PyTorch module.")
-@click.option("--per-image", is_flag=True, help="Show every image and shape.")
-@click.option(
-    "--crops", type=OUTPUT_PATH, metavar="DIR", help="Where worst crops go (default: beside a failed engine)."
-)
-@click.option("--report", "report_folder", type=OUTPUT_PATH, metavar="DIR", help="Write report.json and report.html.")
-@click.option("--markdown", is_flag=True, help="Print the table as Markdown on stdout.")
-@force_option
-@json_option
-@checkpoint_options
-def command(candidates: tuple[Path, ...], checkpoint: Path, stated: CheckpointOptions, **options: Any) -> None:
+@arguments
+class VerifyOptions:
+    """What `srdeploy verify` is given."""
+
+    candidates: tuple[Path, ...] = argument(type=EXISTING, metavar="ONNX-OR-ENGINE...", many=True)
+    checkpoint: Path = option("--against", type=EXISTING, help="Checkpoint: the eager FP32 reference.")
+    checkpoint_options: CheckpointOptions = option_group(default_factory=CheckpointOptions)
+    images: Path | None = option(
+        "--images", type=EXISTING, default=None, help="Low-resolution images to compare on: a folder or a file."
+    )
+    hr: Path | None = option(
+        "--hr",
+        type=EXISTING,
+        default=None,
+        help="Ground truth by the same names; alone, the images are made from it (bicubic).",
+    )
+    engine: str | None = option("--engine", default=None, help="Engine family for ONNX files (default onnxruntime).")
+    device: str = option("--device", default="auto", show_default=True, help=DEVICE)
+    threads: int | None = option("--threads", type=POSITIVE, default=None, help=THREADS)
+    min_fidelity: float | None = option(
+        "--min-fidelity",
+        type=float,
+        default=None,
+        metavar="DB",
+        help="Gate instead of the precision's own (fp32 90, fp16 60).",
+    )
+    max_psnr_drop: float | None = option(
+        "--max-psnr-drop", type=float, default=None, metavar="DB", help="Maximum loss of mean Y PSNR; needs --hr."
+    )
+    limit: int | None = option(
+        "--limit", type=POSITIVE, default=None, help="Compare on at most this many images, spread over all."
+    )
+    max_side: int | None = option(
+        "--max-side",
+        type=click.IntRange(min=8),
+        default=None,
+        metavar="PIXELS",
+        help="Crop images to this many pixels per axis.",
+    )
+    bisect: bool = option(
+        "--bisect", default=False, help="Name the first ONNX node that differs, and its PyTorch module."
+    )
+    per_image: bool = option("--per-image", default=False, help="Show every image and shape.")
+    crops: Path | None = option(
+        "--crops",
+        type=OUTPUT_PATH,
+        default=None,
+        metavar="DIR",
+        help="Folder for the worst crops (default: next to a failed engine).",
+    )
+    report: Path | None = option(
+        "--report", type=OUTPUT_PATH, default=None, metavar="DIR", help="Write report.json and report.html."
+    )
+    markdown: bool = option("--markdown", default=False, help="Print the table as Markdown on stdout.")
+    force: bool = option("--force", default=False, help=FORCE)
+    as_json: bool = option("--json", default=False, help=JSON)
+
+
+@verb(VerifyOptions, epilog=EXAMPLE)
+def command(options: VerifyOptions) -> None:
     """Compare engines or ONNX files with the eager FP32 network on real images and a grid of shapes.
 
-    NaN, infinity, a constant picture and a wrong shape always fail. Otherwise each image must reach the fidelity of the
-    engine's precision (PSNR between the two outputs), and with ground truth the mean PSNR may fall by at most
-    --max-psnr-drop. A missed gate ends with exit code 6, the worst crop saved and what to try.
+    The network runs on the device of the engine. NaN, infinity, a constant picture and a wrong shape always fail.
+    Otherwise each image must reach the fidelity of the engine's precision (PSNR between the two outputs), and with
+    ground truth the mean PSNR may fall by at most --max-psnr-drop. A missed gate ends with exit code 6, the worst crop
+    saved and what to try.
     """
-    from srdeploy.core.artifact import check_output_folder
-    from srdeploy.core.errors import UsageError
-
-    refuse_two_documents(as_json=options["as_json"], markdown=options["markdown"])
-    if options["max_psnr_drop"] is not None and options["hr"] is None:
-        raise UsageError("--max-psnr-drop without --hr", next_step="give ground truth with --hr, or use --min-fidelity")
-    if options["images"] is None and options["hr"] is None:
-        raise UsageError("no images given", next_step="name a folder with --images, --hr or both")
-    if options["report_folder"] is not None:
-        check_output_folder(options["report_folder"], force=options["force"], known_by="report.json")
+    _check(options)
+    candidates = options.candidates
     progress = RichProgress()
-    loaded = load_from_options(checkpoint, stated, progress, quiet=options["as_json"])
-    results = _judged(candidates, loaded, options, progress)
-    crops = _saved_crops(candidates, results, options["crops"])
-    bisections = (
-        _bisected(candidates, results, loaded, options, progress) if options["bisect"] else [None] * len(results)
-    )
+    loaded = load_from_options(options.checkpoint, options.checkpoint_options, progress, quiet=options.as_json)
+    results = _results(options, loaded, progress)
+    crops = _saved_crops(candidates, results, options.crops)
+    bisections = _bisected(options, results, loaded, progress) if options.bisect else [None] * len(results)
     _show(results, options)
     for path, bisection in zip(candidates, bisections, strict=True):
         if bisection is not None:
             progress.note(f"{path.name}: {bisection.sentence}")
-    if options["report_folder"] is not None:
-        _write_report(candidates, results, loaded, stated, options)
-    if options["as_json"]:
+    if options.report is not None:
+        _write_report(options, options.report, results, loaded)
+    if options.as_json:
         emit_json([
             {
                 "file": str(path),
@@ -100,54 +138,78 @@ def command(candidates: tuple[Path, ...], checkpoint: Path, stated: CheckpointOp
         ])  # fmt: skip
     _refuse_failures(results, crops, bisections)
     shape = format_shape(max((case.shape for case in results[0].images), key=math.prod))
-    next_command("srdeploy", "bench", *map(str, candidates), "--against", str(checkpoint), "--shape", shape)
+    next_command("srdeploy", "bench", *map(str, candidates), "--against", str(options.checkpoint), "--shape", shape)
 
 
-def _judged(
-    candidates: Sequence[Path], loaded: "LoadedCheckpoint", options: dict[str, Any], progress: RichProgress
-) -> "list[VerifyResult]":
-    from srdeploy.cli.opening import open_candidates
-    from srdeploy.runtime.engines.eager import open_eager
-    from srdeploy.runtime.verify.parity import Gates, verify_all
+def _check(options: VerifyOptions) -> None:
+    """Refuse options that do not fit together, before any work."""
+    from srdeploy.core.artifact import check_output_folder
+
+    refuse_two_documents(as_json=options.as_json, markdown=options.markdown)
+    if options.max_psnr_drop is not None and options.hr is None:
+        raise UsageError("--max-psnr-drop without --hr", next_step="give ground truth with --hr, or use --min-fidelity")
+    if options.images is None and options.hr is None:
+        raise UsageError("no images given", next_step="name a folder with --images, --hr or both")
+    if options.report is not None:
+        check_output_folder(options.report, force=options.force, known_by="report.json")
+
+
+def _results(options: VerifyOptions, loaded: "LoadedCheckpoint", progress: RichProgress) -> "list[VerifyResult]":
+    from srdeploy.cli.pipeline.opening import open_candidates
+    from srdeploy.cli.pipeline.verify import compare_with_eager
+    from srdeploy.runtime.verify.parity import Gates
     from srdeploy.runtime.verify.samples import SampleFolder
 
     with ExitStack() as stack:
-        runners = open_candidates(candidates, loaded, stack, parity=True, **_opening(options))
-        reference = stack.enter_context(open_eager(loaded, threads=options["threads"]))
-        # With one engine its profile may crop the images; several engines must be judged on the same pictures.
+        runners = open_candidates(
+            options.candidates,
+            loaded,
+            stack,
+            engine=options.engine,
+            device=options.device,
+            threads=options.threads,
+            parity=True,
+        )
+        # With one engine its profile may crop the images; several engines must be compared on the same pictures.
         profile = runners[0].info.profile if len(runners) == 1 else None
         samples = SampleFolder(
-            options["images"],
-            options["hr"],
+            options.images,
+            options.hr,
             contract=loaded.contract(),
             profile=profile,
-            limit=options["limit"],
-            max_side=options["max_side"],
+            limit=options.limit,
+            max_side=options.max_side,
         )
         gates = [
             Gates.of(
                 runner.info.contract.precision,
-                min_fidelity_db=options["min_fidelity"],
-                max_psnr_drop_db=options["max_psnr_drop"],
+                min_fidelity_db=options.min_fidelity,
+                max_psnr_drop_db=options.max_psnr_drop,
             )
             for runner in runners
         ]
-        keep_views = 4 if options["report_folder"] is not None else 0
-        return verify_all(runners, reference, samples, gates=gates, keep_views=keep_views, progress=progress)
+        return compare_with_eager(
+            runners,
+            loaded,
+            samples,
+            gates=gates,
+            threads=options.threads,
+            keep_views=4 if options.report is not None else 0,
+            progress=progress,
+        )
 
 
 def _bisected(
-    candidates: Sequence[Path],
+    options: VerifyOptions,
     results: "Sequence[VerifyResult]",
     loaded: "LoadedCheckpoint",
-    options: dict[str, Any],
     progress: RichProgress,
 ) -> "list[Bisection | None]":
     from srdeploy.export.exporter import export_onnx
     from srdeploy.runtime.verify.bisect import bisect_path
     from srdeploy.runtime.verify.samples import SampleFolder
 
-    samples = SampleFolder(options["images"], options["hr"], contract=loaded.contract(), limit=options["limit"])
+    samples = SampleFolder(options.images, options.hr, contract=loaded.contract(), limit=options.limit)
     found: list[Bisection | None] = []
     with tempfile.TemporaryDirectory(prefix="srdeploy-bisect-") as folder:
         plain = Path(folder) / "fp32.onnx"
@@ -157,7 +219,7 @@ def _bisected(
                 export_onnx(loaded, plain, progress=progress)
             return plain
 
-        for path, result in zip(candidates, results, strict=True):
+        for path, result in zip(options.candidates, results, strict=True):
             worst = next((sample for sample in samples if sample.name == result.worst_case.name), samples[0])
             progress.note(f"looking for the first node of {path.name} that differs")
             found.append(
@@ -165,8 +227,8 @@ def _bisected(
                     path,
                     worst.image,
                     fp32=fp32,
-                    engine=options["engine"],
-                    threads=options["threads"],
+                    engine=options.engine,
+                    threads=options.threads,
                     progress=progress,
                 )
             )
@@ -188,24 +250,24 @@ def _saved_crops(
             continue
         try:
             save_strip(result.worst, target)
-        except OutputError as error:  # the verdict matters more than its picture
+        except OutputError as error:  # the result matters more than its picture
             warning_line(f"the worst crop was not saved: {error}")
             target = None
         saved.append(target)
     return saved
 
 
-def _show(results: "Sequence[VerifyResult]", options: dict[str, Any]) -> None:
+def _show(results: "Sequence[VerifyResult]", options: VerifyOptions) -> None:
     rows = [_row(result) for result in results]
-    if options["markdown"]:
+    if options.markdown:
         click.echo(markdown_table(HEADERS, rows))
     else:
         table("", HEADERS, rows)
-    if options["per_image"]:
+    if options.per_image:
         headers = ("case", "input", "verdict", *HEADERS[2:3], *HEADERS[4:8], "SSIM engine", "problem")
         for result in results:
             cases = [_case_row(case) for case in (*result.images, *result.grid)]
-            if options["markdown"]:
+            if options.markdown:
                 click.echo("\n" + markdown_table(headers, cases))
             else:
                 table(result.candidate.name, headers, cases)
@@ -245,24 +307,20 @@ def _case_row(case: "Case") -> list[str]:
 
 
 def _write_report(
-    candidates: Sequence[Path],
-    results: "Sequence[VerifyResult]",
-    loaded: "LoadedCheckpoint",
-    stated: CheckpointOptions,
-    options: dict[str, Any],
+    options: VerifyOptions, folder: Path, results: "Sequence[VerifyResult]", loaded: "LoadedCheckpoint"
 ) -> None:
-    from srdeploy.cli.opening import engine_entry, spoken_command
+    from srdeploy.cli.pipeline.entries import checkpoint_entry, this_command, verified_entry
     from srdeploy.runtime.report.document import report_document
     from srdeploy.runtime.report.write import write_report
 
     document = report_document(
-        title=f"Verification of {', '.join(path.name for path in candidates)}",
+        title=f"Verification of {', '.join(path.name for path in options.candidates)}",
         contract=loaded.contract(),
-        engines=[engine_entry(path, result) for path, result in zip(candidates, results, strict=True)],
-        checkpoint={"name": loaded.path.name, "dialect": loaded.dialect, "evidence": loaded.evidence.to_json()},
-        commands=[spoken_command()],
+        engines=[verified_entry(path, result) for path, result in zip(options.candidates, results, strict=True)],
+        checkpoint=checkpoint_entry(loaded),
+        commands=[this_command()],
     )
-    write_report(document, options["report_folder"], force=options["force"])
+    write_report(document, folder, force=options.force)
 
 
 def _refuse_failures(
@@ -276,14 +334,10 @@ def _refuse_failures(
         return
     result, crop, bisection = failed[0]
     more = len(result.failures) - 1
-    words = f"{result.candidate.name} failed: {result.failures[0]}" + (f" (and {more} more)" if more else "")
+    message = f"{result.candidate.name} failed: {result.failures[0]}" + (f" (and {more} more)" if more else "")
     if len(failed) > 1:
-        words += f" (and {len(failed) - 1} more engines failed)"
+        message += f" (and {len(failed) - 1} more engines failed)"
     if crop is not None:
-        words += f"; worst crop in {crop}"
+        message += f"; worst crop in {crop}"
     found = None if bisection is None else bisection.first
-    raise GateError(words, next_step=advice(result) if found is None else f"start at {found.node}, named above")
-
-
-def _opening(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: options[name] for name in ("engine", "device", "threads")}
+    raise GateError(message, next_step=advice(result) if found is None else f"start at {found.node}, named above")

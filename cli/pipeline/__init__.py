@@ -1,1 +1,1 @@
-"""What `deploy` runs: the stages of every verb, joined in one folder."""
+"""What `deploy` runs, and the functions that it shares with the verbs: open, verify, measure, write the bundle."""

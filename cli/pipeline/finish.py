@@ -1,29 +1,24 @@
-"""The last stage of the road: remove what failed, and write the report, reproduce.sh and the bundle's manifest."""
+"""The last stage of `deploy`: remove what failed, and write the report, reproduce.sh and the bundle's manifest."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from srdeploy.calibration.images.dataset import CalibrationSet
+from srdeploy.cli.options import command_line
+from srdeploy.cli.pipeline.entries import checkpoint_entry
 from srdeploy.cli.pipeline.reproduce import reproducing_lines, write_reproduce_script
-from srdeploy.cli.pipeline.road import FP16_ONNX, FP32_ONNX, Candidate, Outcome, Request, Work, target_of
-from srdeploy.cli.pipeline.verify import GRAPH_FP16, Verdicts
+from srdeploy.cli.pipeline.types import FP16_ONNX, FP32_ONNX, GRAPH_FP16, Candidate, Outcome, Verdicts, Work
 from srdeploy.core.artifact import sha256_of_file
-from srdeploy.core.contract import ModelContract
 from srdeploy.core.environment import package_versions
 from srdeploy.core.errors import GateError
 from srdeploy.core.manifest import Source, manifest_path
 from srdeploy.core.shapes import format_shape
+from srdeploy.models.checkpoint.load import LoadedCheckpoint
 from srdeploy.runtime.bench.latency import BenchResult
 from srdeploy.runtime.bundle import BundleEngine, write_bundle_manifest
 from srdeploy.runtime.report.document import EngineEntry, report_document
 from srdeploy.runtime.report.write import write_report
 
-if TYPE_CHECKING:
-    from srdeploy.calibration.images.dataset import CalibrationSet
-    from srdeploy.models.checkpoint.load import LoadedCheckpoint
-
-QUICK = ("--no-baselines", "--allow-unstable")
-"""How `bench` is called by reproduce.sh: what `deploy` itself measures, and noise is no reason to stop a script."""
 _DISTRIBUTIONS = (
     "srdeploy",
     "torch",
@@ -41,30 +36,25 @@ _DISTRIBUTIONS = (
 def finish(
     work: Work,
     candidates: Sequence[Candidate],
-    checkpoint: "LoadedCheckpoint",
-    calibration: "CalibrationSet",
+    checkpoint: LoadedCheckpoint,
+    calibration: CalibrationSet,
     verdicts: Verdicts,
-    bench: BenchResult | None,
-    say: list[str],
+    benches: Sequence[BenchResult],
+    report: list[str],
 ) -> Outcome:
-    """Close the folder."""
+    """Complete the bundle's folder."""
     contract = checkpoint.contract()
-    kept = [candidate for candidate in candidates if verdicts.admits(candidate)]
+    kept = [candidate for candidate in candidates if verdicts.accepts(candidate)]
     _drop_failed(work, [candidate for candidate in candidates if candidate not in kept], verdicts)
     _drop_graphs(work, {entry.onnx for entry in kept}, verdicts)
     ranked = sorted(
-        ((_bundle_engine(entry, verdicts, bench), entry) for entry in kept), key=lambda pair: _rank(pair[0])
+        ((_bundle_engine(entry, verdicts, benches), entry) for entry in kept), key=lambda pair: _rank(pair[0])
     )
     engines, kept = [engine for engine, _ in ranked], [entry for _, entry in ranked]
     versions = package_versions(_DISTRIBUTIONS)
     source = Source("checkpoint", checkpoint.path.name, checkpoint.sha256)
-    lines = reproducing_lines(
-        checkpoint=source,
-        inputs=_inputs(work.request),
-        whole=work.request.words(),
-        stages=_stages(work.request, kept, contract),
-    )
-    _write_report(work, kept, checkpoint, calibration, verdicts, bench, lines)
+    lines = reproducing_lines(source, work.options, kept, contract)
+    _write_report(work, kept, checkpoint, calibration, verdicts, benches, lines)
     write_reproduce_script(work.folder / "reproduce.sh", lines, versions=versions)
     left_out = tuple(entry for entry, _ in work.left_out)
     write_bundle_manifest(
@@ -74,20 +64,20 @@ def finish(
         engines=engines,
         left_out=left_out,
         details={
-            "command": work.request.words(),
+            "command": command_line("deploy", work.options),
             "evidence": checkpoint.evidence.to_json(),
-            "bench_shape": None if bench is None else format_shape(bench.shape),
+            "bench_shape": format_shape(benches[0].shape) if benches else None,
         },
         versions=versions,
     )
-    say.append(f"{len(engines)} engines in {work.request.output}")
+    report.append(f"{len(engines)} engines in {work.options.output}")
     return Outcome(
-        bundle=work.request.output,
+        bundle=work.options.output,
         contract=contract,
         engines=tuple(engines),
         left_out=left_out,
         verdicts=verdicts.by_name,
-        bench=bench,
+        benches=tuple(benches),
         seconds=work.seconds,
         exit_code=work.left_out[0][1] if work.left_out else 0,
     )
@@ -104,14 +94,14 @@ def _drop_failed(work: Work, failed: Sequence[Candidate], verdicts: Verdicts) ->
 
 
 def _drop_graphs(work: Work, needed: Collection[str], verdicts: Verdicts) -> None:
-    """Delete the graphs of a lower precision that no engine of the bundle stands for.
+    """Delete the graphs of a lower precision that no engine of the bundle was built from.
 
-    FP16 stays unless its own check failed: it is what engines on other machines are built from.
+    FP16 stays unless its own check failed: engines on other machines are built from it.
     """
     for path in sorted(work.folder.glob("model.*.onnx")):
         fp16 = verdicts.by_name.get(GRAPH_FP16)
-        admitted = path.name == FP16_ONNX and (fp16 is None or fp16.passed)
-        if path.name not in needed and path.name != FP32_ONNX and not admitted:
+        accepted = path.name == FP16_ONNX and (fp16 is None or fp16.passed)
+        if path.name not in needed and path.name != FP32_ONNX and not accepted:
             _remove(path)
 
 
@@ -120,9 +110,10 @@ def _remove(artifact: Path) -> None:
     manifest_path(artifact).unlink()
 
 
-def _bundle_engine(candidate: Candidate, verdicts: Verdicts, bench: BenchResult | None) -> BundleEngine:
+def _bundle_engine(candidate: Candidate, verdicts: Verdicts, benches: Sequence[BenchResult]) -> BundleEngine:
     verdict = verdicts.by_name.get(candidate.name)
-    row = None if bench is None else bench.row(candidate.name, "end-to-end")
+    measured = [(result, row) for result in benches if (row := result.row(candidate.name, "end-to-end"))]
+    bench, row = measured[0] if measured else (None, None)
     return BundleEngine(
         file=candidate.file,
         engine=candidate.engine,
@@ -135,33 +126,25 @@ def _bundle_engine(candidate: Candidate, verdicts: Verdicts, bench: BenchResult 
 
 
 def _rank(engine: BundleEngine) -> tuple[bool, float]:
-    """Order engines: first those that never ran here (they want a better machine), then the fastest.
-
-    `choose_engine` puts verified engines first where both can run.
-    """
+    """Order engines: first those that cannot run here (they are for a faster machine), then the fastest."""
     return engine.latency_ms is not None, engine.latency_ms or 0.0
 
 
 def _write_report(
     work: Work,
     kept: Sequence[Candidate],
-    checkpoint: "LoadedCheckpoint",
-    calibration: "CalibrationSet",
+    checkpoint: LoadedCheckpoint,
+    calibration: CalibrationSet,
     verdicts: Verdicts,
-    bench: BenchResult | None,
+    benches: Sequence[BenchResult],
     commands: Sequence[str],
 ) -> None:
     document = report_document(
-        title=work.request.output.name,
+        title=work.options.output.name,
         contract=checkpoint.contract(),
         engines=_entries(work, kept, verdicts),
-        bench=() if bench is None else bench,
-        checkpoint={
-            "name": checkpoint.path.name,
-            "sha256": checkpoint.sha256,
-            "dialect": checkpoint.dialect,
-            "evidence": checkpoint.evidence.to_json(),
-        },
+        bench=benches,
+        checkpoint=checkpoint_entry(checkpoint),
         calibration=calibration.to_json(),
         sensitivity=next((entries for entries in work.sensitivity.values() if entries), []),
         searches=work.searches,
@@ -172,28 +155,28 @@ def _write_report(
 
 
 def _entries(work: Work, kept: Sequence[Candidate], verdicts: Verdicts) -> list[EngineEntry]:
-    """Return the report's lines: engines, graphs that were checked in place of one, and what was left out."""
+    """Return the report's lines: engines, graphs that were verified in place of one, and what was left out."""
     entries = [_entry(work.folder, candidate, verdicts) for candidate in kept]
     for name, onnx in verdicts.graphs.items():
         path, verdict = work.folder / onnx, verdicts.by_name[name]
-        there = path.exists()
+        kept_graph = path.exists()
         entries.append(
             EngineEntry(
                 name,
                 "onnxruntime",
                 verdict.candidate.contract.precision,
-                file=onnx if there else None,
-                size_bytes=path.stat().st_size if there else None,
-                sha256=sha256_of_file(path) if there else None,
+                file=onnx if kept_graph else None,
+                size_bytes=path.stat().st_size if kept_graph else None,
+                sha256=sha256_of_file(path) if kept_graph else None,
                 verify=verdict,
-                left_out=not there,
+                left_out=not kept_graph,
             )
         )
     for left, _ in work.left_out:
         name = f"{left.engine} {left.precision}"
-        judged = verdicts.by_name.get(name)  # where there is one, its failures are the reason
-        reason = None if judged is not None else f"{left.stage}: {left.reason}"
-        entries.append(EngineEntry(name, left.engine, left.precision, verify=judged, reason=reason, left_out=True))
+        result = verdicts.by_name.get(name)  # where there is one, its failures are the reason
+        reason = None if result is not None else f"{left.stage}: {left.reason}"
+        entries.append(EngineEntry(name, left.engine, left.precision, verify=result, reason=reason, left_out=True))
     return entries
 
 
@@ -201,7 +184,7 @@ def _entry(folder: Path, candidate: Candidate, verdicts: Verdicts) -> EngineEntr
     path = folder / candidate.file
     reason = verdicts.obstacles.get(candidate.name)
     if reason is not None and candidate.graph_name in verdicts.by_name:
-        reason += f"; its graph was checked on ONNX Runtime instead (line {candidate.graph_name!r})"
+        reason += f"; its graph was verified on ONNX Runtime instead (line {candidate.graph_name!r})"
     return EngineEntry(
         candidate.name,
         candidate.engine,
@@ -213,45 +196,3 @@ def _entry(folder: Path, candidate: Candidate, verdicts: Verdicts) -> EngineEntr
         verify=verdicts.by_name.get(candidate.name),
         reason=reason,
     )
-
-
-def _inputs(request: Request) -> dict[str, Path]:
-    inputs = {"CHECKPOINT": request.checkpoint, "IMAGES": request.images}
-    return inputs if request.evaluate is None else {**inputs, "EVALUATE": request.evaluate}
-
-
-def _stages(request: Request, kept: Sequence[Candidate], contract: ModelContract) -> list[list[str]]:
-    """Return the road verb by verb, with "$NAME" words for inputs and outputs."""
-    stated = request.stated.flags()
-    hr = ["--hr"] if request.hr else []
-    commands = [["srdeploy", "export", "$CHECKPOINT", *stated, "-o", f"$OUT/{FP32_ONNX}"]]
-    graphs = {entry.onnx: entry for entry in kept if entry.onnx != FP32_ONNX}
-    for onnx, entry in graphs.items():
-        words = ["srdeploy", "quantize", f"$OUT/{FP32_ONNX}", "--precision", str(entry.precision)]
-        words += ["--target", str(target_of(entry.engine)), "--images", "$IMAGES", *hr]
-        if request.max_psnr_drop is not None and onnx != FP16_ONNX:
-            words += ["--max-psnr-drop", f"{request.max_psnr_drop:g}"]
-        commands.append([*words, "-o", f"$OUT/{onnx}"])
-    profile = request.profile(contract)
-    for entry in kept:
-        if entry.file == entry.onnx:
-            continue
-        words = ["srdeploy", "build", f"$OUT/{entry.onnx}", "--engine", entry.engine]
-        if entry.engine.startswith("tensorrt"):
-            for name, size in (("min", profile.min), ("opt", profile.opt), ("max", profile.max)):
-                words += [f"--{name}-shape", format_shape(size)]
-            if entry.engine == "tensorrt-rtx":
-                words += [
-                    word for capability in request.compute_capabilities for word in ("--compute-capability", capability)
-                ]
-        commands.append([*words, "-o", f"$OUT/{entry.file}"])
-    evaluate = "$IMAGES" if request.evaluate is None else "$EVALUATE"
-    source = ["--hr", evaluate] if request.hr else ["--images", evaluate]
-    runnable = [entry for entry in kept if not entry.engine.startswith("tensorrt")]
-    for entry in runnable:
-        commands.append(["srdeploy", "verify", f"$OUT/{entry.file}", "--against", "$CHECKPOINT", *stated, *source])
-    if runnable:
-        files = [f"$OUT/{entry.file}" for entry in runnable]
-        shape = format_shape(request.shape(contract))
-        commands.append(["srdeploy", "bench", *files, "--against", "$CHECKPOINT", *stated, "--shape", shape, *QUICK])
-    return commands

@@ -1,42 +1,77 @@
-"""The commands, stage by stage, that make a bundle's files again: reproduce.sh, and the report's last section."""
+"""The commands, stage by stage, that make a bundle's files again: reproduce.sh, and the report's last section.
+
+Each command is written from the options class of its verb, so that it says what the verb reads.
+"""
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from srdeploy.cli.bench import BenchOptions
+from srdeploy.cli.build import BuildVerbOptions
+from srdeploy.cli.export import ExportOptions
+from srdeploy.cli.options import command_line
+from srdeploy.cli.pipeline.engines import target_of, threads_for
+from srdeploy.cli.pipeline.types import FP32_ONNX, Candidate, DeployOptions
+from srdeploy.cli.quantize import QuantizeVerbOptions
+from srdeploy.cli.verify import VerifyOptions
+from srdeploy.core.contract import ModelContract
 from srdeploy.core.manifest import Source
+from srdeploy.core.precision import Precision
+
+OUT, CHECKPOINT, IMAGES, EVALUATE = (Path(f"${name}") for name in ("OUT", "CHECKPOINT", "IMAGES", "EVALUATE"))
+"""Shell variables of the script."""
 
 
 def reproducing_lines(
-    *, checkpoint: Source, inputs: Mapping[str, Path], whole: Sequence[str], stages: Sequence[Sequence[str]]
+    checkpoint: Source, options: DeployOptions, kept: Sequence[Candidate], contract: ModelContract
 ) -> list[str]:
     """Return lines of a shell script that makes the files of a bundle again.
 
     Args:
         checkpoint: the file it starts from; the script checks its SHA-256.
-        inputs: shell variable to the path it stands for; stages refer to them as "$NAME" and to the output folder as
-            "$OUT".
-        whole: the one command that made the bundle.
-        stages: the same, verb by verb.
+        options: of the `deploy` that made the bundle.
+        kept: the engines in the bundle.
+        contract: of the FP32 graph.
     """
+    inputs = {CHECKPOINT: options.checkpoint, IMAGES: options.images}
+    if options.evaluate is not None:
+        inputs[EVALUATE] = options.evaluate
     return [
         "# In one command:",
-        f"#   {shlex.join(whole)}",
+        f"#   {shlex.join(command_line('deploy', options))}",
         "# Stage by stage; the variables may be set from outside:",
         'OUT="${1:-reproduced}"',
-        *(f'{name}="${{{name}:-{_quoted_inside(value)}}}"' for name, value in inputs.items()),
+        *(f'{name}="${{{name}:-{_quoted_inside(value)}}}"' for name, value in _names(inputs).items()),
         f'echo "{checkpoint.sha256}  $CHECKPOINT" | sha256sum --check --quiet',
-        *(_command(words) for words in stages),
+        *(_command(words) for words in stage_commands(options, kept, contract)),
     ]
+
+
+def stage_commands(
+    options: DeployOptions, kept: Sequence[Candidate], contract: ModelContract
+) -> list[list[str]]:
+    """Return the commands of a `deploy`, verb by verb, with shell variables for inputs and outputs."""
+    commands = [command_line("export", _export(options))]
+    graphs = {entry.onnx: entry for entry in kept if entry.onnx != FP32_ONNX}
+    commands += [command_line("quantize", _quantize(options, entry)) for entry in graphs.values()]
+    commands += [
+        command_line("build", _build(options, entry, contract)) for entry in kept if entry.file != entry.onnx
+    ]
+    runnable = [entry for entry in kept if not entry.engine.startswith("tensorrt")]
+    commands += [command_line("verify", _verify(options, entry)) for entry in runnable]
+    commands += [command_line("bench", each) for each in _benches(options, runnable, contract)]
+    return commands
 
 
 def write_reproduce_script(path: Path, lines: Sequence[str], *, versions: Mapping[str, str]) -> None:
     """Write an executable script.
 
     Args:
-        path: where.
+        path: the file.
         lines: of `reproducing_lines`.
-        versions: of the packages that took part.
+        versions: of the packages that were used.
     """
     whole = [
         "#!/usr/bin/env bash",
@@ -50,8 +85,83 @@ def write_reproduce_script(path: Path, lines: Sequence[str], *, versions: Mappin
     path.chmod(0o755)
 
 
+def _export(options: DeployOptions) -> ExportOptions:
+    return ExportOptions(
+        checkpoint=CHECKPOINT, checkpoint_options=options.checkpoint_options, output=OUT / FP32_ONNX
+    )
+
+
+def _quantize(options: DeployOptions, entry: Candidate) -> QuantizeVerbOptions:
+    return QuantizeVerbOptions(
+        onnx=OUT / FP32_ONNX,
+        precision=entry.precision,
+        target=target_of(entry.engine),
+        images=IMAGES,
+        hr=options.hr,
+        max_psnr_drop=options.max_psnr_drop if entry.precision is Precision.INT8 else None,
+        threads=options.threads,
+        output=OUT / entry.onnx,
+    )
+
+
+def _build(options: DeployOptions, entry: Candidate, contract: ModelContract) -> BuildVerbOptions:
+    build = BuildVerbOptions(onnx=OUT / entry.onnx, engine=entry.engine, output=OUT / entry.file)
+    if not entry.engine.startswith("tensorrt"):
+        return build
+    profile = options.profile(contract)
+    return replace(
+        build,
+        min_shape=(profile.min,),
+        opt_shape=(profile.opt,),
+        max_shape=(profile.max,),
+        compute_capability=options.compute_capabilities if entry.engine == "tensorrt-rtx" else (),
+    )
+
+
+def _verify(options: DeployOptions, entry: Candidate) -> VerifyOptions:
+    source = IMAGES if options.evaluate is None else EVALUATE
+    return VerifyOptions(
+        candidates=(OUT / entry.file,),
+        checkpoint=CHECKPOINT,
+        checkpoint_options=options.checkpoint_options,
+        images=None if options.hr else source,
+        hr=source if options.hr else None,
+        engine=_engine_option(entry),
+        threads=threads_for(entry.engine, options.threads),
+    )
+
+
+def _benches(options: DeployOptions, runnable: Sequence[Candidate], contract: ModelContract) -> list[BenchOptions]:
+    """One command measures all built engines; an ONNX file that several families open needs one command per family."""
+    groups: dict[str | None, list[Candidate]] = {}
+    for entry in runnable:
+        groups.setdefault(_engine_option(entry), []).append(entry)
+    return [
+        BenchOptions(
+            candidates=tuple(OUT / entry.file for entry in entries),
+            checkpoint=CHECKPOINT,
+            checkpoint_options=options.checkpoint_options,
+            shape=options.shape(contract),
+            engine=engine,
+            threads=threads_for(entries[0].engine, options.threads),
+            no_baselines=True,  # what `deploy` itself measures
+            allow_unstable=True,  # noise is no reason to stop the script
+        )
+        for engine, entries in groups.items()
+    ]
+
+
+def _engine_option(entry: Candidate) -> str | None:
+    """Return the --engine that opens a file: a built engine knows its own, an ONNX file opens in any family."""
+    return entry.engine if entry.file == entry.onnx else None
+
+
+def _names(inputs: Mapping[Path, Path]) -> dict[str, Path]:
+    return {str(variable).removeprefix("$"): path for variable, path in inputs.items()}
+
+
 def _command(words: Sequence[str]) -> str:
-    """Quote every word, but let the variables in "$NAME" and "$OUT/..." words work."""
+    """Quote every word, but let the shell expand "$NAME" and "$OUT/..."."""
     return " ".join(f'"{word}"' if word.startswith("$") else shlex.quote(word) for word in words)
 
 

@@ -1,23 +1,23 @@
-"""The stages of the road that judge: every engine against the eager FP32 network, in decibels and milliseconds."""
+"""Verification against the eager FP32 network on the engine's own device: for `verify`, and a stage of `deploy`."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 from srdeploy.cli.console import warning_line
-from srdeploy.cli.pipeline.road import FP16_ONNX, Candidate, Work
+from srdeploy.cli.pipeline.engines import threads_for
+from srdeploy.cli.pipeline.opening import by_device
+from srdeploy.cli.pipeline.types import FP16_ONNX, GRAPH_FP16, Candidate, Verdicts, Work
 from srdeploy.core.artifact import sha256_of_file
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import CapabilityError
 from srdeploy.core.extras import is_installed
 from srdeploy.core.imaging.read import find_images
 from srdeploy.core.precision import Precision
+from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.runner import Runner
-from srdeploy.core.shapes import format_shape
-from srdeploy.runtime.bench.conditions import conditions
-from srdeploy.runtime.bench.latency import BenchResult, bench, named, with_process_memory
+from srdeploy.runtime.bench.latency import named
 from srdeploy.runtime.engines.eager import open_eager
 from srdeploy.runtime.engines.registry import open_engine
 from srdeploy.runtime.verify.parity import Gates, VerifyResult, verify_all
@@ -27,43 +27,55 @@ if TYPE_CHECKING:
     from srdeploy.calibration.images.dataset import CalibrationSet
     from srdeploy.models.checkpoint.load import LoadedCheckpoint
 
-MAX_JUDGED = 8
-"""Verification looks at this many images at most, spread over all: each costs a run of the eager network."""
-JUDGED_MACS = 1e11
-"""And at a crop of each that costs no more multiply-adds than this, 320 pixels square at most."""
-GRAPH_FP16 = "graph fp16"
-"""Name of the check of the FP16 graph on ONNX Runtime; it is made also when no engine here is built from it."""
+MAX_IMAGES = 8
+"""`deploy` verifies on at most this many images, spread over all: each costs a run of the eager network."""
+MAX_MACS = 1e11
+"""And on a crop of each that costs no more multiply-adds than this, 320 pixels square at most."""
 KEPT_VIEWS = 3
 """Images that the report shows."""
 
 
-@dataclass(frozen=True)
-class Verdicts:
-    """What verification found.
+def compare_with_eager(
+    runners: Sequence[Runner],
+    loaded: "LoadedCheckpoint",
+    samples: Sequence[Sample],
+    *,
+    gates: Sequence[Gates],
+    threads: int | None = None,
+    keep_views: int = 0,
+    progress: Progress = SILENT,
+) -> list[VerifyResult]:
+    """Verify runners against the eager FP32 network, which runs on the same device as each of them.
 
-    Attributes:
-        by_name: verdicts of engines by their name, and of graphs by theirs.
-        obstacles: by engine name, why it cannot run here.
-        graphs: by name, the ONNX files that were judged because no engine built from them runs here.
+    Args:
+        runners: opened in their parity modes.
+        loaded: the checkpoint that they were made from.
+        samples: images to compare on.
+        gates: one per runner.
+        threads: CPU threads of the eager network; None for all processors.
+        keep_views: number of images whose pictures are kept for a report.
+        progress: where the work is reported.
+
+    Returns:
+        One result per runner, in their order.
+
+    Raises:
+        UsageError: no image is within an engine's profile.
     """
-
-    by_name: dict[str, VerifyResult]
-    obstacles: dict[str, str]
-    graphs: dict[str, str]
-
-    def of(self, candidate: Candidate) -> VerifyResult | None:
-        """Return the verdict on an engine, or on its graph where the engine cannot run."""
-        name = candidate.graph_name if candidate.name in self.obstacles else candidate.name
-        return self.by_name.get(name)
-
-    def admits(self, candidate: Candidate) -> bool:
-        """Tell whether an engine may come along: it passed, or nothing could be found out here."""
-        verdict = self.of(candidate)
-        return verdict is None or verdict.passed
-
-    def runnable(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """Return those that ran here and passed."""
-        return [entry for entry in candidates if entry.name not in self.obstacles and self.admits(entry)]
+    gate_of = {id(runner): gate for runner, gate in zip(runners, gates, strict=True)}
+    found: dict[int, VerifyResult] = {}
+    for device, group in by_device(runners).items():
+        with open_eager(loaded, device=device, threads=threads) as reference:
+            results = verify_all(
+                group,
+                reference,
+                samples,
+                gates=[gate_of[id(runner)] for runner in group],
+                keep_views=keep_views,
+                progress=progress,
+            )
+        found |= {id(runner): result for runner, result in zip(group, results, strict=True)}
+    return [found[id(runner)] for runner in runners]
 
 
 def verify_engines(
@@ -71,15 +83,15 @@ def verify_engines(
     candidates: Sequence[Candidate],
     checkpoint: "LoadedCheckpoint",
     calibration: "CalibrationSet",
-    say: list[str],
+    report: list[str],
 ) -> Verdicts:
-    """Evaluator all engines that can run here.
+    """Verify all engines that can run here.
 
-    Of an engine that cannot (no GPU), its graph is judged on ONNX Runtime: the weights and the rounding are the
+    Where an engine cannot run (no GPU), its graph is verified on ONNX Runtime instead: weights and rounding are the
     engine's own, the kernels are not, and the report says so.
     """
     samples = _samples(work, checkpoint.contract(), calibration)
-    threads = work.request.threads
+    threads = work.options.threads
     runners: dict[str, Runner] = {}
     obstacles: dict[str, str] = {}
     unseen = {FP16_ONNX: GRAPH_FP16} if (work.folder / FP16_ONNX).exists() else {}
@@ -87,10 +99,15 @@ def verify_engines(
         for candidate in candidates:
             path = work.folder / candidate.file
             try:
-                runner = open_engine(path, engine=candidate.engine, parity=True, threads=threads)
+                runner = open_engine(
+                    path,
+                    engine=candidate.engine,
+                    parity=True,
+                    threads=threads_for(candidate.engine, threads),
+                )
             except CapabilityError as error:
-                # The folder has a temporary name until the road ends; people read the one it will have.
-                obstacles[candidate.name] = str(error).replace(str(work.folder), str(work.request.output))
+                # The folder has a temporary name until the end; messages name the one that it will have.
+                obstacles[candidate.name] = str(error).replace(str(work.folder), str(work.options.output))
                 unseen[candidate.onnx] = candidate.graph_name
             else:
                 runners[candidate.name] = named(stack.enter_context(runner), candidate.name)
@@ -99,39 +116,17 @@ def verify_engines(
         for name, onnx in graphs.items():
             runner = open_engine(work.folder / onnx, parity=True, threads=threads)
             runners[name] = named(stack.enter_context(runner), name)
-        reference = stack.enter_context(open_eager(checkpoint, threads=threads))
-        gates = [_gates(runner, work.request.max_psnr_drop) for runner in runners.values()]
-        found = verify_all(
-            list(runners.values()), reference, samples, gates=gates, keep_views=KEPT_VIEWS, progress=work.progress
+        found = compare_with_eager(
+            list(runners.values()),
+            checkpoint,
+            samples,
+            gates=[_gates(runner, work.options.max_psnr_drop) for runner in runners.values()],
+            threads=threads,
+            keep_views=KEPT_VIEWS,
+            progress=work.progress,
         )
-    say.append(f"{sum(verdict.passed for verdict in found)} of {len(found)} passed on {len(samples)} images")
+    report.append(f"{sum(result.passed for result in found)} of {len(found)} passed on {len(samples)} images")
     return Verdicts(dict(zip(runners, found, strict=True)), obstacles, graphs)
-
-
-def bench_engines(
-    work: Work, candidates: Sequence[Candidate], checkpoint: "LoadedCheckpoint", say: list[str]
-) -> BenchResult | None:
-    """Measure engines in turns with the eager network; None when there is none to measure."""
-    if not candidates:
-        say.append("no engine runs here")
-        return None
-    threads = work.request.threads
-    shape = work.request.shape(checkpoint.contract())
-    with ExitStack() as stack:
-        runners: list[Runner] = [stack.enter_context(open_eager(checkpoint, threads=threads))]
-        for candidate in candidates:
-            runner = open_engine(work.folder / candidate.file, engine=candidate.engine, threads=threads)
-            runners.append(named(stack.enter_context(runner), candidate.name))
-        result = bench(
-            runners, shape=shape, effort=work.request.effort, environment=conditions(), progress=work.progress
-        )
-    # The engines are closed by now: their memory is measured on a free machine.
-    files = {entry.name: (work.folder / entry.file, entry.engine) for entry in candidates}
-    result = with_process_memory(result, files, threads=threads)
-    say.append(f"{len(runners)} networks in turns at {format_shape(shape)}")
-    if result.unstable:
-        say.append(f"{len(result.unstable)} of {len(result.rows)} medians are unstable (marked ~)")
-    return result
 
 
 def _gates(runner: Runner, max_psnr_drop: float | None) -> Gates:
@@ -140,10 +135,10 @@ def _gates(runner: Runner, max_psnr_drop: float | None) -> Gates:
 
 
 class _Files(Sequence[Sample]):
-    """Single files as samples, decoded when asked for."""
+    """Single files as samples, decoded on access."""
 
     def __init__(self, files: Sequence[Path], hr: bool, contract: ModelContract) -> None:
-        side = max(64, min(320, int((JUDGED_MACS / contract.macs_per_pixel) ** 0.5)))
+        side = max(64, min(320, int((MAX_MACS / contract.macs_per_pixel) ** 0.5)))
         self._folders = [
             SampleFolder(None if hr else path, path if hr else None, contract=contract, max_side=side) for path in files
         ]
@@ -162,21 +157,21 @@ class _Files(Sequence[Sample]):
 
 
 def _samples(work: Work, contract: ModelContract, calibration: "CalibrationSet") -> Sequence[Sample]:
-    """Return the images to judge on: those stated, or those that calibration kept aside."""
-    request = work.request
-    if request.evaluate is not None:
-        files = find_images(request.evaluate)
+    """Return the images to verify on: the given ones, or those that calibration held out."""
+    options = work.options
+    if options.evaluate is not None:
+        files = find_images(options.evaluate)
         seen = [path.name for path in files if sha256_of_file(path) in calibration.image_hashes]
         if seen:
             warning_line(
-                f"{len(seen)} of {len(files)} evaluation images were calibrated on ({seen[0]}): "
-                "the figures of quantized engines are too kind"
+                f"{len(seen)} of {len(files)} evaluation images were used for calibration ({seen[0]}): "
+                "the figures of quantized engines will be optimistic"
             )
-    elif request.images.is_dir():
-        files = [path for path in find_images(request.images) if sha256_of_file(path) not in calibration.image_hashes]
+    elif options.images.is_dir():
+        files = [path for path in find_images(options.images) if sha256_of_file(path) not in calibration.image_hashes]
     else:  # a zip, list, pattern or video: only calibration can read it
         return [Sample(entry.name, entry.pixels, entry.truth) for entry in calibration.held_out]
     chosen = (
-        [files[index * len(files) // MAX_JUDGED] for index in range(MAX_JUDGED)] if len(files) > MAX_JUDGED else files
+        [files[index * len(files) // MAX_IMAGES] for index in range(MAX_IMAGES)] if len(files) > MAX_IMAGES else files
     )
-    return _Files(chosen, request.hr, contract)
+    return _Files(chosen, options.hr, contract)

@@ -1,0 +1,181 @@
+"""The stages of `deploy` that make files: load, export, calibrate, quantize, build.
+
+A defect of one engine only (its graph misses the gate, its builder refuses) leaves that engine out with its reason, and
+the pipeline continues; everything else ends it, and no bundle is written.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from srdeploy.calibration.images.dataset import CalibrationSet, make_calibration_set
+from srdeploy.calibration.options import QuantizeOptions
+from srdeploy.calibration.quantize import artifacts_folder, quantize
+from srdeploy.calibration.search.choose import Choice
+from srdeploy.cli.checkpoint_options import load_from_options
+from srdeploy.cli.pipeline.engines import PRECISIONS, onnx_name, target_of
+from srdeploy.cli.pipeline.opening import engine_opener
+from srdeploy.cli.pipeline.types import FP16_ONNX, FP32_ONNX, Candidate, Work
+from srdeploy.core.environment import package_versions
+from srdeploy.core.errors import BuildError, GateError, SrdeployError
+from srdeploy.core.manifest import manifest_path, read_manifest
+from srdeploy.core.precision import Precision
+from srdeploy.core.shapes import ShapeProfile
+from srdeploy.export.exporter import export_onnx
+from srdeploy.models.checkpoint.load import LoadedCheckpoint
+from srdeploy.runtime.engines.options import BuildOptions
+from srdeploy.runtime.engines.registry import build_engine, family
+
+
+def sized(path: Path) -> str:
+    """Return a file's name and size, for one line of progress."""
+    return f"{path.name} {path.stat().st_size / 1e6:.1f} MB"
+
+
+def load(work: Work, report: list[str]) -> LoadedCheckpoint:
+    """Load the checkpoint, and report what had to be assumed."""
+    checkpoint = load_from_options(work.options.checkpoint, work.options.checkpoint_options, work.progress)
+    contract = checkpoint.contract()
+    report.append(f"{checkpoint.dialect}: {contract.architecture} x{contract.scale}, {contract.colours}")
+    return checkpoint
+
+
+def export(work: Work, checkpoint: LoadedCheckpoint, report: list[str]) -> None:
+    """Write the FP32 graph."""
+    export_onnx(checkpoint, work.folder / FP32_ONNX, progress=work.progress)
+    report.append(sized(work.folder / FP32_ONNX))
+
+
+def calibrate(work: Work, checkpoint: LoadedCheckpoint, report: list[str]) -> CalibrationSet:
+    """Make the calibration set."""
+    options = work.options
+    calibration = make_calibration_set(
+        options.images, contract=checkpoint.contract(), hr=options.hr, progress=work.progress
+    )
+    (work.folder / "calibration").mkdir()
+    report.append(f"{len(calibration)} crops from {len(calibration.image_hashes)} images")
+    return calibration
+
+
+def quantize_all(
+    work: Work, engines: Sequence[str], calibration: CalibrationSet, report: list[str]
+) -> list[Candidate]:
+    """Make the graph of every precision that some engine needs; one that misses its gate is left out."""
+    candidates = [
+        Candidate(engine, precision, onnx_name(engine, precision))
+        for engine in engines
+        for precision in PRECISIONS[engine]
+    ]
+    # FP16 is made even when no engine here needs it: engines on other machines are built from it.
+    needed = {FP16_ONNX: ("tensorrt", Precision.FP16)}
+    needed |= {entry.onnx: (entry.engine, entry.precision) for entry in candidates if entry.onnx != FP32_ONNX}
+    refused: dict[str, SrdeployError] = {}
+    for onnx, (engine, precision) in needed.items():
+        try:
+            report.append(_quantize(work, onnx, engine, precision, calibration))
+        except (GateError, BuildError) as error:
+            refused[onnx] = error
+    for entry in candidates:
+        if entry.onnx in refused:
+            work.leave_out(entry, "quantize", str(refused[entry.onnx]), refused[entry.onnx].exit_code)
+    return [entry for entry in candidates if entry.onnx not in refused]
+
+
+def _quantize(work: Work, onnx: str, engine: str, precision: Precision, calibration: CalibrationSet) -> str:
+    output = work.folder / onnx
+    int8 = precision is Precision.INT8
+    result = quantize(
+        work.folder / FP32_ONNX,
+        output,
+        precision=precision,
+        target=target_of(engine),
+        calibration=calibration,
+        options=QuantizeOptions(max_psnr_drop=work.options.max_psnr_drop if int8 else None),
+        open_engine=engine_opener(target_of(engine), work.options.threads),
+        progress=work.progress,
+    )
+    if int8 and not result.int8_macs:
+        output.unlink()
+        manifest_path(output).unlink()
+        shutil.rmtree(artifacts_folder(output), ignore_errors=True)
+        raise GateError("the bound is kept only with every layer in FP32", expected="an INT8 graph")
+    work.sensitivity[onnx] = _sensitivity(result.choice)
+    if result.choice is not None and int8 and work.options.max_psnr_drop is not None:
+        work.searches.append(_search(onnx, work.options.max_psnr_drop, result.choice))
+    # One folder for all graphs: their calibration set is one and the same.
+    places = {name: f"calibration/{'' if name == 'set' else output.stem + '.'}{name}.json" for name in result.artifacts}
+    for name, path in result.artifacts.items():
+        path.rename(work.folder / places[name])
+    artifacts_folder(output).rmdir()
+    manifest = read_manifest(output)
+    details = {**manifest.details, "output": onnx, "artifacts": places}  # they named the folder's temporary name
+    manifest_path(output).write_text(replace(manifest, details=details).to_json(), encoding="utf-8")
+    return sized(output)
+
+
+def _sensitivity(choice: Choice | None) -> list[dict[str, Any]]:
+    """Return the report's entries: the fidelity when only these layers are quantized."""
+    if choice is None:
+        return []
+    return [
+        {
+            "layer": entry.layers[0] if len(entry.layers) == 1 else f"{entry.layers[0]} to {entry.layers[-1]}",
+            "fidelity_db": entry.fidelity_db,
+            "kept": "fp32" if entry.decision(choice.decisions) == "fp32" else None,
+        }
+        for entry in choice.sensitivities
+    ]
+
+
+def _search(onnx: str, bound_db: float, choice: Choice) -> dict[str, Any]:
+    """Return the report's entry: the graphs that were measured on the way to the bound, and the chosen one."""
+    taken = (tuple(choice.decisions.keep), choice.decisions.splits)
+    points = [point.to_json() | {"taken": (point.keep, point.splits) == taken} for point in choice.points]
+    return {"graph": onnx, "bound_db": bound_db, "points": points}
+
+
+def build_all(
+    work: Work, candidates: Sequence[Candidate], checkpoint: LoadedCheckpoint, report: list[str]
+) -> list[Candidate]:
+    """Build every candidate's engine; one that fails is left out."""
+    (work.folder / "engines").mkdir()
+    profile = work.options.profile(checkpoint.contract())
+    built = []
+    for candidate in candidates:
+        try:
+            built.append(_build(work, candidate, profile))
+        except BuildError as error:
+            work.leave_out(candidate, "build", str(error), error.exit_code)
+    report.append(", ".join(entry.name for entry in built))
+    return built
+
+
+def _build(work: Work, candidate: Candidate, profile: ShapeProfile) -> Candidate:
+    suffix = family(candidate.engine).suffix
+    if suffix is None:  # it opens the ONNX file as it is
+        return replace(candidate, file=candidate.onnx)
+    on_gpu = candidate.engine.startswith("tensorrt")
+    capabilities = work.options.compute_capabilities if candidate.engine == "tensorrt-rtx" else ()
+    file = f"engines/{_engine_name(candidate, profile if on_gpu else None, capabilities)}{suffix}"
+    result = build_engine(
+        work.folder / candidate.onnx,
+        work.folder / file,
+        engine=candidate.engine,
+        options=BuildOptions(profiles=(profile,) if on_gpu else (), compute_capabilities=capabilities),
+        progress=work.progress,
+    )
+    precision_built = str(result.manifest.details["precision"]["built"])
+    return replace(candidate, file=file, built=precision_built, seconds=round(result.seconds, 2))
+
+
+def _engine_name(candidate: Candidate, profile: ShapeProfile | None, capabilities: Sequence[str]) -> str:
+    """Return <engine>-<version>_<target>_<precision>_<profile>, short enough to read."""
+    version = package_versions([candidate.engine]).get(candidate.engine, "unknown")
+    target = "cpu" if profile is None else "sm" + "-".join(capabilities) if capabilities else "gpu"
+    shapes = "any"
+    if profile is not None:
+        height, width = (f"{low}-{high}" for low, high in zip(profile.min[2:], profile.max[2:], strict=True))
+        shapes = f"{height}x{width}"
+    return f"{candidate.engine}-{version}_{target}_{candidate.precision}_{shapes}"

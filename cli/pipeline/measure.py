@@ -1,0 +1,99 @@
+"""Latency next to the eager FP32 network on the engine's own device: for `bench`, and a stage of `deploy`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from srdeploy.cli.pipeline.engines import threads_for
+from srdeploy.cli.pipeline.opening import by_device
+from srdeploy.cli.pipeline.types import Candidate, Work
+from srdeploy.core.progress import SILENT, Progress
+from srdeploy.core.runner import Runner
+from srdeploy.core.shapes import Shape, format_shape
+from srdeploy.models.checkpoint.load import LoadedCheckpoint
+from srdeploy.runtime.bench.conditions import conditions
+from srdeploy.runtime.bench.latency import BenchResult, Effort, bench, named, with_process_memory
+from srdeploy.runtime.engines.eager import open_eager
+from srdeploy.runtime.engines.registry import open_engine
+
+OpenBaselines = Callable[[str], Sequence[Runner]]
+"""Opens the baselines of a device ("cpu", "cuda:0"), the eager FP32 network first."""
+
+
+def with_baselines(runners: Sequence[Runner], open_baselines: OpenBaselines) -> list[list[Runner]]:
+    """Group runners by device, each group after the baselines of its device.
+
+    A baseline that has the name of a runner is omitted: it is measured already.
+    """
+    groups = []
+    for device, group in by_device(runners).items():
+        names = {runner.info.name for runner in group}
+        baselines = [runner for runner in open_baselines(device) if runner.info.name not in names]
+        groups.append([*baselines, *group])
+    return groups
+
+
+def measure_groups(
+    groups: Sequence[Sequence[Runner]],
+    shape: Shape,
+    *,
+    effort: Effort | None = None,
+    progress: Progress = SILENT,
+) -> list[BenchResult]:
+    """Measure each group of `with_baselines` in turns; ratios refer to its first runner, eager FP32 on that device."""
+    return [bench(group, shape=shape, effort=effort, environment=conditions(), progress=progress) for group in groups]
+
+
+def with_process_memories(
+    results: Sequence[BenchResult], files: Mapping[str, tuple[Path, str | None]], threads: int | None
+) -> list[BenchResult]:
+    """Return the results with the memory that each file needs in a process of its own.
+
+    Args:
+        results: of `measure_groups`; call this when the measured runners are closed.
+        files: by runner name, the file and the engine family that opens it (None for the file's own).
+        threads: CPU threads.
+    """
+    completed = []
+    for result in results:
+        measured = {row.runner.name for row in result.rows}
+        own = {name: entry for name, entry in files.items() if name in measured}
+        completed.append(with_process_memory(result, own, threads=threads))
+    return completed
+
+
+def measure_engines(
+    work: Work,
+    candidates: Sequence[Candidate],
+    checkpoint: LoadedCheckpoint,
+    effort: Effort | None,
+    report: list[str],
+) -> tuple[BenchResult, ...]:
+    """Measure engines in turns with the eager network; empty when there is none to measure."""
+    if not candidates:
+        report.append("no engine runs here")
+        return ()
+    threads = work.options.threads
+    shape = work.options.shape(checkpoint.contract())
+    with ExitStack() as stack:
+        runners: list[Runner] = []
+        for candidate in candidates:
+            runner = open_engine(
+                work.folder / candidate.file,
+                engine=candidate.engine,
+                threads=threads_for(candidate.engine, threads),
+            )
+            runners.append(named(stack.enter_context(runner), candidate.name))
+        groups = with_baselines(
+            runners, lambda device: [stack.enter_context(open_eager(checkpoint, device=device, threads=threads))]
+        )
+        results = measure_groups(groups, shape, effort=effort, progress=work.progress)
+    files: dict[str, tuple[Path, str | None]] = {
+        entry.name: (work.folder / entry.file, entry.engine) for entry in candidates
+    }
+    results = with_process_memories(results, files, threads)
+    report.append(f"{sum(map(len, groups))} networks in turns at {format_shape(shape)}")
+    unstable = sum(len(result.unstable) for result in results)
+    if unstable:
+        report.append(f"{unstable} of {sum(len(result.rows) for result in results)} medians are unstable (marked ~)")
+    return tuple(results)
