@@ -30,6 +30,7 @@ from srdeploy.cli.options import (
 from srdeploy.core.errors import UsageError
 from srdeploy.core.runner import Runner
 from srdeploy.core.shapes import Shape, format_shape
+from srdeploy.core.sizes import format_bytes
 
 if TYPE_CHECKING:
     from srdeploy.models.checkpoint.load import LoadedCheckpoint
@@ -42,12 +43,12 @@ srdeploy bench model.onnx --against rcan_x2.pt --shape 1x3x64x64 --sizes 32,64,1
 """
 )
 
-HEADERS = ("runner", "measured", "median ms", "p90", "p99", "min", "images/s", "ratio", "CoV", "runs", "memory MB")
+HEADERS = ("runner", "measured", "median ms", "p90", "p99", "min", "images/s", "ratio", "CoV", "runs", "memory")
 
-BASELINES = ("eager", "channels-last", "autocast", "compile", "onnxruntime", "openvino-f32", "openvino")
+EAGER_BASELINES = ("eager", "channels-last", "half", "autocast", "compile", "aot")
+ENGINE_BASELINES = ("onnxruntime", "openvino-f32", "openvino")
+BASELINES = (*EAGER_BASELINES, *ENGINE_BASELINES)
 """What --baseline takes; "eager" is always measured, since ratios refer to it."""
-
-_FORMS = {"eager": 0, "channels-last": 1, "autocast": 2, "compile": 3}
 
 
 @arguments
@@ -69,9 +70,7 @@ class BenchOptions:
     no_baselines: bool = option(
         "--no-baselines", default=False, help="Only the eager FP32 network, to which ratios refer."
     )
-    seconds: float = option(
-        "--seconds", type=float, default=4.0, show_default=True, help="Measuring time per row."
-    )
+    seconds: float = option("--seconds", type=float, default=4.0, show_default=True, help="Measuring time per row.")
     warmup_seconds: float = option(
         "--warmup-seconds", type=float, default=0.5, show_default=True, help="Minimum warm-up time per row."
     )
@@ -130,9 +129,7 @@ def command(options: BenchOptions) -> None:
         _check_studies(options, groups)
         results = measure_groups(groups, options.shape, effort=effort, progress=progress)
         studies = _studies(options, groups, loaded, effort, progress)
-    files = {
-        runner.info.name: (path, options.engine) for path, runner in zip(options.candidates, engines, strict=True)
-    }
+    files = {runner.info.name: (path, options.engine) for path, runner in zip(options.candidates, engines, strict=True)}
     results = with_process_memories(results, files, options.threads)
     _show(results, studies, markdown=options.markdown)
     if options.report is not None:
@@ -201,15 +198,21 @@ def _groups(
 ) -> list[list[Runner]]:
     """Group the engines by device, after the baselines on that device, the plain eager network first."""
     from srdeploy.cli.pipeline.measure import with_baselines
-    from srdeploy.runtime.bench.baselines import FORMS, open_baselines
-
-    chosen = {"eager"} if options.no_baselines else {"eager", *(options.baselines or BASELINES)}
-    forms = [FORMS[index] for name, index in _FORMS.items() if name in chosen]
+    from srdeploy.runtime.bench.baselines import default_baselines, open_baselines
 
     def baselines(device: str) -> list[Runner]:
-        runners: list[Runner] = list(
-            open_baselines(loaded, stack, forms=forms, device=device, threads=options.threads, progress=progress)
+        usual = options.baselines or (*default_baselines(device), *ENGINE_BASELINES)
+        chosen = {"eager"} if options.no_baselines else {"eager", *usual}
+        opened = open_baselines(
+            loaded,
+            [name for name in EAGER_BASELINES if name in chosen],
+            stack,
+            shape=options.shape,
+            device=device,
+            threads=options.threads,
+            progress=progress,
         )
+        runners: list[Runner] = list(opened.runners)
         if device == "cpu":
             runners += _engine_baselines(options, engines, loaded, chosen, stack, progress)
         return runners
@@ -227,9 +230,9 @@ def _engine_baselines(
 ) -> list[Runner]:
     """Open the FP32 graph in ONNX Runtime and OpenVINO: a candidate's file if one is FP32, else a fresh export."""
     from srdeploy.core.extras import is_installed
+    from srdeploy.core.onnx_file import read_graph
     from srdeploy.core.precision import Precision
     from srdeploy.runtime.bench.latency import named
-    from srdeploy.runtime.engines.graph import read_graph
     from srdeploy.runtime.engines.openvino import open_native
     from srdeploy.runtime.engines.registry import open_engine
 
@@ -316,9 +319,11 @@ def _studies(
 def _show(results: "Sequence[BenchResult]", studies: dict[str, Any], *, markdown: bool) -> None:
     for result in results:
         rows = [_row(result, row) for row in result.rows]
-        headers = [*HEADERS, "GPU MB"] if _on_gpu(result) else list(HEADERS)
+        headers = [*HEADERS, "GPU memory"] if _on_gpu(result) else list(HEADERS)
         base = result.rows[0].runner
-        _print(f"latency at {format_shape(result.shape)}, ratio to {base.name} on {base.device}", headers, rows, markdown)
+        _print(
+            f"latency at {format_shape(result.shape)}, ratio to {base.name} on {base.device}", headers, rows, markdown
+        )
     for name, study in studies.items():
         steps, lines = _study_table(name, study)
         _print(f"{name}: {study['note']}", steps, lines, markdown)
@@ -348,10 +353,10 @@ def _row(result: "BenchResult", row: "Row") -> list[str]:
         f"{ratio:.2f}" if ratio is not None and row.stable else "",
         f"{numbers.cov:.1%}",
         str(numbers.n),
-        "" if memory.process_bytes is None else f"{memory.process_bytes / 1e6:.0f}",
+        "" if memory.process_bytes is None else format_bytes(memory.process_bytes),
     ]
     if _on_gpu(result):
-        cells.append("" if memory.device_bytes is None else f"{memory.device_bytes / 1e6:.0f}")
+        cells.append("" if memory.device_bytes is None else format_bytes(memory.device_bytes))
     return cells
 
 

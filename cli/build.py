@@ -23,6 +23,7 @@ from srdeploy.cli.options import (
 from srdeploy.core.artifact import refuse_input_as_output
 from srdeploy.core.errors import UsageError
 from srdeploy.core.shapes import Shape, ShapeProfile
+from srdeploy.core.sizes import format_bytes
 
 if TYPE_CHECKING:
     from srdeploy.runtime.engines.options import BuildOptions
@@ -100,9 +101,7 @@ class BuildVerbOptions:
         "--threads", type=POSITIVE, default=None, help="CPU threads to compile with (openvino, onnxruntime)."
     )
     cache: bool = option("--cache/--no-cache", default=True, show_default=True, help="Use the engine cache.")
-    log: Path | None = option(
-        "--log", type=OUTPUT_PATH, default=None, help="File for TensorRT's complete log."
-    )
+    log: Path | None = option("--log", type=OUTPUT_PATH, default=None, help="File for TensorRT's complete log.")
     output: Path = option(
         "-o", "--output", type=OUTPUT_PATH, help="Engine file; its sidecar gets the same name with .json added."
     )
@@ -195,7 +194,7 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     details = result["details"]
     built, precision = details["built"], details["precision"]
     rows = [
-        ("size", f"{result['bytes'] / 1e6:.2f} MB"),
+        ("size", format_bytes(result["bytes"])),
         ("time", f"{result['seconds']:.1f} s" + (" (cached)" if result["cached"] else "")),
         ("cache", result["cache_reason"]),
         ("precision asked / built", f"{precision['asked']} / {precision['built']}"),
@@ -205,7 +204,7 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     if built.get("kernels"):
         rows.append(("kernels", str(built["kernels"])))
     if built.get("activation_bytes"):
-        rows.append(("activation memory", f"{built['activation_bytes'] / 2**20:.0f} MiB at the largest shape"))
+        rows.append(("activation memory", f"{format_bytes(built['activation_bytes'])} at the largest shape"))
     if details["target"].get("words"):
         rows.append(("runs on", details["target"]["words"]))
     rows += [("profile", _profile_text(profile)) for profile in details["profiles"]]

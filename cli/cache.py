@@ -9,6 +9,7 @@ import click
 from srdeploy.cli.console import console, emit_json, table
 from srdeploy.cli.options import BYTES, EXISTING, JSON, argument, arguments, example, option, verb
 from srdeploy.core.errors import InputError
+from srdeploy.core.sizes import format_bytes
 
 
 @click.group(
@@ -70,7 +71,7 @@ def list_(options: ListOptions) -> None:
         emit_json({"root": str(cache.root), "entries": entries})
         return
     table(f"{cache.root}", _HEADERS, [_row(entry) for entry in entries])
-    console.print(f"{len(entries)} engines, {sum(entry['bytes'] for entry in entries) / 1e6:.1f} MB")
+    console.print(f"{len(entries)} engines, {format_bytes(sum(entry['bytes'] for entry in entries))}")
 
 
 @verb(ExplainOptions, name="explain", epilog=example("srdeploy cache explain model.plan"))
@@ -79,7 +80,8 @@ def explain(options: ExplainOptions) -> None:
 
     ENGINE is a built engine: its sidecar holds the key that was requested. A key with no differences is a hit.
     """
-    from srdeploy.runtime.engines.cache import key_differences, key_sha256, nearest
+    from srdeploy.runtime.engines.cache import key_differences, nearest
+    from srdeploy.runtime.engines.sidecar import key_sha256
 
     key, cache = _key(options.engine), _cache()
     lookup = cache.lookup(key)
@@ -139,7 +141,7 @@ def verify(options: ListOptions) -> None:
 for each in (list_, explain, gc, verify):
     command.add_command(each)
 
-_HEADERS = ("key", "engine", "precision", "from", "profile", "MB", "last used", "problem")
+_HEADERS = ("key", "engine", "precision", "from", "profile", "size", "last used", "problem")
 
 
 def _row(entry: dict[str, Any]) -> tuple[str, ...]:
@@ -151,7 +153,7 @@ def _row(entry: dict[str, Any]) -> tuple[str, ...]:
         entry["precision"] or "?",
         entry["onnx"] or "?",
         profiles,
-        f"{entry['bytes'] / 1e6:.1f}",
+        format_bytes(entry["bytes"]),
         used,
         entry["problem"] or "",
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 from srdeploy.cli.console import console, emit_json, next_command, table
 from srdeploy.cli.options import JSON, arguments, example, option, verb
+from srdeploy.core.sizes import format_bytes
 
 PACKAGES = ("srdeploy", "torch", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt_rtx",
             "numpy", "pillow", "polygraphy", "nncf", "av", "pyvips", "jinja2", "matplotlib")  # fmt: skip
@@ -41,7 +42,7 @@ def command(options: DoctorOptions) -> None:
     rows = [(entry["engine"], _mark(entry["why_not_build"]), _mark(entry["why_not_run"])) for entry in engines]
     table("engines", ("engine", "build", "run"), rows)
     machine = document["machine"]
-    memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB" if machine["memory_bytes"] else "unknown"
+    memory = format_bytes(machine["memory_bytes"]) if machine["memory_bytes"] else "unknown"
     table("machine", ("what", "value"), [
         ("processor", f"{machine['processor']}, {machine['cpus']} CPUs"),
         ("instructions", ", ".join(_flag(flag) for flag in machine["cpu_flags"]) or "none that matter here"),
@@ -72,7 +73,7 @@ def examination() -> dict[str, Any]:
         "engines": [status.to_json() for status in availability()],
         "machine": machine(),
         "int8_weight_bits": 7 if int8_sums_saturate() else 8,
-        "gpu": f"{found[0]}, compute capability {found[1][0]}.{found[1][1]}, {found[2] / 2**30:.0f} GiB"
+        "gpu": f"{found[0]}, compute capability {found[1][0]}.{found[1][1]}, {format_bytes(found[2])}"
         if found
         else None,
         "why_no_gpu": why_no_gpu(),

@@ -7,6 +7,7 @@ from typing import Any
 from srdeploy.cli.checkpoint_options import CheckpointOptions, show_ranking
 from srdeploy.cli.console import RichProgress, emit_json, next_command, table, warning_line
 from srdeploy.cli.options import ANY_PATH, JSON, argument, arguments, example, option, option_group, verb
+from srdeploy.core.sizes import format_bytes
 
 EXAMPLE = example(
     """
@@ -207,9 +208,7 @@ def _network(network: Mapping[str, Any]) -> None:
 
 
 def _file_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
-    size = document["bytes"]
-    text = f"{size / 1e6:.2f} MB" if size >= 10_000 else f"{size} bytes"
-    return [("file", f"{document['file']} ({text})"), ("sha256", document["sha256"])]
+    return [("file", f"{document['file']} ({format_bytes(document['bytes'])})"), ("sha256", document["sha256"])]
 
 
 def _text(value: Any) -> str:

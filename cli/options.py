@@ -1,15 +1,15 @@
 """Options of a verb as a frozen dataclass: each field declares its click option, and a command line is written from it.
 
-    @arguments
-    class ExportOptions:
-        checkpoint: Path = argument(type=EXISTING)
-        output: Path = option("-o", "--output", type=OUTPUT_PATH, help="ONNX file to write.")
-        force: bool = option("--force", default=False, help=FORCE)
+@arguments
+class ExportOptions:
+    checkpoint: Path = argument(type=EXISTING)
+    output: Path = option("-o", "--output", type=OUTPUT_PATH, help="ONNX file to write.")
+    force: bool = option("--force", default=False, help=FORCE)
 
-    @verb(ExportOptions, epilog=example("srdeploy export network.pt -o network.onnx"))
-    def command(options: ExportOptions) -> None: ...
+@verb(ExportOptions, epilog=example("srdeploy export network.pt -o network.onnx"))
+def command(options: ExportOptions) -> None: ...
 
-    command_line("export", ExportOptions(checkpoint=..., output=...))  # ["srdeploy", "export", ...]
+command_line("export", ExportOptions(checkpoint=..., output=...))  # ["srdeploy", "export", ...]
 """
 
 import functools
@@ -24,6 +24,7 @@ import click
 
 from srdeploy.core.errors import UsageError
 from srdeploy.core.shapes import Shape, format_shape, parse_shape
+from srdeploy.core.sizes import parse_bytes
 
 Options = TypeVar("Options")
 
@@ -134,7 +135,7 @@ def option_words(options: Any) -> list[str]:
         if declared.group is not None:
             words += option_words(value)
         elif not _is_argument(declared) and value != entry.default:
-            words += _option_words(value, declared)
+            words += _option_words(value, declared, repeatable=entry.default == ())
     return words
 
 
@@ -180,11 +181,11 @@ def _positional(options: Any) -> list[str]:
     return words
 
 
-def _option_words(value: Any, declared: _Declaration) -> list[str]:
+def _option_words(value: Any, declared: _Declaration, *, repeatable: bool) -> list[str]:
     on, _, off = declared.declarations[0].partition("/")
     if isinstance(value, bool):
         return [on if value else off]
-    values = value if isinstance(value, tuple) and not isinstance(declared.type, _Tuple) else (value,)
+    values = value if repeatable else (value,)
     return [word for each in values for word in (on, _text(each, declared.type))]
 
 
@@ -309,7 +310,7 @@ class MeanType(_Tuple):
 
     def text(self, value: tuple[Any, ...]) -> str:
         """Return the text of a mean."""
-        return ",".join(str(part) for part in value)
+        return ",".join(_text(part, None) for part in value)
 
 
 class BytesType(click.ParamType[int]):
@@ -321,17 +322,10 @@ class BytesType(click.ParamType[int]):
         """Parse the text; a wrong one is a usage error."""
         if isinstance(value, int):
             return value
-        text = str(value)
-        units = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-        number = text.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
-        unit = text[len(number) :].strip().lower()
         try:
-            size = int(float(number) * units[unit])
-        except (ValueError, KeyError, OverflowError):
-            size = 0
-        if size <= 0:
-            self.fail(f"size {text!r}; expected a size such as 8GiB, 512MiB or a number of bytes", param, ctx)
-        return size
+            return parse_bytes(str(value), "size")
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
 
 
 class EnumChoice(click.Choice[Any]):

@@ -139,7 +139,7 @@ class QuantizeVerbOptions:
 @verb(QuantizeVerbOptions, epilog=EXAMPLE)
 def command(options: QuantizeVerbOptions) -> None:
     """Make an FP16, BF16, INT8 or FP8 graph from an exported ONNX file, and report what that costs."""
-    from srdeploy.calibration.graph import read_model
+    from srdeploy.calibration.fp32 import read_fp32_graph
     from srdeploy.calibration.quantize import quantize
     from srdeploy.cli.pipeline.opening import engine_opener
 
@@ -148,7 +148,7 @@ def command(options: QuantizeVerbOptions) -> None:
     refuse_existing(output, options.force)
     quantize_options = _quantize_options(options)
     progress = RichProgress()
-    contract = read_model(options.onnx)[1]
+    contract = read_fp32_graph(options.onnx).contract
     result = quantize(
         options.onnx,
         output,

@@ -34,9 +34,7 @@ class ReportOptions:
     """What `srdeploy report` is given."""
 
     reports: tuple[Path, ...] = argument(type=EXISTING, metavar="REPORT...", default=(), many=True)
-    compare: bool = option(
-        "--compare", default=False, help="Compare two reports; a regression ends with exit code 6."
-    )
+    compare: bool = option("--compare", default=False, help="Compare two reports; a regression ends with exit code 6.")
     max_slower: float = option(
         "--max-slower", type=float, default=10.0, show_default=True, metavar="%", help="Allowed rise of a median."
     )

@@ -97,9 +97,7 @@ class UpscaleOptions:
     codec: str | None = option(
         "--codec", default=None, help="Video codec: libx264 (default), libx265, libsvtav1, libvpx-vp9, ffv1, ..."
     )
-    output: Path = option(
-        "-o", "--output", type=OUTPUT_PATH, help="Output file; a folder when SOURCE is one."
-    )
+    output: Path = option("-o", "--output", type=OUTPUT_PATH, help="Output file; a folder when SOURCE is one.")
     force: bool = option("--force", default=False, help=FORCE)
     as_json: bool = option("--json", default=False, help=JSON)
 
@@ -111,7 +109,7 @@ def command(options: UpscaleOptions) -> None:
     Sizes that do not fit the memory or the engine run in tiles. A tile that comes out as NaN, infinity or one color
     is run again in FP32 where the bundle (or --fallback) has it; else the command ends with exit code 6, no output.
     """
-    from srdeploy.upscale.pictures import OutputOptions, refuse_same
+    from srdeploy.upscale.single_image import OutputOptions, refuse_same
 
     source, output = options.source, options.output
     if not source.exists():

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from srdeploy.calibration.options import QuantizeOptions
-from srdeploy.cli.pipeline.types import DeployOptions
+from srdeploy.cli.pipeline.types import FP16_ONNX, FP32_ONNX, Candidate, DeployOptions
 from srdeploy.core.errors import CapabilityError, UsageError
 from srdeploy.core.extras import is_installed
 from srdeploy.core.precision import Precision, Target
@@ -35,12 +35,6 @@ def checked_engines(options: DeployOptions) -> tuple[str, ...]:
         raise UsageError(f"bundle name {options.output}", expected="a name that ends in .srd")
     QuantizeOptions(max_psnr_drop=options.max_psnr_drop)  # checks the number
     engines = possible_engines(options.engines)
-    if options.threads is not None and not set(engines) & set(CPU_FAMILIES):
-        raise UsageError(
-            f"--threads with {', '.join(engines)}, which run on a GPU",
-            expected="an engine on the CPU",
-            next_step="remove --threads, or add --engine onnxruntime",
-        )
     if options.compute_capabilities and "tensorrt-rtx" not in engines:
         raise UsageError(
             f"--compute-capability with {', '.join(engines)}",
@@ -79,6 +73,21 @@ def possible_engines(requested: Sequence[str]) -> tuple[str, ...]:
         if reason is not None:
             raise CapabilityError(f"engine {name} cannot be made here: {reason}")
     return tuple(dict.fromkeys(requested))
+
+
+def graphs_to_quantize(candidates: Sequence[Candidate], *, fp16: bool) -> dict[str, Candidate]:
+    """Return the graphs to make from the FP32 one, each with the first candidate that is built from it.
+
+    Args:
+        candidates: the engines to build.
+        fp16: include the FP16 graph even if no candidate needs it: engines on other machines are built from it.
+    """
+    others = [Candidate("tensorrt", Precision.FP16, FP16_ONNX)] if fp16 else []
+    graphs: dict[str, Candidate] = {}
+    for entry in (*candidates, *others):
+        if entry.onnx != FP32_ONNX:
+            graphs.setdefault(entry.onnx, entry)
+    return graphs
 
 
 def onnx_name(engine: str, precision: Precision) -> str:

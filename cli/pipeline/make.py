@@ -15,14 +15,15 @@ from srdeploy.calibration.options import QuantizeOptions
 from srdeploy.calibration.quantize import artifacts_folder, quantize
 from srdeploy.calibration.search.choose import Choice
 from srdeploy.cli.checkpoint_options import load_from_options
-from srdeploy.cli.pipeline.engines import PRECISIONS, onnx_name, target_of
+from srdeploy.cli.pipeline.engines import PRECISIONS, graphs_to_quantize, onnx_name, target_of
 from srdeploy.cli.pipeline.opening import engine_opener
-from srdeploy.cli.pipeline.types import FP16_ONNX, FP32_ONNX, Candidate, Work
+from srdeploy.cli.pipeline.types import FP32_ONNX, Candidate, Work
 from srdeploy.core.environment import package_versions
 from srdeploy.core.errors import BuildError, GateError, SrdeployError
 from srdeploy.core.manifest import manifest_path, read_manifest
 from srdeploy.core.precision import Precision
 from srdeploy.core.shapes import ShapeProfile
+from srdeploy.core.sizes import format_bytes
 from srdeploy.export.exporter import export_onnx
 from srdeploy.models.checkpoint.load import LoadedCheckpoint
 from srdeploy.runtime.engines.options import BuildOptions
@@ -31,7 +32,7 @@ from srdeploy.runtime.engines.registry import build_engine, family
 
 def sized(path: Path) -> str:
     """Return a file's name and size, for one line of progress."""
-    return f"{path.name} {path.stat().st_size / 1e6:.1f} MB"
+    return f"{path.name} {format_bytes(path.stat().st_size)}"
 
 
 def load(work: Work, report: list[str]) -> LoadedCheckpoint:
@@ -59,22 +60,17 @@ def calibrate(work: Work, checkpoint: LoadedCheckpoint, report: list[str]) -> Ca
     return calibration
 
 
-def quantize_all(
-    work: Work, engines: Sequence[str], calibration: CalibrationSet, report: list[str]
-) -> list[Candidate]:
+def quantize_all(work: Work, engines: Sequence[str], calibration: CalibrationSet, report: list[str]) -> list[Candidate]:
     """Make the graph of every precision that some engine needs; one that misses its gate is left out."""
     candidates = [
         Candidate(engine, precision, onnx_name(engine, precision))
         for engine in engines
         for precision in PRECISIONS[engine]
     ]
-    # FP16 is made even when no engine here needs it: engines on other machines are built from it.
-    needed = {FP16_ONNX: ("tensorrt", Precision.FP16)}
-    needed |= {entry.onnx: (entry.engine, entry.precision) for entry in candidates if entry.onnx != FP32_ONNX}
     refused: dict[str, SrdeployError] = {}
-    for onnx, (engine, precision) in needed.items():
+    for onnx, entry in graphs_to_quantize(candidates, fp16=True).items():
         try:
-            report.append(_quantize(work, onnx, engine, precision, calibration))
+            report.append(_quantize(work, onnx, entry.engine, entry.precision, calibration))
         except (GateError, BuildError) as error:
             refused[onnx] = error
     for entry in candidates:

@@ -12,7 +12,7 @@ from srdeploy.cli.bench import BenchOptions
 from srdeploy.cli.build import BuildVerbOptions
 from srdeploy.cli.export import ExportOptions
 from srdeploy.cli.options import command_line
-from srdeploy.cli.pipeline.engines import target_of, threads_for
+from srdeploy.cli.pipeline.engines import graphs_to_quantize, target_of, threads_for
 from srdeploy.cli.pipeline.types import FP32_ONNX, Candidate, DeployOptions
 from srdeploy.cli.quantize import QuantizeVerbOptions
 from srdeploy.cli.verify import VerifyOptions
@@ -25,7 +25,7 @@ OUT, CHECKPOINT, IMAGES, EVALUATE = (Path(f"${name}") for name in ("OUT", "CHECK
 
 
 def reproducing_lines(
-    checkpoint: Source, options: DeployOptions, kept: Sequence[Candidate], contract: ModelContract
+    checkpoint: Source, options: DeployOptions, kept: Sequence[Candidate], contract: ModelContract, *, fp16: bool
 ) -> list[str]:
     """Return lines of a shell script that makes the files of a bundle again.
 
@@ -34,6 +34,7 @@ def reproducing_lines(
         options: of the `deploy` that made the bundle.
         kept: the engines in the bundle.
         contract: of the FP32 graph.
+        fp16: whether the bundle holds the FP16 graph.
     """
     inputs = {CHECKPOINT: options.checkpoint, IMAGES: options.images}
     if options.evaluate is not None:
@@ -45,20 +46,18 @@ def reproducing_lines(
         'OUT="${1:-reproduced}"',
         *(f'{name}="${{{name}:-{_quoted_inside(value)}}}"' for name, value in _names(inputs).items()),
         f'echo "{checkpoint.sha256}  $CHECKPOINT" | sha256sum --check --quiet',
-        *(_command(words) for words in stage_commands(options, kept, contract)),
+        *(_command(words) for words in stage_commands(options, kept, contract, fp16=fp16)),
     ]
 
 
 def stage_commands(
-    options: DeployOptions, kept: Sequence[Candidate], contract: ModelContract
+    options: DeployOptions, kept: Sequence[Candidate], contract: ModelContract, *, fp16: bool
 ) -> list[list[str]]:
     """Return the commands of a `deploy`, verb by verb, with shell variables for inputs and outputs."""
     commands = [command_line("export", _export(options))]
-    graphs = {entry.onnx: entry for entry in kept if entry.onnx != FP32_ONNX}
+    graphs = graphs_to_quantize(kept, fp16=fp16)
     commands += [command_line("quantize", _quantize(options, entry)) for entry in graphs.values()]
-    commands += [
-        command_line("build", _build(options, entry, contract)) for entry in kept if entry.file != entry.onnx
-    ]
+    commands += [command_line("build", _build(options, entry, contract)) for entry in kept if entry.file != entry.onnx]
     runnable = [entry for entry in kept if not entry.engine.startswith("tensorrt")]
     commands += [command_line("verify", _verify(options, entry)) for entry in runnable]
     commands += [command_line("bench", each) for each in _benches(options, runnable, contract)]
@@ -86,9 +85,7 @@ def write_reproduce_script(path: Path, lines: Sequence[str], *, versions: Mappin
 
 
 def _export(options: DeployOptions) -> ExportOptions:
-    return ExportOptions(
-        checkpoint=CHECKPOINT, checkpoint_options=options.checkpoint_options, output=OUT / FP32_ONNX
-    )
+    return ExportOptions(checkpoint=CHECKPOINT, checkpoint_options=options.checkpoint_options, output=OUT / FP32_ONNX)
 
 
 def _quantize(options: DeployOptions, entry: Candidate) -> QuantizeVerbOptions:

@@ -16,7 +16,6 @@ from srdeploy.cli.options import (
     OUTPUT_PATH,
     POSITIVE,
     SIZE,
-    THREADS,
     argument,
     arguments,
     option,
@@ -79,7 +78,9 @@ class DeployOptions:
     compute_capabilities: tuple[str, ...] = option(
         "--compute-capability", default=(), help="GPUs for tensorrt-rtx, such as 8.9."
     )
-    threads: int | None = option("--threads", type=POSITIVE, default=None, help=THREADS)
+    threads: int | None = option(
+        "--threads", type=POSITIVE, default=None, help="CPU threads of what runs on the CPU; default: all."
+    )
     output: Path = option("-o", "--output", type=OUTPUT_PATH, help="Bundle folder, NAME.srd.")
     force: bool = option("--force", default=False, help=FORCE)
     as_json: bool = option("--json", default=False, help=JSON)

@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from srdeploy.cli.checkpoint_options import CheckpointOptions
 from srdeploy.cli.console import RichProgress
-from srdeploy.cli.deploy import command as deploy_command
 from srdeploy.cli.main import run
-from srdeploy.cli.pipeline import road
-from srdeploy.cli.pipeline.road import Request, possible_engines
+from srdeploy.cli.pipeline import engines
+from srdeploy.cli.pipeline.engines import possible_engines
+from srdeploy.cli.pipeline.types import DeployOptions
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import CapabilityError, InputError, UsageError
 from srdeploy.core.manifest import read_verified
@@ -282,9 +281,9 @@ def test_a_full_disk_is_exit_8_and_leaves_nothing(
 
 
 def test_engines_are_those_installed_and_a_missing_one_is_told_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(possible_engines(())) <= set(road.UNASKED)
+    assert set(possible_engines(())) <= set(engines.DEFAULT_ENGINES)
 
-    monkeypatch.setattr(road, "is_installed", lambda module: False)
+    monkeypatch.setattr(engines, "is_installed", lambda module: False)
     with pytest.raises(CapabilityError, match=r"pip install 'srdeploy\[cpu\]'"):
         possible_engines(())
     with pytest.raises(UsageError, match="one of onnxruntime"):
@@ -315,34 +314,10 @@ def test_the_measured_size_shrinks_only_when_nobody_stated_it(
         largest_tensor_per_pixel=1,
         checkpoint_sha256="",
     )
-    request = Request(Path("a.pt"), Path("photos"), Path("a.srd"), size=size)
+    options = DeployOptions(checkpoint=Path("a.pt"), images=Path("photos"), output=Path("a.srd"), size=size)
 
-    assert request.shape(contract) == (1, 3, *expected)
-    assert request.profile(contract).contains(request.shape(contract))
-
-
-def test_a_request_writes_the_command_line_that_asks_for_the_same() -> None:
-    request = Request(
-        Path("a b.pt"),
-        Path("photos"),
-        Path("a.srd"),
-        hr=True,
-        evaluate=Path("more"),
-        engines=("openvino", "tensorrt-rtx"),
-        size=(64, 48),
-        max_psnr_drop=0.05,
-        stated=CheckpointOptions(value_range=255.0, group_skip=False),
-        compute_capabilities=("8.6",),
-        threads=2,
-    )
-
-    words = request.words()
-
-    context = deploy_command.make_context("deploy", words[2:], resilient_parsing=True)
-    assert (context.params["engines"], context.params["size"]) == (("openvino", "tensorrt-rtx"), (64, 48))
-    assert (context.params["hr"], context.params["threads"], context.params["max_psnr_drop"]) == (True, 2, 0.05)
-    assert (context.params["value_range"], context.params["group_skip"]) == ("255", False)
-    assert context.params["capabilities"] == ("8.6",)
+    assert options.shape(contract) == (1, 3, *expected)
+    assert options.profile(contract).contains(options.shape(contract))
 
 
 @pytest.mark.parametrize(

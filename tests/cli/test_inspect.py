@@ -12,9 +12,10 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper
 
 from srdeploy.cli import checkpoint_options as shared
-from srdeploy.cli.checkpoint_options import CheckpointOptions, checkpoint_options, load_from_options
+from srdeploy.cli.checkpoint_options import CheckpointOptions, load_from_options
 from srdeploy.cli.inspect_documents import ELEMENT_LIMIT, largest_square
 from srdeploy.cli.main import run
+from srdeploy.cli.options import argument, arguments, option_group, verb
 from srdeploy.core.artifact import sha256_of_file
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.manifest import Manifest, Source, manifest_path
@@ -211,11 +212,17 @@ def test_the_largest_square_is_the_last_below_the_limit() -> None:
 # Shared options
 
 
-@click.command()
-@click.argument("path")
-@checkpoint_options
-def verb(path: str, stated: CheckpointOptions) -> None:
-    click.echo(json.dumps({"flags": stated.flags(), "stated": stated.choices().stated()}))
+@arguments
+class Options:
+    path: str = argument(type=str)
+    checkpoint_options: CheckpointOptions = option_group(default_factory=CheckpointOptions)
+
+
+@verb(Options, epilog="")
+def shown(options: Options) -> None:
+    """Print the options."""
+    about = options.checkpoint_options
+    click.echo(json.dumps({"flags": about.flags(), "stated": about.choices().stated()}))
 
 
 @pytest.mark.parametrize(
@@ -234,8 +241,8 @@ def verb(path: str, stated: CheckpointOptions) -> None:
 )
 def test_flags_survive_a_round_trip(flags: list[str]) -> None:
     """What `flags()` writes into reproduce scripts states what was stated."""
-    first = json.loads(CliRunner().invoke(verb, ["net.pt", *flags]).output)
-    second = json.loads(CliRunner().invoke(verb, ["net.pt", *first["flags"]]).output)
+    first = json.loads(CliRunner().invoke(shown, ["net.pt", *flags]).output)
+    second = json.loads(CliRunner().invoke(shown, ["net.pt", *first["flags"]]).output)
 
     assert sorted(first["flags"]) == sorted(flags)
     assert second == first
@@ -243,14 +250,14 @@ def test_flags_survive_a_round_trip(flags: list[str]) -> None:
 
 @pytest.mark.parametrize(("name", "mean"), MEANS.items())
 def test_means_have_names(name: str, mean: tuple[float, ...]) -> None:
-    result = json.loads(CliRunner().invoke(verb, ["net.pt", "--mean", name]).output)
+    result = json.loads(CliRunner().invoke(shown, ["net.pt", "--mean", name]).output)
 
     assert tuple(result["stated"]["mean"]) == mean
 
 
 @pytest.mark.parametrize("mean", ["red", "0.1,0.2", "1,2,3", "0.1,,0.2"])
 def test_a_mean_that_is_none_is_a_usage_error(mean: str) -> None:
-    result = CliRunner().invoke(verb, ["net.pt", "--mean", mean])
+    result = CliRunner().invoke(shown, ["net.pt", "--mean", mean])
 
     assert result.exit_code == 2
     assert "numbers in 0..1" in result.output

@@ -1,0 +1,218 @@
+"""deploy, verify, bench and quantize call the same functions: engines are opened, compared and timed in one way."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from srdeploy.cli.console import RichProgress
+from srdeploy.cli.deploy import show
+from srdeploy.cli.main import run
+from srdeploy.cli.pipeline import make, measure, opening, verify
+from srdeploy.cli.pipeline.engines import checked_engines
+from srdeploy.cli.pipeline.measure import measure_groups, with_baselines
+from srdeploy.cli.pipeline.opening import by_device, engine_opener
+from srdeploy.cli.pipeline.types import Candidate, DeployOptions, Outcome, Work
+from srdeploy.cli.pipeline.verify import compare_with_eager
+from srdeploy.core.errors import CapabilityError, SrdeployError, UsageError
+from srdeploy.core.precision import Precision, Target
+from srdeploy.core.runner import Runner, RunnerInfo
+from srdeploy.models.checkpoint.load import LoadedCheckpoint, load_checkpoint
+from srdeploy.runtime.bench.latency import Effort
+from srdeploy.runtime.engines.eager import EagerRunner, open_eager
+from srdeploy.runtime.engines.registry import open_engine
+from srdeploy.runtime.verify.parity import Gates
+from srdeploy.runtime.verify.samples import Sample
+
+BRIEF = Effort(warmup_runs=1, warmup_seconds=0.0, min_runs=5, max_runs=5, seconds=0.01)
+
+
+class Placed:
+    """A runner that reports another device than the one it runs on: a GPU, as far as its callers can see."""
+
+    def __init__(self, runner: Runner, device: str) -> None:
+        self._runner = runner
+        self._device = device
+
+    @property
+    def info(self) -> RunnerInfo:
+        return replace(self._runner.info, device=self._device, name=f"{self._runner.info.name} {self._device}")
+
+    def run(self, feeds: Any) -> Any:
+        return self._runner.run(feeds)
+
+    def __enter__(self) -> "Placed":
+        return self
+
+    def __exit__(self, *reason: object) -> None: ...
+
+
+@pytest.fixture
+def loaded(workshop: Path) -> LoadedCheckpoint:
+    return load_checkpoint(workshop / "good.pt")
+
+
+@pytest.fixture
+def engine(workshop: Path) -> Iterator[Runner]:
+    with open_engine(workshop / "good.onnx", threads=1) as runner:
+        yield runner
+
+
+@pytest.fixture
+def devices(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Record the devices that the eager network is opened on; it runs on the CPU."""
+    asked: list[str] = []
+
+    def opened(checkpoint: LoadedCheckpoint, *arguments: Any, device: str = "cpu", **more: Any) -> Any:
+        asked.append(device)
+        return Placed(open_eager(checkpoint, threads=1), device)
+
+    monkeypatch.setattr(verify, "open_eager", opened)
+    monkeypatch.setattr(measure, "open_eager", opened)
+    return asked
+
+
+def sample() -> Sample:
+    return Sample("a", np.random.default_rng(0).random((1, 3, 24, 24), np.float32))
+
+
+def test_the_reference_runs_on_the_device_of_each_engine(
+    loaded: LoadedCheckpoint, engine: Runner, devices: list[str]
+) -> None:
+    runners = [engine, Placed(engine, "cuda:1"), Placed(engine, "cpu")]
+
+    results = compare_with_eager(runners, loaded, [sample()], gates=[Gates.of(Precision.FP32)] * 3)
+
+    assert devices == ["cpu", "cuda:1"]
+    assert [result.reference.device for result in results] == ["cpu", "cuda:1", "cpu"]
+    assert [result.candidate.name for result in results] == [runner.info.name for runner in runners]
+    assert all(result.passed for result in results)
+
+
+def test_no_gpu_in_place_of_the_reference_is_a_refusal(loaded: LoadedCheckpoint, engine: Runner) -> None:
+    with pytest.raises(CapabilityError, match="cuda:7"):
+        compare_with_eager([Placed(engine, "cuda:7")], loaded, [sample()], gates=[Gates.of(Precision.FP32)])
+
+
+def test_ratios_refer_to_the_eager_network_on_the_same_device(loaded: LoadedCheckpoint, engine: Runner) -> None:
+    eager: dict[str, EagerRunner] = {}
+
+    def baselines(device: str) -> list[Runner]:
+        eager[device] = open_eager(loaded, threads=1)
+        return [Placed(eager[device], device)]
+
+    groups = with_baselines([Placed(engine, "cuda:0"), engine], baselines)
+    results = measure_groups(groups, (1, 3, 8, 8), effort=BRIEF)
+
+    assert list(eager) == ["cuda:0", "cpu"]
+    assert [{row.runner.device for row in result.rows} for result in results] == [{"cuda:0"}, {"cpu"}]
+    assert all(result.rows[0].runner.engine == "eager" for result in results)
+
+
+def test_a_baseline_that_is_measured_already_is_omitted(engine: Runner) -> None:
+    ((only,),) = with_baselines([engine], lambda device: [engine])
+
+    assert only is engine
+
+
+def test_runners_are_grouped_in_their_order(engine: Runner) -> None:
+    runners = [Placed(engine, "cuda:0"), engine, Placed(engine, "cuda:0")]
+
+    assert by_device(runners) == {"cuda:0": [runners[0], runners[2]], "cpu": [engine]}
+
+
+def test_deploy_says_which_device_was_measured(
+    loaded: LoadedCheckpoint, engine: Runner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ExitStack() as stack:
+        eager = stack.enter_context(open_eager(loaded, threads=1))
+        groups = with_baselines([Placed(engine, "cuda:0")], lambda device: [Placed(eager, device)])
+        results = measure_groups(groups, (1, 3, 8, 8), effort=BRIEF)
+
+    show(Outcome(Path("a.srd"), loaded.contract(), (), (), {}, tuple(results), {}, 0))
+
+    printed = capsys.readouterr().err
+    assert "a.srd, 1x3x8x8 on cuda:0" in printed
+    assert "on the CPU" not in printed
+
+
+@pytest.mark.parametrize("target", [Target.ONNXRUNTIME, Target.OPENVINO], ids=str)
+def test_graphs_are_evaluated_in_the_parity_mode_with_the_given_threads(
+    workshop: Path, monkeypatch: pytest.MonkeyPatch, target: Target
+) -> None:
+    opened: list[dict[str, Any]] = []
+    monkeypatch.setattr(opening, "open_engine", lambda path, **options: opened.append(options))
+
+    opener = engine_opener(target, 3)
+
+    assert opener is not None
+    opener(workshop / "good.onnx")
+    assert opened == [{"engine": target.value, "threads": 3, "parity": True}]
+    assert engine_opener(Target.TENSORRT, 3) is None
+
+
+def test_deploy_quantizes_as_the_verb_does(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both hand the same opener to the same function."""
+    given: list[Any] = []
+
+    def quantize(*arguments: Any, **options: Any) -> Any:
+        opener = options["open_engine"]
+        given.append((opener.func, opener.keywords, options["precision"], options["target"]))
+        raise SrdeployError("far enough")
+
+    monkeypatch.setattr("srdeploy.calibration.quantize.quantize", quantize)
+    monkeypatch.setattr(make, "quantize", quantize)
+    shared = ["--images", str(workshop / "photos"), "--threads", "2"]
+    run(["quantize", str(workshop / "good.onnx"), "--precision", "int8", *shared, "-o", str(tmp_path / "a.onnx")])
+    run(["deploy", str(workshop / "good.pt"), "--engine", "openvino", *shared, "-o", str(tmp_path / "a.srd")])
+
+    by_verb, by_deploy = given
+    assert by_verb == by_deploy
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"output": Path("a")}, "ends in .srd"),
+        ({"max_psnr_drop": -1.0}, "positive"),
+        ({"engines": ("tensort",)}, "one of onnxruntime"),
+        ({"engines": ("openvino",), "compute_capabilities": ("8.9",)}, "tensorrt-rtx"),
+        ({"engines": ("tensorrt-rtx",), "compute_capabilities": ("Ada",)}, "such as 8.9"),
+    ],
+    ids=["name", "bound", "engine", "capability without its engine", "capability"],
+)
+def test_options_are_checked_before_any_work(changes: dict[str, Any], words: str) -> None:
+    if "tensorrt-rtx" in changes.get("engines", ()):
+        pytest.importorskip("tensorrt_rtx")
+    options = DeployOptions(checkpoint=Path("none.pt"), images=Path("none"), output=Path("a.srd"))
+
+    with pytest.raises(UsageError, match=words):
+        checked_engines(replace(options, **changes))
+
+
+def test_an_engine_on_a_gpu_gets_no_cpu_threads(
+    loaded: LoadedCheckpoint, engine: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, devices: list[str]
+) -> None:
+    opened: list[tuple[str, int | None]] = []
+
+    def open_(path: Path, *, engine: str, threads: int | None) -> Runner:
+        opened.append((engine, threads))
+        return Placed(runner, "cuda:0" if "cuda" in engine else "cpu")
+
+    runner = engine
+    monkeypatch.setattr(measure, "open_engine", open_)
+    monkeypatch.setattr(measure, "with_process_memories", lambda results, files, threads: results)
+    options = DeployOptions(checkpoint=Path("a.pt"), images=Path("b"), output=Path("a.srd"), size=(8, 8), threads=2)
+    candidates = [
+        Candidate(name, Precision.FP32, "model.fp32.onnx", "model.fp32.onnx")
+        for name in ("onnxruntime", "onnxruntime-cuda")
+    ]
+
+    measure.measure_engines(Work(options, tmp_path, RichProgress()), candidates, loaded, BRIEF, [])
+
+    assert opened == [("onnxruntime", 2), ("onnxruntime-cuda", None)]
+    assert devices == ["cpu", "cuda:0"]
