@@ -1,9 +1,14 @@
-"""Everything in this folder needs an NVIDIA GPU and says so when it is skipped. It needs no network."""
+"""Everything in this folder runs on an NVIDIA GPU: a real one where there is one, else a simulated one. No network."""
 
+import gc
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from gpu_simulator.cuda import Simulator
+from gpu_simulator.install import Setting, simulated
 
 from srdeploy.models.checkpoint.load import Evidence, LoadedCheckpoint
 from srdeploy.models.networks.rcan import RcanConfig
@@ -13,13 +18,43 @@ from srdeploy.runtime.engines.tensorrt.families import why_no_gpu
 HERE = Path(__file__).parent
 
 
+REAL = why_no_gpu() is None
+MACHINES = {
+    "simulated-10.16-late": Setting("10.16.1.11", schedule="late"),
+    "simulated-11.4-at-once": Setting("11.4.0.106", schedule="at-once"),
+    "simulated-11.4-random": Setting("11.4.0.106", schedule="random", seed=1),
+}
+TOLERATED = ("python-logger", "one-context-per-graph", "inspector-without-shapes")
+"""Rules of the simulated GPU that are broken today."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    reason = why_no_gpu()
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.gpu)
-            if reason:
-                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="module", autouse=True, params=["real"] if REAL else MACHINES)
+def machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Simulator | None]:
+    """The GPU: a real one (None), or simulated ones of both generations of TensorRT and all schedules."""
+    if request.param == "real":
+        yield None
+        return
+    setting = replace(MACHINES[request.param], tolerated=TOLERATED)
+    with simulated(tmp_path_factory.mktemp("simulated"), setting) as simulator:
+        yield simulator
+
+
+@pytest.fixture(autouse=True)
+def no_rule_is_broken(machine: Simulator | None) -> Iterator[None]:
+    """Fail a test that did what CUDA or TensorRT leaves undefined."""
+    if machine is None:
+        yield
+        return
+    machine.violations.clear()
+    yield
+    gc.collect()
+    assert machine.violations == []
 
 
 @pytest.fixture(autouse=True)
@@ -33,9 +68,9 @@ def checkpoint() -> LoadedCheckpoint:
     torch.manual_seed(0)
     config = RcanConfig(
         scale=2,
-        groups=2,
-        blocks=2,
-        features=32,
+        groups=1,
+        blocks=1,
+        features=16,
         attention_width=2,
         upsampler=(2,),
         mean_shift="none",

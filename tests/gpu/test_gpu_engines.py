@@ -47,7 +47,9 @@ def psnr_db(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @pytest.fixture(scope="module", params=BUILT)
-def built(request: pytest.FixtureRequest, onnx_fp16: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(
+    request: pytest.FixtureRequest, machine: object, onnx_fp16: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """An FP16 engine of every TensorRT that runs here."""
     needs(request.param)
     path = tmp_path_factory.mktemp(request.param) / "model.engine"

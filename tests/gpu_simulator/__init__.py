@@ -1,0 +1,1 @@
+"""A simulated NVIDIA GPU for the tests; see README.md in this folder."""

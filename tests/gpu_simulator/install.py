@@ -1,0 +1,192 @@
+"""Putting the simulated GPU in place of the real one, in this process and in the processes that it starts.
+
+    with simulated(version="10.16.1.11", schedule="late") as simulator:
+        ...
+
+`torch.cuda`, `tensorrt`, `tensorrt_rtx` and `onnxruntime`'s GPU providers are then simulated. Processes started
+meanwhile find a `sitecustomize` on PYTHONPATH that does the same there.
+"""
+
+import contextlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import json
+import os
+import sys
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gpu_simulator.bindings import VERSIONS, describe, description, generate
+from gpu_simulator.cuda import Gpu, Simulator
+
+ADA = Gpu("Simulated GPU Ada", (8, 9), 8 * 2**30)
+BLACKWELL = Gpu("Simulated GPU Blackwell", (12, 0), 8 * 2**30)
+_HERE = Path(__file__).parents[1]
+_MODULES = ("tensorrt", "tensorrt_bindings", "tensorrt_rtx")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is simulated.
+
+    Attributes:
+        version: release of TensorRT, None for none installed.
+        gpus: the devices; none for a machine without a GPU.
+        schedule: see `gpu_simulator.cuda`.
+        seed: of the schedule "random".
+        tolerated: names of rules that may be broken, which is then only noted.
+        build_step_seconds: how long each step of a build takes.
+    """
+
+    version: str | None = VERSIONS[0]
+    gpus: tuple[Gpu, ...] = (ADA, ADA)
+    schedule: str = "at-once"
+    seed: int = 0
+    tolerated: tuple[str, ...] = ()
+    build_step_seconds: float = 0.0
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def setting_from_json(text: str) -> Setting:
+    """Read `Setting.to_json` back."""
+    values = json.loads(text)
+    gpus = tuple(Gpu(**{**gpu, "capability": tuple(gpu["capability"])}) for gpu in values["gpus"])
+    return Setting(**{**values, "gpus": gpus, "tolerated": tuple(values["tolerated"])})
+
+
+@contextlib.contextmanager
+def simulated(folder: Path, setting: Setting) -> Iterator[Simulator]:
+    """Simulate GPUs while the block runs.
+
+    Args:
+        folder: an empty folder, for what other processes need.
+        setting: what is simulated.
+    """
+    from gpu_simulator import torch_cuda
+
+    write_environment(folder, setting)
+    before = {name: os.environ.get(name) for name in ("PYTHONPATH",)}
+    kept = {name: sys.modules.pop(name) for name in _MODULES if name in sys.modules}
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), str(_HERE), before["PYTHONPATH"])))
+    simulator = Simulator(setting.gpus, setting.schedule, setting.seed)
+    simulator.tolerated = set(setting.tolerated)
+    finder = Finder(simulator, setting)
+    sys.meta_path.insert(0, finder)
+    torch_cuda.install(simulator)
+    try:
+        yield simulator
+    finally:
+        torch_cuda.uninstall()
+        sys.meta_path.remove(finder)
+        for name in _MODULES:
+            sys.modules.pop(name, None)
+        sys.modules.update(kept)
+        _forget_loggers()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def write_environment(folder: Path, setting: Setting) -> None:
+    """Write what another process needs: PYTHONPATH must name the folder."""
+    (folder / "simulated_gpu.json").write_text(setting.to_json(), encoding="utf-8")
+    (folder / "sitecustomize.py").write_text(
+        f"import sys; sys.path.insert(1, {str(_HERE)!r})\n"
+        "from gpu_simulator.install import begin\n"
+        f"begin({str(folder / 'simulated_gpu.json')!r})\n",
+        encoding="utf-8",
+    )
+
+
+def begin(path: str) -> None:
+    """Simulate from now on: what `sitecustomize` calls at the start of another process."""
+    setting = setting_from_json(Path(path).read_text(encoding="utf-8"))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = setting.gpus if visible is None else tuple(setting.gpus[int(n)] for n in visible.split(",") if n.isdigit())
+    simulator = Simulator(gpus, setting.schedule, setting.seed)
+    simulator.tolerated = set(setting.tolerated)
+    sys.meta_path.insert(0, Finder(simulator, setting))
+    sys.meta_path.insert(0, TorchHook(simulator))
+
+
+class TorchHook(importlib.abc.MetaPathFinder):
+    """Installs the simulated `torch.cuda` behind the first import of torch."""
+
+    def __init__(self, simulator: Simulator) -> None:
+        self._simulator = simulator
+        self._busy = False
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != "torch" or self._busy:
+            return None
+        self._busy = True
+        spec = importlib.util.find_spec("torch")
+        assert spec is not None
+        assert spec.loader is not None
+        run = spec.loader.exec_module
+
+        def exec_module(module: types.ModuleType) -> None:
+            run(module)
+            sys.meta_path.remove(self)
+            from gpu_simulator import torch_cuda
+
+            torch_cuda.install(self._simulator)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds the simulated TensorRTs under their real names."""
+
+    def __init__(self, simulator: Simulator, setting: Setting) -> None:
+        self._simulator, self._setting = simulator, setting
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> Any:
+        if name in ("tensorrt", "tensorrt_bindings") and self._setting.version:
+            return importlib.machinery.ModuleSpec(name, self)
+        if name == "tensorrt_rtx" and importlib.util.find_spec("tensorrt_rtx_bindings"):
+            return importlib.machinery.ModuleSpec(name, self)
+        return None
+
+    def create_module(self, spec: Any) -> types.ModuleType:
+        if spec.name == "tensorrt_rtx":
+            return self._rtx()
+        from gpu_simulator.tensorrt import FULL_STATES
+
+        assert self._setting.version is not None
+        module = generate(description(self._setting.version), FULL_STATES, title="tensorrt")
+        return self._completed(module)
+
+    def _rtx(self) -> types.ModuleType:
+        import tensorrt_rtx_bindings as real
+
+        from gpu_simulator.rtx import keep_graphs
+        from gpu_simulator.tensorrt import RTX_STATES
+
+        module = generate(describe(real), RTX_STATES, title="tensorrt_rtx", real=real)
+        keep_graphs(module, real)
+        return self._completed(module)
+
+    def _completed(self, module: Any) -> types.ModuleType:
+        module.simulator = self._simulator
+        module.build_step_seconds = self._setting.build_step_seconds
+        return module  # type: ignore[no-any-return]
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
+
+
+def _forget_loggers() -> None:
+    """Loggers belong to the module whose classes they use."""
+    from srdeploy.runtime.engines.tensorrt import log
+
+    log._LOGGERS.clear()
