@@ -49,13 +49,14 @@ from srdeploy.models.networks.srdensenet import srdensenet_all
 from srdeploy.runtime.bench.baselines import ON_GPU
 from srdeploy.runtime.bench.latency import Effort, bench, named
 from srdeploy.runtime.engines.eager import open_eager
+from srdeploy.runtime.engines.gpu import why_no_gpu
 from srdeploy.runtime.engines.options import BuildOptions
 from srdeploy.runtime.engines.registry import availability, build_engine, open_engine
 from srdeploy.runtime.engines.sidecar import read_engine
-from srdeploy.runtime.engines.tensorrt.families import flavour_named, why_no_gpu
-from srdeploy.runtime.engines.tensorrt.full_runtime import open_full
-from srdeploy.runtime.engines.tensorrt.log import captured
-from srdeploy.runtime.engines.tensorrt.rtx_runtime import open_rtx
+from srdeploy.runtime.engines.tensorrt.full import FULL
+from srdeploy.runtime.engines.tensorrt.log import runtime_log
+from srdeploy.runtime.engines.tensorrt.open import open_plan
+from srdeploy.runtime.engines.tensorrt.rtx import RTX
 from srdeploy.runtime.engines.tensorrt.runner import TensorRtRunner
 from srdeploy.runtime.engines.timer import timed
 
@@ -167,11 +168,7 @@ def open_all(
 
 def open_built(engine: str, path: Path, *, graphs: bool) -> TensorRtRunner:
     """Open a TensorRT engine with CUDA graphs or without, which `open_engine` leaves no choice in."""
-    verified = read_engine(path)
-    flavour = flavour_named(engine)
-    if engine == "tensorrt":
-        return open_full(flavour, flavour.load(), verified, "cuda:0", None, graphs=graphs)
-    return open_rtx(flavour, flavour.load(), verified, "cuda:0", None, graphs=graphs, specialize="EAGER")
+    return open_plan(FULL if engine == "tensorrt" else RTX, read_engine(path), "cuda:0", None, graphs=graphs)
 
 
 def _opened(stack: contextlib.ExitStack, result: dict[str, Any], label: str, opener: Callable[[], Runner]) -> Runner:
@@ -273,15 +270,15 @@ def floor_ms(
 def rtx_elsewhere(folder: Path) -> dict[str, Any]:
     """Try to open a TensorRT-RTX engine for compute capability 8.0 on this GPU, past our own refusal, and to run it."""
     checkpoint = random_checkpoint(replace(rcan_x4(), groups=2, blocks=2))
-    path, flavour = folder / "for-8.0.rtx", flavour_named("tensorrt-rtx")
+    path = folder / "for-8.0.rtx"
     profile = ShapeProfile((1, 3, 16, 16), (1, 3, 64, 64), (1, 3, 64, 64))
     options = BuildOptions(profiles=(profile,), compute_capabilities=("8.0",), use_cache=False)
     build_engine(exported_fp16(checkpoint, folder / "small.fp32.onnx"), path, engine="tensorrt-rtx", options=options)
-    trt = flavour.load()
-    with captured(trt) as (logger, log):
+    trt = RTX.load()
+    with runtime_log(trt) as (logger, log):
         runtime = trt.Runtime(logger)
         cuda_engine = runtime.deserialize_cuda_engine(path.read_bytes())
-    outcome: dict[str, Any] = {"version": trt.__version__, "opened": cuda_engine is not None, "log": log.problems()}
+    outcome: dict[str, Any] = {"version": trt.__version__, "opened": cuda_engine is not None, "log": log.problems}
     del cuda_engine
     if outcome["opened"]:
         with open_built("tensorrt-rtx", path, graphs=True) as runner, open_eager(checkpoint, device="cuda") as eager:

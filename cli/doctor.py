@@ -64,16 +64,16 @@ def examination() -> dict[str, Any]:
     """Return the whole report as JSON values."""
     from srdeploy.core.environment import int8_sums_saturate, machine, package_versions
     from srdeploy.runtime.engines.cache import EngineCache
+    from srdeploy.runtime.engines.gpu import find_gpu, why_no_gpu
     from srdeploy.runtime.engines.registry import availability
-    from srdeploy.runtime.engines.tensorrt.families import gpu, why_no_gpu
 
-    found = gpu()
+    found = find_gpu()
     cache = EngineCache()
     return {
         "engines": [status.to_json() for status in availability()],
         "machine": machine(),
         "int8_weight_bits": 7 if int8_sums_saturate() else 8,
-        "gpu": f"{found[0]}, compute capability {found[1][0]}.{found[1][1]}, {format_bytes(found[2])}"
+        "gpu": f"{found.name}, compute capability {found.capability_text}, {format_bytes(found.memory_bytes)}"
         if found
         else None,
         "why_no_gpu": why_no_gpu(),

@@ -22,7 +22,7 @@ from srdeploy.core.manifest import Manifest, manifest_path
 from srdeploy.runtime.engines.sidecar import Engine, key_sha256, read_engine
 
 KEY_SCHEMA = 3
-"""Raised when the same inputs are built into other bytes by a change of this program."""
+"""Raise it whenever a change of this program builds the same inputs into other bytes."""
 _NAME = "engine"
 _ENVIRONMENT = "SRDEPLOY_CACHE_DIR"
 
@@ -39,7 +39,7 @@ def default_root() -> Path:
 
 @dataclass(frozen=True)
 class Lookup:
-    """What the cache has for a key: the engine, or None with the reason."""
+    """The result of a lookup: the engine, or None with the reason."""
 
     engine: Engine | None
     reason: str
@@ -47,7 +47,7 @@ class Lookup:
 
 @dataclass(frozen=True)
 class Entry:
-    """One cached engine. `problem` says why it cannot be used; None when it is whole."""
+    """One cached engine. `problem` is the reason why it cannot be used; None if it is intact."""
 
     folder: Path
     key_sha256: str
@@ -100,7 +100,7 @@ class EngineCache:
         folder = self.root / key_sha256(key)
         if not folder.is_dir():
             near = nearest(self, key)
-            differing = f"; the nearest engine there differs in {', '.join(near[1])}" if near else ""
+            differing = f"; the nearest engine in it differs in {', '.join(near[1])}" if near else ""
             return Lookup(None, f"not in the cache{differing}")
         try:
             engine = read_engine(folder / _NAME)
@@ -113,10 +113,10 @@ class EngineCache:
         return Lookup(engine, f"in the cache since {engine.manifest.created}")
 
     def store(self, key: Mapping[str, Any], data: bytes, manifest: Manifest) -> None:
-        """Put an engine and its sidecar under a key; what was there is replaced as a whole.
+        """Store an engine and its sidecar under a key; an older entry is replaced as a whole.
 
         Raises:
-            OutputError: disk full, or the cache folder cannot be written. What was there stays.
+            OutputError: disk full, or the cache folder cannot be written. An older entry stays.
         """
         with atomic_folder(self.root / key_sha256(key), force=True) as folder:
             for path, content in ((folder / _NAME, data), (manifest_path(folder / _NAME), manifest.to_json().encode())):
@@ -127,7 +127,7 @@ class EngineCache:
         (self.root / key_sha256(key)).chmod(0o700)
 
     def entries(self, *, check: bool = False) -> list[Entry]:
-        """List the cached engines, the last used first.
+        """List the cached engines, the most recently used first.
 
         Args:
             check: read every engine and compare its SHA-256 (slow for many); else only the sidecars are read.
@@ -140,7 +140,7 @@ class EngineCache:
     def gc(
         self, *, max_bytes: int | None = None, older_than_days: float | None = None, dry_run: bool = False
     ) -> list[Entry]:
-        """Remove damaged engines, those not used for long, then the least recently used ones above a size.
+        """Remove damaged engines, old engines, then the least recently used ones above a size.
 
         Returns:
             The entries that were removed (or would be).
@@ -182,7 +182,7 @@ def key_differences(
 
 
 def nearest(cache: EngineCache, key: Mapping[str, Any]) -> tuple[Entry, dict[str, tuple[Any, Any]]] | None:
-    """Return the cached engine whose key differs least from a wanted one, with the differences; None if empty."""
+    """Return the cached engine whose key has the fewest differences, with them; None if the cache is empty."""
     candidates = [
         (entry, key_differences(key, entry.manifest.details.get("key", {})))
         for entry in cache.entries()

@@ -1,16 +1,16 @@
 """Dense concatenations as chains, in which TensorRT writes features in place instead of copying them.
 
-A dense block that joins all of its features before every layer, Concat(a, b), Concat(a, b, c), ..., copies them again
+A dense block that concatenates all of its features before every layer, Concat(a, b), Concat(a, b, c), ..., copies them
 each time: TensorRT-RTX 1.7.1 builds SRDenseNet_All with 56 copy kernels among 130. Written as Concat(a, b) = ab,
-Concat(ab, c), ... every join extends the one before, and all copies vanish: 74 kernels, 6.1 instead of 8.4 MB. The
-values are the same ones.
+Concat(ab, c), ... every concatenation extends the previous one, and all copies disappear: 74 kernels, 6.1 instead of
+8.4 MB. The values are the same.
 """
 
 import onnx
 
 
-def concatenations_chained(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
-    """Return a graph whose concatenations extend earlier ones where they can, and how many were changed."""
+def chain_concatenations(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
+    """Return a graph whose concatenations extend earlier ones where possible, and the number of changed nodes."""
     chained = onnx.ModelProto()
     chained.CopyFrom(model)
     joined: dict[tuple[int, tuple[str, ...]], str] = {}

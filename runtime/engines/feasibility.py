@@ -1,11 +1,11 @@
-"""Whether an engine can exist at all, from closed formulas, before minutes are spent on building it.
+"""Limits of an engine's shapes from closed formulas, before minutes are spent on building it.
 
 Two limits grow with the number of LR pixels, N * H * W, of the largest shape:
 
 - no tensor may have 2^31 elements or more: kernels count in 32 bits;
-- activation memory: the largest sum of tensors that are alive at the same time. Kernels that fuse may need less, the
-  allocator's rounding somewhat more; TensorRT-RTX 1.7.1 took 2 to 16 % more than the estimate, so a margin is added
-  before it is held against the GPU's memory.
+- activation memory: the largest sum of tensors that are alive at the same time. Fused kernels may need less, the
+  allocator's rounding somewhat more; TensorRT-RTX 1.7.1 needed 2 to 16 % more than the estimate, so a margin is added
+  before it is compared with the GPU's memory.
 """
 
 import math
@@ -36,7 +36,7 @@ _BYTES: dict[int, int] = {
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a graph costs per LR pixel, and in weights.
+    """Memory of a graph: per LR pixel, and of its weights.
 
     Attributes:
         largest_tensor: name of the tensor with the most elements.
@@ -51,7 +51,7 @@ class Footprint:
     weights_bytes: int
 
     def max_pixels(self, memory_bytes: int | None) -> int:
-        """Return the most LR pixels (N * H * W) that both limits allow."""
+        """Return the maximum number of LR pixels (N * H * W) within both limits."""
         by_count = int(MAX_ELEMENTS // self.elements_per_pixel)
         if memory_bytes is None:
             return by_count
@@ -69,7 +69,7 @@ class Footprint:
 
 
 def footprint(graph: GraphFile) -> Footprint:
-    """Compute what a graph costs, by shape inference and a walk over the lifetimes of its tensors."""
+    """Compute the memory of a graph by shape inference and a walk over the lifetimes of its tensors."""
     shapes, types = graph.inferred
     pixels = graph.probe_shape[2] * graph.probe_shape[3]
     weights = {tensor.name for tensor in graph.model.graph.initializer}
@@ -80,7 +80,7 @@ def footprint(graph: GraphFile) -> Footprint:
     peak = _peak_bytes(graph.model.graph, shapes, types)
     return Footprint(
         largest_tensor=largest,
-        # Inference may stop at an operation it does not know; the contract's figure is the least there is.
+        # Inference may stop at an unknown operation; the contract's figure is a lower bound.
         elements_per_pixel=max(produced.get(largest, 0) / pixels, float(graph.contract.largest_tensor_per_pixel)),
         activation_bytes_per_pixel=peak / pixels,
         weights_bytes=sum(elements(shapes[name]) * _BYTES.get(types[name], 4) for name in weights),
@@ -91,7 +91,7 @@ def check_feasible(cost: Footprint, profiles: tuple[ShapeProfile, ...], memory_b
     """Refuse profiles whose largest shape cannot be built or run.
 
     Raises:
-        UsageError: names the limit, the number, and the largest shape that is legal.
+        UsageError: names the limit, the number, and the largest shape within the limits.
     """
     for profile in profiles:
         pixels = lr_pixels(profile.max)
@@ -115,7 +115,7 @@ def check_feasible(cost: Footprint, profiles: tuple[ShapeProfile, ...], memory_b
 def largest_legal_shape(cost: Footprint, shape: Shape, memory_bytes: int | None) -> Shape:
     """Return the largest shape with the batch, channels and (nearly) the aspect ratio of a given one.
 
-    Height and width are multiples of 8 where that leaves at least 8; the batch falls when even one pixel is too much.
+    Height and width are multiples of 8 if that leaves at least 8; the batch is reduced if even one pixel is too much.
     """
     n, c, h, w = shape
     per_image = cost.max_pixels(memory_bytes) // n
@@ -133,7 +133,7 @@ def lr_pixels(shape: Shape) -> int:
 
 
 def _peak_bytes(graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, int]) -> int:
-    """Return the largest sum of tensors alive at once, each from its producer to its last consumer.
+    """Return the largest sum of tensors that are alive at once, each from its producer to its last consumer.
 
     Graph inputs and outputs are the caller's memory, and reshapes share the buffer of what they reshape.
     """

@@ -1,4 +1,4 @@
-"""The named inputs and outputs of an engine, and the check of what a caller feeds it."""
+"""The named inputs and outputs of an engine, and checks of the arrays that a caller passes in."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,17 +11,17 @@ from srdeploy.core.shapes import ShapeProfile, TensorSpec, format_shape
 
 
 def check_feeds(feeds: Mapping[str, NDArray[Any]], inputs: Sequence[TensorSpec], *, engine: str) -> None:
-    """Check that every input is there, with the right type and a shape the engine can take.
+    """Check that every input is present, with the right type and number of axes.
 
     Raises:
-        UsageError: names the tensor, what came and what was expected.
+        UsageError: names the tensor, what was found and what was expected.
     """
-    wanted = ", ".join(str(spec) for spec in inputs)
+    expected = ", ".join(str(spec) for spec in inputs)
     missing = [spec.name for spec in inputs if spec.name not in feeds]
     unknown = sorted(set(feeds) - {spec.name for spec in inputs})
     if missing or unknown:
-        came = ", ".join(repr(name) for name in feeds) or "none"
-        raise UsageError(f"{engine} got inputs {came}", expected=wanted)
+        found = ", ".join(repr(name) for name in feeds) or "none"
+        raise UsageError(f"{engine} got inputs {found}", expected=expected)
     for spec in inputs:
         array = feeds[spec.name]
         if not isinstance(array, np.ndarray):
@@ -38,13 +38,13 @@ def check_feeds(feeds: Mapping[str, NDArray[Any]], inputs: Sequence[TensorSpec],
 
 
 def check_shape(shape: tuple[int, ...], spec: TensorSpec, *, engine: str) -> None:
-    """Check one shape against the engine's declared one.
+    """Compare one shape with the engine's declared shape.
 
     Raises:
         UsageError: another number of axes, an empty axis, or a fixed size that differs.
     """
     fits = len(shape) == len(spec.shape) and all(
-        size > 0 and want in (-1, size) for size, want in zip(shape, spec.shape, strict=True)
+        size > 0 and declared in (-1, size) for size, declared in zip(shape, spec.shape, strict=True)
     )
     if not fits:
         raise UsageError(
@@ -53,10 +53,10 @@ def check_shape(shape: tuple[int, ...], spec: TensorSpec, *, engine: str) -> Non
 
 
 def check_profile(shape: tuple[int, ...], profiles: Sequence[ShapeProfile], *, engine: str) -> int:
-    """Return the index of the first profile that takes a shape.
+    """Return the index of the first profile that contains a shape.
 
     Raises:
-        UsageError: no profile takes it; says by how much it is out, and what to do.
+        UsageError: no profile contains it; names the profiles and the option to change.
     """
     for index, profile in enumerate(profiles):
         if profile.contains(shape):

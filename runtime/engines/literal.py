@@ -1,7 +1,7 @@
-"""Computes an ONNX graph exactly as it is written: node by node in ONNX Runtime, no fusion, no rewriting.
+"""Computes an ONNX graph exactly as written: node by node in ONNX Runtime, without fusion or rewriting.
 
-This is what an engine's result is held against when the question is whether the engine or the graph is wrong. It is
-slow and keeps every tensor that is asked for, so it is given small images.
+It is the reference that decides whether an engine or its graph is wrong. It is slow and keeps every requested tensor:
+use small images.
 """
 
 from collections.abc import Mapping, Sequence

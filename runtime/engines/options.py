@@ -1,4 +1,4 @@
-"""What can be asked of an engine build, and what a build hands back."""
+"""The options of an engine build, and its result."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,29 +11,32 @@ from srdeploy.core.shapes import ShapeProfile
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """Wishes for an engine; None and empty mean "not stated". A family refuses what it does not have.
+    """Options of a build; None and empty mean the default. A family refuses options that it does not have.
 
     Attributes:
         profiles: shape ranges the engine must accept; required by the TensorRT families.
         compute_capabilities: GPUs to build for, such as ("8.6", "8.9"); TensorRT-RTX only.
-        workspace_bytes: upper limit of scratch memory. On TensorRT-RTX it caps the activation memory itself, and a
+        device: "auto" or "cuda:N": the GPU that a TensorRT engine is built on and for.
+        workspace_bytes: upper limit of scratch memory. On TensorRT-RTX it limits the activation memory itself, and a
             build that needs more fails: leave it unset there.
-        optimization_level: 0 (quick build) to 5 (quick engine); TensorRT only.
-        tf32: let FP32 convolutions use TF32 tensor cores (11 bits of mantissa). Off unless asked for.
+        optimization_level: 0 (fast build) to 5 (fast engine); TensorRT only.
+        tf32: let FP32 convolutions use TF32 tensor cores (11 bits of mantissa).
         timing_cache: file with kernel timings of earlier builds, read and updated; TensorRT only.
         hardware_compatibility: "ampere_plus" or "same_compute_capability"; TensorRT only.
         version_compatible: let other programs open the engine with a later TensorRT release and the lean runtime of
-            this one. It is not put into the engine: it would be host code, which srdeploy never runs. TensorRT only.
-        max_aux_streams: helper streams inside the engine, 0 for the least memory; TensorRT only.
-        memory_bytes: GPU memory the engine must fit in; checked before the build. None takes the GPU's own where there
-            is one, and checks nothing where there is none.
+            this one. The lean runtime is not put into the engine: it would be host code, which srdeploy never runs.
+            TensorRT only.
+        max_aux_streams: auxiliary streams inside the engine, 0 for minimum memory; TensorRT only.
+        memory_bytes: GPU memory that the engine must fit into, checked before the build. None takes the GPU's own; no
+            limit without a GPU.
         threads: CPU threads the CPU engines are compiled with.
         use_cache: look in the engine cache before building, and put the engine there afterwards.
-        log_path: where the builder's full log goes; None puts it beside the cache.
+        log_path: file for the builder's full log; None puts it next to the cache.
     """
 
     profiles: tuple[ShapeProfile, ...] = ()
     compute_capabilities: tuple[str, ...] = ()
+    device: str = "auto"
     workspace_bytes: int | None = None
     optimization_level: int | None = None
     tf32: bool = False
@@ -47,7 +50,7 @@ class BuildOptions:
     log_path: Path | None = None
 
     def to_key(self) -> dict[str, Any]:
-        """Return the options that change the engine's bytes, as JSON values."""
+        """Return the options that change the engine's bytes, as JSON values; the device is in the key's target."""
         return {
             "profiles": [profile_to_json(profile) for profile in self.profiles],
             "compute_capabilities": sorted(self.compute_capabilities),
@@ -73,20 +76,20 @@ CPU_REFUSED_OPTIONS: Mapping[str, str] = {
     "version_compatible": "it opens with the release that built it",
     "max_aux_streams": "it runs on the CPU",
 }
-"""Options that the CPU families do not have, each with the reason that the refusal gives."""
+"""Options that the CPU families do not have, each with the reason for the message."""
 
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """What a family's builder returns: the bytes, and everything worth knowing about them (JSON values).
+    """The result of a family's builder: the bytes, and what is known about them as JSON values.
 
     Attributes:
-        data: the engine's bytes, untouched.
-        precision_built: what was read back: "fp32", "fp16", ...; a mixture is written "int8+fp16".
-        built: layers or kernels by type and data type, memory, where it was read from.
-        versions: of the packages and libraries that took part.
+        data: the engine's bytes.
+        precision_built: read back from the engine: "fp32", "fp16", ...; a mixture is written "int8+fp16".
+        built: layers or kernels by kind and data type, memory, and the source of these numbers.
+        versions: of the packages and libraries that built it.
         target: what the engine runs on: GPUs, or the processor's instruction sets.
-        notes: lines a user should read.
+        notes: warnings for the user.
     """
 
     data: bytes
@@ -103,11 +106,11 @@ class BuildResult:
 
     Attributes:
         path: the engine file.
-        manifest: its sidecar, written beside it.
-        seconds: wall time of the build; near zero when the engine came from the cache.
+        manifest: its sidecar, written next to it.
+        seconds: wall time of the build; near zero if the engine came from the cache.
         cached: whether it came from the cache.
-        cache_reason: why the cache had it, or had it not.
-        notes: lines a user should read.
+        cache_reason: why it was found in the cache, or why not.
+        notes: warnings for the user.
     """
 
     path: Path
@@ -118,7 +121,7 @@ class BuildResult:
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Return the result as JSON values; the sidecar's details are inside."""
+        """Return the result as JSON values, with the sidecar's details."""
         return {
             "engine": str(self.path),
             "sha256": self.manifest.sha256,

@@ -1,4 +1,4 @@
-"""Shape profiles from the images that an engine will really see."""
+"""Shape profiles from the images that an engine will be used on."""
 
 from collections.abc import Sequence
 
@@ -6,20 +6,20 @@ from srdeploy.core.errors import InputError
 from srdeploy.core.shapes import ShapeProfile
 
 GRID = 8
-"""Profiles begin and end at multiples of this: room for crops, and kernels like it."""
+"""Profiles begin and end at multiples of this: it leaves room for crops, and kernels prefer it."""
 
 
 def proposed_profile(sizes: Sequence[tuple[int, int]], *, channels: int, batch: int, min_size: int = 1) -> ShapeProfile:
     """Propose a profile for images of given (height, width).
 
-    The least and greatest height and width, rounded outwards to multiples of 8, bound it; the commonest size, and among
-    equally common ones the largest, is what it is tuned for. Images of both orientations get a profile that takes both.
+    Its bounds are the minimum and maximum height and width, rounded outwards to multiples of 8. It is tuned for the
+    most common size, and among equally common sizes for the largest. Images of both orientations share one profile.
 
     Args:
         sizes: of the low-resolution images that go into the engine.
         channels: of the network.
-        batch: largest batch; the tuned one is 1.
-        min_size: the network's least height and width.
+        batch: maximum batch; the tuned batch is 1.
+        min_size: the network's minimum height and width.
 
     Raises:
         InputError: no sizes.

@@ -1,4 +1,4 @@
-"""All engine families in one visible tuple, and the three questions asked of them: build, open, what works here."""
+"""All engine families in one tuple, and what every verb does with them: build, open, and list what works here."""
 
 import contextlib
 import importlib
@@ -26,31 +26,43 @@ _HERE = "srdeploy.runtime.engines."
 
 @dataclass(frozen=True)
 class Family:
-    """An engine family. Its module is imported when it is used.
+    """An engine family.
 
-    The module has `key_parts(options)`, `build(graph, options, progress)` and `REFUSED_OPTIONS` if it builds,
-    `open_onnx(graph, ...)` if it opens ONNX files as they are, `open_built(engine, ...)` if it opens its own engines,
-    and `why_not_build()`, `why_not_run()` and `versions()` for the doctor.
+    It is implemented by a module, or by an object in a module, that is imported at its first use. That has
+    `key_parts(options)`, `build(graph, options, progress)` and `REFUSED_OPTIONS` if it builds, `open_onnx(graph, ...)`
+    if it opens ONNX files as they are, `open_built(engine, ...)` if it opens its own engines, and `why_not_build()`,
+    `why_not_run()` and `versions()` for the doctor.
+
+    Attributes:
+        name: as users write it.
+        place: the module, or "module:object".
+        summary: one line.
+        suffix: of its engine files; None if there is nothing to build.
+        opens_onnx: whether it opens ONNX files.
     """
 
     name: str
-    module: str
+    place: str
     summary: str
     suffix: str | None = None
     opens_onnx: bool = False
 
     def load(self) -> Any:
-        """Import the family's module; it imports its heavy package only inside functions."""
-        return importlib.import_module(_HERE + self.module)
+        """Import the implementation; it imports its heavy package only inside functions."""
+        module, _, name = self.place.partition(":")
+        found = importlib.import_module(_HERE + module)
+        return getattr(found, name) if name else found
 
 
 ENGINES: tuple[Family, ...] = (
     Family("onnxruntime", "onnxruntime_cpu", "ONNX Runtime on the CPU", ".ort.onnx", opens_onnx=True),
     Family("openvino", "openvino", "OpenVINO on the CPU", ".blob", opens_onnx=True),
-    Family("tensorrt-rtx", "tensorrt.rtx_engine", "TensorRT-RTX on GeForce and RTX GPUs, built anywhere", ".rtx"),
-    Family("tensorrt", "tensorrt.full_engine", "TensorRT 10.12 to 11 on NVIDIA GPUs", ".plan"),
-    Family("onnxruntime-cuda", "onnxruntime_cuda", "ONNX Runtime on NVIDIA GPUs", opens_onnx=True),
-    Family("onnxruntime-tensorrt", "onnxruntime_tensorrt", "ONNX Runtime through TensorRT 10", opens_onnx=True),
+    Family(
+        "tensorrt-rtx", "tensorrt.families:RTX_FAMILY", "TensorRT-RTX on GeForce and RTX GPUs, built anywhere", ".rtx"
+    ),
+    Family("tensorrt", "tensorrt.families:FULL_FAMILY", "TensorRT 10.12 to 11 on NVIDIA GPUs", ".plan"),
+    Family("onnxruntime-cuda", "onnxruntime_gpu:CUDA", "ONNX Runtime on NVIDIA GPUs", opens_onnx=True),
+    Family("onnxruntime-tensorrt", "onnxruntime_gpu:TENSORRT", "ONNX Runtime through TensorRT 10", opens_onnx=True),
 )
 
 
@@ -86,13 +98,13 @@ def build_engine(
         engine: a family that builds.
         options: see `BuildOptions`.
         force: replace an existing output.
-        progress: told about the steps.
+        progress: receives the steps.
 
     Raises:
         UsageError: an option that the family does not have, or the output exists.
         InputError: the ONNX file is not understood.
-        BuildError: the build failed, or the engine is not what was asked for. An existing output stays.
-        CapabilityError: a package is missing, or the output cannot be written.
+        BuildError: the build failed, or a layer was built in another type. An existing output stays.
+        CapabilityError: a package or GPU is missing, or the output cannot be written.
     """
     options = options or BuildOptions()
     chosen = family(engine)
@@ -100,6 +112,7 @@ def build_engine(
         builders = ", ".join(entry.name for entry in ENGINES if entry.suffix)
         raise UsageError(f"engine {engine!r} opens ONNX files as they are and has nothing to build", expected=builders)
     module = chosen.load()
+    _refuse_device(chosen, options.device)
     _refuse_options(chosen, module, options)
     started = time.perf_counter()
     with atomic_files(output, manifest_path(output), force=force) as (engine_file, sidecar_file):
@@ -146,18 +159,18 @@ def open_engine(
     """Open an ONNX file or a built engine.
 
     Args:
-        path: an ONNX file, or an engine with its sidecar beside it.
-        engine: the family; for an ONNX file None means onnxruntime, for an engine None means what its sidecar says.
-        device: "auto", "cpu", "cuda" or "cuda:N"; what an engine cannot run on is refused, never replaced.
+        path: an ONNX file, or an engine with its sidecar next to it.
+        engine: the family; for an ONNX file None means onnxruntime, for an engine None means the one in its sidecar.
+        device: "auto", "cpu", "cuda" or "cuda:N"; a device that the engine cannot run on is refused, never replaced.
         threads: CPU threads, None for all processors.
-        parity: for comparing numbers: exact FP32 arithmetic for FP32 layers, and INT8 graphs are opened even where this
+        parity: for comparing numbers: exact FP32 arithmetic for FP32 layers, and INT8 graphs are opened even if this
             processor computes them wrongly, so that the difference can be measured.
         outputs: tensors to return instead of the graph's outputs, inner ones included (ONNX files on the CPU).
 
     Raises:
-        InputError: not an ONNX file or engine of ours, or the engine's bytes are not what its sidecar says.
+        InputError: not an ONNX file or engine of srdeploy, or the engine's SHA-256 differs from its sidecar's.
         CapabilityError: this machine cannot run it: package, GPU, version, or INT8 arithmetic.
-        UsageError: options that do not fit the file.
+        UsageError: options that do not apply to the file.
     """
     if path.is_dir():
         raise UsageError(f"{path} is a folder", expected="an ONNX file or an engine")
@@ -178,7 +191,7 @@ def open_engine(
 
 @dataclass(frozen=True)
 class EngineStatus:
-    """What one family can do on this machine; a reason of None means it can."""
+    """Whether one family can build and run on this machine; a reason of None means yes."""
 
     name: str
     summary: str
@@ -200,7 +213,7 @@ class EngineStatus:
 
 
 def availability() -> list[EngineStatus]:
-    """Ask every family whether it can build and run here, and why not."""
+    """Return for every family whether it can build and run here, and why not."""
     return [_status(entry) for entry in ENGINES]
 
 
@@ -217,7 +230,7 @@ def _status(entry: Family) -> EngineStatus:
 
 
 def _reason(ask: Callable[[], str | None]) -> str | None:
-    """A package that is installed but broken must not take the doctor down with it."""
+    """A package that is installed but broken must not end the doctor."""
     try:
         return ask()
     except SrdeployError as error:
@@ -234,7 +247,7 @@ def _cached_or_built(
         return built.data, engine_manifest(graph, chosen.name, options, key, built)
 
     if not options.use_cache:
-        return *build(), Lookup(None, "the cache was not asked")
+        return *build(), Lookup(None, "the cache was not used")
     cache = EngineCache()
     with contextlib.ExitStack() as held:
         try:
@@ -255,14 +268,14 @@ def _cached_or_built(
 
 
 def _refuse_options(chosen: Family, module: Any, options: BuildOptions) -> None:
-    """Refuse what the family does not have: nothing that was asked for is dropped in silence."""
+    """Refuse options that the family does not have: none is ignored silently."""
     unset = BuildOptions()
     for entry in fields(BuildOptions):
         if entry.name in module.REFUSED_OPTIONS and getattr(options, entry.name) != getattr(unset, entry.name):
             flag = _FLAGS.get(entry.name, "--" + entry.name.replace("_", "-"))
             raise UsageError(
                 f"{flag} does not apply to {chosen.name}: {module.REFUSED_OPTIONS[entry.name]}",
-                next_step="leave it out",
+                next_step="omit it",
             )
 
 
@@ -281,23 +294,23 @@ def _refuse_device(chosen: Family, device: str) -> None:
         raise UsageError(f"device {device!r}", expected="auto, cpu, cuda or cuda:N")
     if wanted == "cuda" and on_cpu:
         gpu = "; for NVIDIA GPUs use --engine onnxruntime-cuda" if chosen.name == "onnxruntime" else ""
-        raise UsageError(f"{chosen.name} runs on the CPU here, and device {device!r} was asked for{gpu}")
+        raise UsageError(f"{chosen.name} runs on the CPU, and device {device!r} was requested{gpu}")
     if wanted == "cpu" and not on_cpu:
-        raise UsageError(f"{chosen.name} runs on NVIDIA GPUs, and device 'cpu' was asked for")
+        raise UsageError(f"{chosen.name} runs on NVIDIA GPUs, and device 'cpu' was requested")
 
 
 def _refuse_overflow(path: Path, contract: ModelContract, chosen: Family, parity: bool) -> None:
-    """Refuse an INT8 graph that CPU engines compute wrongly here, tens of decibels off, without a word."""
+    """Refuse an INT8 graph that CPU engines compute wrongly here, tens of decibels off, without a warning."""
     if chosen.name in CPU_FAMILIES and not parity and int8_weights_overflow(contract.weight_bits):
         raise CapabilityError(
             f"{path} has 8-bit weights, and this processor lacks VNNI: {chosen.name} adds their products in 16 bits, "
             "which overflow",
-            next_step="quantize with --weight-bits 7, or take another precision; `srdeploy verify` measures the damage",
+            next_step="quantize with --weight-bits 7, or use another precision; `srdeploy verify` measures the error",
         )
 
 
 def is_engine(path: Path) -> bool:
-    """Tell whether a file is a built engine: its sidecar says so, as ONNX Runtime's engines are ONNX files too."""
+    """Return True if a file is a built engine. Its sidecar decides, as ONNX Runtime's engines are ONNX files too."""
     if not manifest_path(path).is_file():
         return False
     try:
@@ -314,7 +327,7 @@ def _open_built(
     if opened.family not in names:
         raise InputError(f"{path} was built for engine {opened.family!r}", expected="one of " + ", ".join(names))
     if engine is not None and family(engine).name != opened.family:
-        raise UsageError(f"{path} is an engine of {opened.family}, and --engine {engine} was asked for")
+        raise UsageError(f"{path} is an engine of {opened.family}, and --engine {engine} was requested")
     chosen = family(opened.family)
     _refuse_device(chosen, device)
     _refuse_overflow(path, opened.contract, chosen, parity)

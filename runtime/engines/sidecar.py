@@ -1,16 +1,16 @@
-"""The sidecar of an engine: a manifest beside the file that tells what the bytes are. The bytes stay clean.
+"""The sidecar of an engine: a manifest next to the file that describes its bytes, which stay unchanged.
 
 Keys of `details`:
 
     engine             family: "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"
     key, key_sha256    everything that decides the bytes (see `srdeploy.runtime.engines.cache`), and its hash
-    contract           the ONNX metadata of the graph, word for word
+    contract           the ONNX metadata of the graph, unchanged
     inputs, outputs    name, type and shape (-1: free)
-    profiles           shape ranges, empty when all shapes are accepted
+    profiles           shape ranges, empty if all shapes are accepted
     precision          {"asked": ..., "layers_asked": ..., "built": ...}
-    built              layers or kernels by type and data type, memory in bytes, where it was read
+    built              layers or kernels by kind and data type, memory in bytes, the source of these numbers
     target             GPUs or instruction sets the engine runs on
-    notes              lines a user should read
+    notes              warnings for the user
 """
 
 import json
@@ -50,7 +50,7 @@ class Engine:
 
     @property
     def profiles(self) -> tuple[ShapeProfile, ...]:
-        """The shape ranges; empty when all shapes are accepted."""
+        """The shape ranges; empty if all shapes are accepted."""
         return tuple(profile_from_json(value) for value in self._detail("profiles"))
 
     @property
@@ -65,17 +65,17 @@ class Engine:
 
     @property
     def built(self) -> dict[str, Any]:
-        """What was read back from the engine when it was built."""
+        """The counts that were read back from the engine after the build."""
         return dict(self._detail("built"))
 
     @property
     def precision_built(self) -> str:
-        """The type the heavy layers were built in."""
+        """The type that the layers with weights were built in."""
         return str(self._detail("precision")["built"])
 
     @property
     def target(self) -> dict[str, Any]:
-        """What it runs on."""
+        """The GPUs or instruction sets that it runs on."""
         return dict(self._detail("target"))
 
     def _detail(self, name: str) -> Any:
@@ -88,12 +88,12 @@ class Engine:
 
 
 def read_engine(path: Path) -> Engine:
-    """Read an engine and its sidecar, and check that they belong together before anything looks into the bytes.
+    """Read an engine and its sidecar, and check that they belong together before the bytes are used.
 
-    An engine is native code. It is opened only when its SHA-256 is the one its sidecar states.
+    An engine is native code. It is opened only if its SHA-256 is the one in its sidecar.
 
     Raises:
-        InputError: the file or the sidecar is missing, the bytes are others, or the sidecar is not an engine's.
+        InputError: the file or the sidecar is missing, the SHA-256 differs, or the sidecar is not an engine's.
     """
     data, manifest = read_verified(path)
     if manifest.kind != KIND:

@@ -13,7 +13,7 @@ from gpu_simulator.install import Setting, simulated
 from srdeploy.models.checkpoint.load import Evidence, LoadedCheckpoint
 from srdeploy.models.networks.rcan import RcanConfig
 from srdeploy.models.networks.spec import network_of, spec_of
-from srdeploy.runtime.engines.tensorrt.families import why_no_gpu
+from srdeploy.runtime.engines.gpu import why_no_gpu
 
 HERE = Path(__file__).parent
 

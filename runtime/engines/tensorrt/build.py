@@ -1,7 +1,7 @@
-"""One strongly typed build for TensorRT 10.12 to 11 and TensorRT-RTX: ONNX in, proven engine bytes out.
+"""One strongly typed build for TensorRT 10.12 to 11 and TensorRT-RTX: from ONNX to engine bytes with proven types.
 
-What can be known beforehand is checked first. The build itself runs in a process of its own
-(`srdeploy.runtime.engines.tensorrt.worker`); afterwards its layer table is held against the graph.
+Shapes, options and memory are checked first. The build runs in a process of its own
+(`srdeploy.runtime.engines.tensorrt.worker`); afterwards its layer table is compared with the graph.
 """
 
 import contextlib
@@ -20,36 +20,44 @@ from srdeploy.core.progress import Advance, Progress
 from srdeploy.core.shapes import ShapeProfile, format_shape
 from srdeploy.core.sizes import format_bytes
 from srdeploy.runtime.engines.cache import default_root
-from srdeploy.runtime.engines.concatenation import concatenations_chained
+from srdeploy.runtime.engines.concatenation import chain_concatenations
 from srdeploy.runtime.engines.feasibility import check_feasible, footprint, largest_legal_shape
+from srdeploy.runtime.engines.gpu import find_gpu
 from srdeploy.runtime.engines.options import BuildOptions, BuiltEngine
 from srdeploy.runtime.engines.tensorrt import worker
-from srdeploy.runtime.engines.tensorrt.families import Flavour, gpu
-from srdeploy.runtime.engines.tensorrt.layers import Layers, layers_from_inspector, layers_from_log, prove_precision
-from srdeploy.runtime.engines.tensorrt.log import read_log
+from srdeploy.runtime.engines.tensorrt.layers import (
+    Layers,
+    Proof,
+    layers_from_inspector,
+    layers_from_log,
+    prove_precision,
+)
+from srdeploy.runtime.engines.tensorrt.log import read_messages
+from srdeploy.runtime.engines.tensorrt.products import Product
 
 
-def build_plan(flavour: Flavour, graph: GraphFile, options: BuildOptions, progress: Progress) -> BuiltEngine:
-    """Build an engine and prove the precision of its convolutions.
+def build_plan(product: Product, graph: GraphFile, options: BuildOptions, progress: Progress) -> BuiltEngine:
+    """Build an engine and prove the types of its convolutions.
 
     Raises:
-        UsageError: no profile, a profile that does not fit the graph, or shapes beyond what can exist.
+        UsageError: no profile, a profile that does not fit the graph, or shapes beyond the limits.
         BuildError: TensorRT failed, or built a convolution in another type.
-        CapabilityError: the flavour is not installed, or needs a GPU that is not there.
+        CapabilityError: the product is not installed, or needs a GPU and there is none.
         KeyboardInterrupt: Ctrl-C; nothing is left behind.
     """
-    trt = flavour.load()
+    trt = product.load()
     _check_profiles(graph, options.profiles)
-    flavour.check(graph, options)
+    product.check_build(graph, options)
     cost = footprint(graph)
-    memory = options.memory_bytes or _gpu_memory()
+    found = find_gpu(options.device)
+    memory = options.memory_bytes or (found.memory_bytes if found else None)
     check_feasible(cost, options.profiles, memory)
     legal = largest_legal_shape(cost, options.profiles[-1].max, memory)
-    progress.note(f"largest legal shape of this kind: {format_shape(legal)}")
-    model, chained = concatenations_chained(graph.model)
-    chained_graph = GraphFile(model, path=graph.path, sha256=graph.sha256, contract=graph.contract)
-    data, layers, seconds = _in_worker(flavour, trt.__version__, chained_graph, options, progress)
-    precision = prove_precision(layers, graph)
+    progress.note(f"largest shape within the limits: {format_shape(legal)}")
+    model, chained = chain_concatenations(graph.model)
+    rewritten = GraphFile(model, path=graph.path, sha256=graph.sha256, contract=graph.contract)
+    data, layers, seconds = _in_worker(product, trt.__version__, rewritten, options, progress)
+    proof = prove_precision(layers, graph)
     check_memory(layers, cost.weights_bytes, memory, options.profiles)
     built = {
         **layers.to_json(),
@@ -58,27 +66,28 @@ def build_plan(flavour: Flavour, graph: GraphFile, options: BuildOptions, progre
         "tf32": options.tf32,
         "concatenations_chained": chained,
         "build_seconds": round(seconds, 2),
+        "unproven": list(proof.unproven),
     }
     return BuiltEngine(
         data=data,
-        precision_built=precision,
+        precision_built=proof.built,
         built=built,
-        versions={**flavour.versions(), flavour.name: trt.__version__},
-        target=flavour.target(options),
-        notes=_notes(precision, options),
+        versions={**product.versions(), product.name: trt.__version__},
+        target=product.target(options),
+        notes=_notes(proof, layers, options),
     )
 
 
-def log_path(flavour: Flavour, graph: GraphFile, options: BuildOptions) -> Path:
-    """Return where the builder's whole log goes."""
-    name = f"{graph.path.stem}-{graph.sha256[:12]}-{flavour.name}.log"
+def log_path(product: Product, graph: GraphFile, options: BuildOptions) -> Path:
+    """Return the file for the builder's full log."""
+    name = f"{graph.path.stem}-{graph.sha256[:12]}-{product.name}.log"
     return options.log_path or default_root().parent / "logs" / name
 
 
 def _check_profiles(graph: GraphFile, profiles: tuple[ShapeProfile, ...]) -> None:
     if not profiles:
         raise UsageError(
-            "no shapes were given for the engine",
+            "the engine needs shapes",
             expected="--min-shape, --opt-shape and --max-shape, or --profile-images FOLDER",
         )
     channels = graph.contract.channels
@@ -87,36 +96,37 @@ def _check_profiles(graph: GraphFile, profiles: tuple[ShapeProfile, ...]) -> Non
             raise UsageError(f"profile {profile} has {profile.min[1]} channels", expected=f"{channels}, as the graph")
         if min(profile.min[2:]) < graph.contract.min_size:
             raise UsageError(
-                f"profile {profile} begins below the network's least size", expected=f"{graph.contract.min_size} pixels"
+                f"profile {profile} begins below the network's minimum size",
+                expected=f"{graph.contract.min_size} pixels",
             )
 
 
 def _in_worker(
-    flavour: Flavour, version: str, graph: GraphFile, options: BuildOptions, progress: Progress
+    product: Product, version: str, graph: GraphFile, options: BuildOptions, progress: Progress
 ) -> tuple[bytes, Layers, float]:
     """Run the worker; return the plan, its kernels and the seconds it took."""
     request = {"sha256": graph.sha256, "path": str(graph.path), "options": worker.options_to_json(options)}
-    kept = log_path(flavour, graph, options)
+    kept = log_path(product, graph, options)
     with _work_folder() as folder:
         (folder / worker.GRAPH).write_bytes(graph.serialized())
         (folder / worker.REQUEST).write_text(json.dumps(request), encoding="utf-8")
         try:
-            with progress.task(f"building with {flavour.title} {version}") as advance:
-                seconds = _run(flavour, folder, advance)
+            with progress.task(f"building with {product.title} {version}") as advance:
+                seconds = _run(product, folder, advance)
         except SrdeployError as error:
             where = _keep_log(folder, kept)
             raise type(error)(
                 error.found, expected=error.expected, next_step=f"{error.next_step or ''}{where}".strip() or None
             ) from error
         _keep_log(folder, kept)
-        return (folder / worker.PLAN).read_bytes(), _layers(flavour, folder), seconds
+        return (folder / worker.PLAN).read_bytes(), _layers(product, folder), seconds
 
 
-def _run(flavour: Flavour, folder: Path, advance: Advance) -> float:
-    # -P: a file of the current folder must not stand in for a module
-    command = [sys.executable, "-P", "-m", "srdeploy.runtime.engines.tensorrt.launch", flavour.name, str(folder)]
+def _run(product: Product, folder: Path, advance: Advance) -> float:
+    # -P: files of the current folder must not shadow modules
+    command = [sys.executable, "-P", "-m", "srdeploy.runtime.engines.tensorrt.worker", product.name, str(folder)]
     with (folder / "stderr").open("wb") as stderr:
-        # A session of its own: Ctrl-C reaches this process alone, which then ends the worker.
+        # A session of its own: Ctrl-C reaches only this process, which then ends the worker.
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, start_new_session=True, text=True
         )
@@ -139,11 +149,11 @@ def _run(flavour: Flavour, folder: Path, advance: Advance) -> float:
                         stream.close()
     if status == 0 and "seconds" in last:
         return float(last["seconds"])
-    raise _worker_error(flavour, status, last, (folder / "stderr").read_text(encoding="utf-8", errors="replace"))
+    raise _worker_error(product, status, last, (folder / "stderr").read_text(encoding="utf-8", errors="replace"))
 
 
-def _worker_error(flavour: Flavour, status: int, last: dict[str, Any], stderr: str) -> SrdeployError:
-    """Turn how the worker ended into an error of ours."""
+def _worker_error(product: Product, status: int, last: dict[str, Any], stderr: str) -> SrdeployError:
+    """Return the error for a worker that failed."""
     if "error" in last:
         found, expected, step = last["error"]
         if last["code"] == OutputError.exit_code:
@@ -152,21 +162,21 @@ def _worker_error(flavour: Flavour, status: int, last: dict[str, Any], stderr: s
     tail = " ".join(stderr.split())[-300:]
     if status == -9:
         return BuildError(
-            f"{flavour.title} was killed while it built", next_step="most often the memory was full: close programs"
+            f"{product.title} was killed during the build",
+            next_step="usually the machine's memory was full: close other programs",
         )
     if status < 0:
-        return BuildError(f"{flavour.title} crashed with signal {-status} while it built: {tail}")
-    return BuildError(f"{flavour.title} ended unexpectedly (status {status}): {tail}")
+        return BuildError(f"{product.title} crashed with signal {-status} during the build: {tail}")
+    return BuildError(f"{product.title} ended unexpectedly (status {status}): {tail}")
 
 
-def _layers(flavour: Flavour, folder: Path) -> Layers:
-    log = read_log(folder / worker.LOG)
-    from_log = layers_from_log(text for _, text in log.messages)
-    if flavour.reads_layers_from_log:
+def _layers(product: Product, folder: Path) -> Layers:
+    from_log = layers_from_log(text for _, text in read_messages(folder / worker.LOG))
+    if product.reads_layers_from_log:
         return from_log
-    document = (folder / worker.LAYERS).read_text(encoding="utf-8")
+    documents = json.loads((folder / worker.LAYERS).read_text(encoding="utf-8"))
     return layers_from_inspector(
-        document, activation_bytes=from_log.activation_bytes, weights_bytes=from_log.weights_bytes
+        documents, activation_bytes=from_log.activation_bytes, weights_bytes=from_log.weights_bytes
     )
 
 
@@ -183,7 +193,7 @@ def _work_folder() -> Iterator[Path]:
 
 
 def _keep_log(folder: Path, target: Path) -> str:
-    """Copy the log to where it stays; it is a help, so a failure to write it is no failure of the build."""
+    """Copy the log to its final place. Best effort: never fails the build."""
     source = folder / worker.LOG
     if not source.exists():
         return ""
@@ -192,11 +202,11 @@ def _keep_log(folder: Path, target: Path) -> str:
         shutil.copyfile(source, target)
     except OSError:
         return ""
-    return f" (whole log: {target})"
+    return f" (full log: {target})"
 
 
 def check_memory(layers: Layers, weights_bytes: int, memory: int | None, profiles: Sequence[ShapeProfile]) -> None:
-    """Hold the memory that an engine states, which may be more than was estimated, against the GPU's.
+    """Compare the memory that an engine needs, which may exceed the estimate, with the GPU's.
 
     Raises:
         BuildError: it does not fit.
@@ -212,12 +222,10 @@ def check_memory(layers: Layers, weights_bytes: int, memory: int | None, profile
         )
 
 
-def _notes(precision: str, options: BuildOptions) -> tuple[str, ...]:
-    if options.tf32 and "fp32" in precision:
-        return ("TF32 is on: FP32 convolutions are computed with 11 bits of mantissa",)
-    return ()
-
-
-def _gpu_memory() -> int | None:
-    found = gpu()
-    return found[2] if found else None
+def _notes(proof: Proof, layers: Layers, options: BuildOptions) -> tuple[str, ...]:
+    notes = []
+    if options.tf32 and "fp32" in proof.built:
+        notes.append("TF32 is on: FP32 convolutions are computed with 11 bits of mantissa")
+    if proof.unproven:
+        notes.append(f"not proven: {layers.read_from} does not state the type of {len(proof.unproven)} convolutions")
+    return tuple(notes)

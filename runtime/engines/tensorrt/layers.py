@@ -1,9 +1,10 @@
-"""The kernels of a TensorRT engine, read back, and the proof that they compute in the type that was asked for.
+"""The kernels of a TensorRT engine, read back, and the proof that they compute in the type of the graph's layers.
 
-Where no GPU is, the detailed build log of TensorRT-RTX holds one line per kernel, with the types of its inputs,
-constants and outputs and the ONNX nodes it came from. Where a GPU is, the engine inspector gives the same as JSON.
-What is proven without a GPU is the engine as built; TensorRT-RTX may still pick other kernels when it compiles
-them on the GPU, in the same types.
+The detailed build log of TensorRT-RTX has one line per kernel, with the types of its inputs, constants and outputs and
+the ONNX nodes it came from; no GPU is needed. For TensorRT, the engine inspector returns the same as JSON. The engine
+is proven as built; TensorRT-RTX may choose other kernels of the same types when it compiles them on the GPU.
+
+A type that cannot be read is not proven, which is reported; it is never taken for a wrong type.
 """
 
 import json
@@ -41,6 +42,16 @@ _WEIGHTED = (
     "matrixmultiply",
     "fullyconnected",
 )
+UNKNOWN = "unknown"
+"""The type of a tensor that the source does not state. TensorRT 10 prints "N/A due to dynamic shapes" for some."""
+_TACTIC_TYPES = (
+    # Names of CUTLASS and xmma kernels state input types in pairs: sm80_xmma_fprop_implicit_gemm_f16f16_f16f16_f16_...
+    (re.compile(r"_(?:i8i8|i8_i8)_|_imma_|i8816|i16832"), "int8"),
+    (re.compile(r"_bf16bf16_|bf1688|bf16816"), "bf16"),
+    (re.compile(r"_e4m3e4m3_|_qmma_"), "fp8"),
+    (re.compile(r"_f16f16_|h884|h1688|h16816|_hmma_"), "fp16"),
+    (re.compile(r"_f32f32_|sgemm|scudnn"), "fp32"),
+)
 _ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 _DATATYPE = re.compile(r"Datatype: ([^,}\s]+)")
 
@@ -55,21 +66,25 @@ class Kernel:
     constants: tuple[str, ...]
     outputs: tuple[str, ...]
     onnx_layers: tuple[str, ...]
+    tactic: str = ""
 
     @property
     def weighted(self) -> bool:
-        """Whether it is a convolution, deconvolution or matrix product of its own, not part of a generated kernel."""
+        """True for a convolution, deconvolution or matrix product, False for a generated kernel."""
         return any(word in self.kind.lower() for word in _WEIGHTED)
 
     @property
     def types(self) -> set[str]:
-        """All types that go in."""
+        """The types of all inputs and constants."""
         return {*self.inputs, *self.constants}
 
     @property
     def computes_in(self) -> str:
-        """The type of its first input, which is the type that the products are formed in."""
-        return self.inputs[0] if self.inputs else "unknown"
+        """The type of the products: the first input's, else the weights', else what the tactic's name states."""
+        stated = next((label for label in (*self.inputs[:1], *self.constants[:1]) if label != UNKNOWN), None)
+        if stated:
+            return stated
+        return next((label for pattern, label in _TACTIC_TYPES if pattern.search(self.tactic)), UNKNOWN)
 
     @property
     def signature(self) -> str:
@@ -79,7 +94,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Layers:
-    """All kernels of an engine with its memory in bytes (None where the source does not say)."""
+    """All kernels of an engine, and its memory in bytes (None if the source does not state it)."""
 
     kernels: tuple[Kernel, ...]
     activation_bytes: int | None
@@ -88,11 +103,11 @@ class Layers:
 
     @property
     def convolutions(self) -> dict[str, int]:
-        """Count the kernels with weights of their own by the type they compute in."""
+        """The number of kernels with weights, by the type they compute in."""
         return dict(sorted(Counter(kernel.computes_in for kernel in self.kernels if kernel.weighted).items()))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the layer table in short: counts by kind and type, and memory."""
+        """Return counts by kind and type, and memory."""
         return {
             "read_from": self.read_from,
             "kernels": len(self.kernels),
@@ -119,86 +134,80 @@ def layers_from_log(messages: Iterable[str]) -> Layers:
 
 
 def layers_from_inspector(
-    document: str, *, activation_bytes: int | None = None, weights_bytes: int | None = None
+    documents: Sequence[str], *, activation_bytes: int | None = None, weights_bytes: int | None = None
 ) -> Layers:
-    """Read the layer table from the engine inspector's JSON; 10.x writes type and layout in one string, 11 in two."""
-    kernels = []
-    for layer in json.loads(document).get("Layers", []):
-        if not isinstance(layer, dict):  # the engine was built without detailed verbosity: names only
-            continue
-        constants = layer.get("Constants", [])
-        weights = layer.get("Weights")
-        if isinstance(weights, dict) and "Type" in weights:
-            constants = [*constants, {"Datatype": weights["Type"]}]
-        kernels.append(
-            Kernel(
-                name=str(layer.get("Name", "")),
-                kind=str(layer.get("ParameterType") or layer.get("LayerType", "")),
-                inputs=_json_types(layer.get("Inputs", [])),
-                constants=_json_types(constants),
-                outputs=_json_types(layer.get("Outputs", [])),
-                onnx_layers=tuple(_ONNX_LAYER.findall(str(layer.get("Metadata", "")))),
-            )
-        )
-    return Layers(tuple(kernels), activation_bytes, weights_bytes, "the engine inspector")
+    """Read the layer table from the engine inspector's JSON, one document per profile.
+
+    TensorRT 10 writes type and layout in one string, TensorRT 11 in two.
+    """
+    layers = [layer for document in documents for layer in json.loads(document).get("Layers", [])]
+    # Built without detailed verbosity, an engine has names only.
+    kernels = tuple(_kernel_from_json(layer) for layer in layers if isinstance(layer, dict))
+    return Layers(kernels, activation_bytes, weights_bytes, "the engine inspector")
 
 
-def prove_precision(layers: Layers, graph: GraphFile) -> str:
-    """Check every convolution of an engine against the type the graph asks for, and name what was built.
+@dataclass(frozen=True)
+class Proof:
+    """What was read back: the label of the types ("fp16", "int8+fp16"), and the layers whose type could not be read."""
 
-    Returns:
-        "fp16", or a mixture such as "int8+fp16".
+    built: str
+    unproven: tuple[str, ...]
+
+
+def prove_precision(layers: Layers, graph: GraphFile) -> Proof:
+    """Compare every convolution of an engine with the type of its layers in the graph.
 
     Raises:
-        BuildError: a convolution computes in another type, or the layer table cannot be read at all.
+        BuildError: a convolution computes in another type.
     """
     weighted = [kernel for kernel in layers.kernels if kernel.weighted]
-    if not weighted:
-        raise BuildError(
-            f"the precision of the engine cannot be proven: no convolution was found in {layers.read_from}",
-            next_step="this TensorRT release writes its layer table differently; please report it",
-        )
     wrong = mismatches(weighted, graph.layer_types) + fused_mismatches(layers.kernels, graph.layer_types)
     if wrong:
         kernel, asked = wrong[0]
         origin = kernel.onnx_layers[0] if kernel.onnx_layers else kernel.name
         raise BuildError(
-            f"{len(wrong)} of {len(graph.layer_types)} convolutions were built in another type than the graph"
-            f" asks for: {origin!r} computes in {kernel.computes_in}",
+            f"{len(wrong)} of {len(graph.layer_types)} convolutions were built in another type than the graph's:"
+            f" {origin!r} computes in {kernel.computes_in}",
             expected=asked,
-            next_step="the engine was thrown away; quantize the graph for this engine (srdeploy quantize --target)",
+            next_step="the engine was discarded; quantize the graph for this engine (srdeploy quantize --target)",
         )
-    return combined_label(layers.convolutions)
+    known = {label: count for label, count in layers.convolutions.items() if label != UNKNOWN}
+    unproven = [kernel.name for kernel in weighted if kernel.computes_in == UNKNOWN]
+    if not weighted:
+        unproven = list(graph.layer_types)
+    return Proof(combined_label(known) if known else "not proven", tuple(unproven))
 
 
-def mismatches(weighted: Sequence[Kernel], asked: Mapping[str, str]) -> list[tuple[Kernel, str]]:
-    """Return the kernels that compute in a type none of their ONNX nodes asks for, with the type asked for.
+def mismatches(weighted: Sequence[Kernel], expected: Mapping[str, str]) -> list[tuple[Kernel, str]]:
+    """Return the kernels that compute in a type that none of their ONNX nodes has, with the expected type.
 
-    `asked` maps the node name of each layer to its type, see `Graph.layer_types`.
+    `expected` maps the node name of each layer to its type, see `Graph.layer_types`.
     """
-    everywhere = set(asked.values())
+    everywhere = set(expected.values())
     wrong = []
     for kernel in weighted:
-        wanted = {asked[name] for name in kernel.onnx_layers if name in asked} or everywhere
+        if kernel.computes_in == UNKNOWN:
+            continue
+        wanted = {expected[name] for name in kernel.onnx_layers if name in expected} or everywhere
         if kernel.computes_in not in wanted:
             wrong.append((kernel, " or ".join(sorted(wanted))))
     return wrong
 
 
-def fused_mismatches(kernels: Sequence[Kernel], asked: Mapping[str, str]) -> list[tuple[Kernel, str]]:
-    """Return the same for layers that went into generated kernels: nothing of the type they ask for goes in there.
+def fused_mismatches(kernels: Sequence[Kernel], expected: Mapping[str, str]) -> list[tuple[Kernel, str]]:
+    """Return the same for layers inside generated kernels that read no tensor of the layer's type.
 
-    The 1x1 convolutions of a channel attention gate end like this.
+    The 1x1 convolutions of channel attention become such kernels.
     """
     homes: dict[str, list[Kernel]] = {}
     for kernel in kernels:
         for name in kernel.onnx_layers:
             homes.setdefault(name, []).append(kernel)
     wrong = []
-    for node, dtype in asked.items():
+    for node, dtype in expected.items():
         where = homes.get(node, [])
         fused = where and not any(kernel.weighted for kernel in where)
-        if fused and not any(dtype in kernel.types for kernel in where):
+        if fused and not any({dtype, UNKNOWN} & kernel.types for kernel in where):
             wrong.append((where[0], dtype))
     return wrong
 
@@ -216,13 +225,28 @@ def _types(text: str) -> tuple[str, ...]:
     return tuple(_LABELS.get(found, found.lower()) for found in _DATATYPE.findall(text))
 
 
+def _kernel_from_json(layer: dict[str, Any]) -> Kernel:
+    constants = layer.get("Constants", [])
+    weights = layer.get("Weights")
+    if isinstance(weights, dict) and "Type" in weights:
+        constants = [*constants, {"Datatype": weights["Type"]}]
+    return Kernel(
+        name=str(layer.get("Name", "")),
+        kind=str(layer.get("ParameterType") or layer.get("LayerType", "")),
+        inputs=_json_types(layer.get("Inputs", [])),
+        constants=_json_types(constants),
+        outputs=_json_types(layer.get("Outputs", [])),
+        onnx_layers=tuple(_ONNX_LAYER.findall(str(layer.get("Metadata", "")))),
+        tactic=str(layer.get("TacticName", "")),
+    )
+
+
 def _json_types(tensors: Sequence[Any]) -> tuple[str, ...]:
     found = []
     for tensor in tensors:
         if not isinstance(tensor, dict):
             continue
         words = str(tensor.get("Datatype") or tensor.get("DataType") or tensor.get("Format/Datatype") or "").split()
-        # "Channel major FP16 format where ..." holds the type as one word among others.
-        label = next((_LABELS[word] for word in words if word in _LABELS), None)
-        found.append(label or "unknown")
+        # "Channel major FP16 format where ..." has the type as one word among others.
+        found.append(next((_LABELS[word] for word in words if word in _LABELS), UNKNOWN))
     return tuple(found)

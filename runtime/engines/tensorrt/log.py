@@ -1,14 +1,20 @@
 """TensorRT's log: collected, kept in a file, and translated into a cause and a next step.
 
-TensorRT reports failures as None, False or -1 and puts the reason into its log. Its error recorder crashes the
-process when the builder is freed, so everything goes through one logger per flavour that lives as long as the process
-(TensorRT keeps using the first logger it was given).
+TensorRT reports failures as None, False or -1 and writes the reason to its log. Its error recorder crashes the process
+when the builder is freed, so there are two loggers instead:
+
+- Builds run in a process of their own with a logger written in Python, which sees every message.
+- Opened engines have TensorRT's native logger. A logger in Python hangs the process when a context is freed (which
+  holds the interpreter's lock) while one of TensorRT's threads logs (which waits for it).
 """
 
 import contextlib
+import ctypes
+import os
 import re
+import sys
+import tempfile
 import threading
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,81 +22,133 @@ from typing import Any, TextIO
 
 SEVERITIES = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE")
 PROBLEMS = ("INTERNAL_ERROR", "ERROR")
+MAX_PROBLEMS = 50
+"""Errors that a `Log` keeps; a build's verbose log has hundreds of megabytes and goes to a file only."""
 _LOGGERS: dict[str, Any] = {}
+"""One native logger per product. TensorRT keeps a pointer to the first logger of a process, so none is ever freed."""
+_HELD: list[Any] = []
+_REDIRECTED = threading.RLock()
+_NATIVE_LINE = re.compile(r"\[[\d/:-]+\] \[TRT\] \[([FE])\] (.*)")
 
 
 @dataclass
 class Log:
-    """Messages of one build or opening: (severity, text)."""
+    """The errors of one build or opening, the oldest first."""
 
-    path: Path | None = None
-    messages: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
-    def problems(self) -> list[str]:
-        """Return the error messages."""
-        return [text for severity, text in self.messages if severity in PROBLEMS]
+    def add(self, text: str) -> None:
+        """Keep an error, unless there are too many already."""
+        if len(self.problems) < MAX_PROBLEMS:
+            self.problems.append(text)
 
 
-@contextlib.contextmanager
-def captured(trt: Any, path: Path | None = None) -> Iterator[tuple[Any, Log]]:
-    """Yield TensorRT's logger and the log that it writes to while the block runs; one block at a time.
+def build_logger(trt: Any, log: Log, path: Path | None) -> Any:
+    """Return a logger for a build: errors go into a `Log`, everything goes into a file.
 
     Args:
         trt: the bindings.
-        path: file for the whole log; it is a help, so a file that cannot be written is left out.
+        log: collects the errors.
+        path: file for all messages. Best effort: a file that cannot be written never fails the build.
+    """
+
+    class CollectingLogger(trt.ILogger):  # type: ignore[misc]  # the base class is known at run time only
+        """Never raises into native code."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.stream = _opened(path)
+
+        def log(self, severity: Any, message: str) -> None:
+            name = getattr(severity, "name", str(severity))
+            if name in PROBLEMS:
+                log.add(message)
+            if self.stream is not None:
+                try:
+                    self.stream.write(f"[{name}] {message}\n")
+                    self.stream.flush()
+                except (OSError, ValueError):
+                    self.stream = None
+
+    logger = CollectingLogger()
+    _HELD.append(logger)
+    return logger
+
+
+@contextlib.contextmanager
+def runtime_log(trt: Any) -> Iterator[tuple[Any, Log]]:
+    """Yield the native logger for opened engines, and a log that has its errors when the block has ended.
+
+    The native logger prints to standard output, which belongs to the caller: it is redirected while the block runs, one
+    block at a time, and below fatal errors it is silent outside. Lines of other threads are written out afterwards.
     """
     logger = _LOGGERS.get(trt.__name__)
     if logger is None:
-        logger = _LOGGERS[trt.__name__] = _new_logger(trt)
-    log = Log(path)
-    with logger.lock:
-        stream = _opened(path)
-        log.path = path if stream else None
-        logger.log_to, logger.stream = log, stream
+        logger = _LOGGERS[trt.__name__] = trt.Logger(trt.Logger.INTERNAL_ERROR)
+    log = Log()
+    with _REDIRECTED:
+        logger.min_severity = trt.Logger.ERROR
         try:
-            yield logger, log
+            with _standard_output(log):
+                yield logger, log
         finally:
-            logger.log_to, logger.stream = None, None
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
+            logger.min_severity = trt.Logger.INTERNAL_ERROR
 
 
-def last_problem(trt: Any) -> str:
-    """Return the cause of the newest error that TensorRT reported while nothing was captured: while engines run."""
-    logger = _LOGGERS.get(trt.__name__)
-    messages = list(logger.unheard) if logger else []
-    if logger:
-        logger.unheard.clear()
-    return translated(Log(messages=messages))[0]
+@contextlib.contextmanager
+def _standard_output(log: Log) -> Iterator[None]:
+    """Move TensorRT's lines from the process's standard output into a log."""
+    library = ctypes.CDLL(None)
+    with tempfile.TemporaryFile() as caught:
+        _flush_output(library)
+        kept = os.dup(1)
+        os.dup2(caught.fileno(), 1)
+        try:
+            yield
+        finally:
+            _flush_output(library)
+            os.dup2(kept, 1)
+            os.close(kept)
+            caught.seek(0)
+            for line in caught.read().decode("utf-8", errors="replace").splitlines(keepends=True):
+                found = _NATIVE_LINE.match(line)
+                if found:
+                    log.add(found[2])
+                else:
+                    os.write(1, line.encode())
 
 
-def read_log(path: Path) -> Log:
-    """Read a log file back into messages."""
-    log = Log(path)
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        severity, bracket, text = line[1:].partition("] ")
-        if line.startswith("[") and bracket and severity in SEVERITIES:
-            log.messages.append((severity, text))
-        elif log.messages:  # messages may have several lines
-            last, before = log.messages[-1]
-            log.messages[-1] = (last, f"{before}\n{line}")
-    return log
+def _flush_output(library: ctypes.CDLL) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    library.fflush(None)
+
+
+def read_messages(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield (severity, text) of a log file, message by message; texts may have several lines."""
+    severity, lines = "", list[str]()
+    with path.open(encoding="utf-8", errors="replace") as stream:
+        for line in stream:
+            name, bracket, text = line[1:].rstrip("\n").partition("] ")
+            if line.startswith("[") and bracket and name in SEVERITIES:
+                if severity:
+                    yield severity, "\n".join(lines)
+                severity, lines = name, [text]
+            else:
+                lines.append(line.rstrip("\n"))
+    if severity:
+        yield severity, "\n".join(lines)
 
 
 def translated(log: Log) -> tuple[str, str]:
-    """Return cause and next step for the errors in a log, in words a user can act on.
-
-    The raw first error is part of the cause when nothing is known about it.
-    """
-    problems = log.problems()
+    """Return cause and next step for the errors in a log. An unknown error is quoted, without a next step."""
     for pattern, cause, step in _TRANSLATIONS:
-        for problem in problems:
+        for problem in log.problems:
             match = pattern.search(problem)
             if match:
-                words = {name: value or "" for name, value in match.groupdict().items()}
-                return cause.format(**words), step.format(**words)
-    first = problems[0] if problems else "TensorRT gave no reason"
+                values = {name: value or "" for name, value in match.groupdict().items()}
+                return cause.format(**values), step.format(**values)
+    first = log.problems[0] if log.problems else "TensorRT gave no reason"
     return " ".join(_untagged(first).split())[:300], ""
 
 
@@ -104,17 +162,17 @@ _TRANSLATIONS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
         ),
         (
             r"OutOfMemory \(Requested size was (?P<size>\d+)",
-            "the network needs {size} bytes of memory in one piece, and less is allowed",
-            "leave --workspace out, or build for a smaller --max-shape",
+            "the network needs {size} bytes of memory in one piece, but the limit is lower",
+            "omit --workspace, or build for a smaller --max-shape",
         ),
         (
             r"within workspace limit|workspace size if applicable",
-            "no kernel fits into the scratch memory that is allowed",
-            "leave --workspace out, or allow more",
+            "no kernel fits into the scratch memory limit",
+            "omit --workspace, or raise it",
         ),
         (
             r"[Cc]ould not find any implementation for node",
-            "no kernel fits one of the layers; most often the memory does not suffice for the largest shape",
+            "no kernel was found for one of the layers; usually the memory is too small for the largest shape",
             "build for a smaller --max-shape, or on a GPU with more memory free",
         ),
         (
@@ -124,7 +182,7 @@ _TRANSLATIONS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
         ),
         (
             r"(?:opset|Opset|ir_version|IR version)[^\n]*(?:not supported|unsupported|newer|maximum)",
-            "the ONNX file is of a version that this TensorRT does not read",
+            "this TensorRT does not read this version of ONNX",
             "export again with a lower --opset, or use a newer TensorRT",
         ),
         (
@@ -135,7 +193,7 @@ _TRANSLATIONS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
         (
             r"libnvinfer_lean",
             "version-compatible engines need TensorRT's lean runtime, which is not installed",
-            "leave --version-compatible out, or install the full TensorRT packages",
+            "omit --version-compatible, or install the full TensorRT packages",
         ),
         (
             r"(?:[Vv]ersion tag does not match|[Vv]ersion mismatch|serialization(?:\w|\s)*version)",
@@ -149,7 +207,7 @@ _TRANSLATIONS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
         ),
         (
             r"(?:cudaError(?:\w|\s)*35|CUDA driver version is insufficient|libcuda\.so)",
-            "there is no NVIDIA driver that fits this TensorRT",
+            "the NVIDIA driver is missing or too old for this TensorRT",
             "install a driver of the 580 series or newer, or use a CPU engine",
         ),
         (
@@ -164,34 +222,6 @@ _TRANSLATIONS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
         ),
     )
 )
-
-
-def _new_logger(trt: Any) -> Any:
-    class CollectingLogger(trt.ILogger):  # type: ignore[misc]  # the base class is known at run time only
-        """Hands messages to the log that is being captured; never raises into native code."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.lock = threading.RLock()
-            self.log_to: Log | None = None
-            self.stream: TextIO | None = None
-            self.unheard: deque[tuple[str, str]] = deque(maxlen=20)
-
-        def log(self, severity: Any, message: str) -> None:
-            log = self.log_to
-            name = getattr(severity, "name", str(severity))
-            if log is None:
-                if name in PROBLEMS:
-                    self.unheard.appendleft((name, message))
-                return
-            log.messages.append((name, message))
-            if self.stream is not None:
-                try:
-                    self.stream.write(f"[{name}] {message}\n")
-                except (OSError, ValueError):
-                    self.stream = None
-
-    return CollectingLogger()
 
 
 def _opened(path: Path | None) -> TextIO | None:

@@ -11,7 +11,7 @@ from onnx.reference import ReferenceEvaluator
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.precision import Precision
 from srdeploy.core.shapes import ShapeProfile
-from srdeploy.runtime.engines.concatenation import concatenations_chained
+from srdeploy.runtime.engines.concatenation import chain_concatenations
 from srdeploy.runtime.engines.options import BuildOptions
 from srdeploy.runtime.engines.registry import build_engine
 
@@ -52,7 +52,7 @@ def test_values_stay_and_every_join_has_two_parts(newest_first: bool) -> None:
     model = dense(5, newest_first=newest_first)
     image = np.random.default_rng(1).random((1, 3, 6, 5), dtype=np.float32)
 
-    chained, changed = concatenations_chained(model)
+    chained, changed = chain_concatenations(model)
 
     onnx.checker.check_model(chained)
     assert changed == 3
@@ -70,7 +70,7 @@ def test_unrelated_and_other_axes_are_left_alone() -> None:
     ]
     model = onnx.ModelProto(graph=onnx.GraphProto(node=nodes))
 
-    chained, changed = concatenations_chained(model)
+    chained, changed = chain_concatenations(model)
 
     assert changed == 0
     assert chained == model
@@ -91,7 +91,7 @@ def test_tensorrt_rtx_copies_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return details["concatenations_chained"], sum(n for kind, n in kernels if kind.startswith("runtime_function"))
 
     chained = copies("chained")
-    monkeypatch.setattr(tensorrt_build, "concatenations_chained", lambda model: (model, 0))
+    monkeypatch.setattr(tensorrt_build, "chain_concatenations", lambda model: (model, 0))
     plain = copies("plain")
 
     # The join with the three-channel input, which is not in the layout of the features, stays a copy.

@@ -350,7 +350,7 @@ class TestBuiltEngineFiles:
 
 def test_gpu_is_never_replaced_by_the_cpu(small_onnx: GraphFactory) -> None:
     for engine in CPU:
-        with pytest.raises(UsageError, match="runs on the CPU here"):
+        with pytest.raises(UsageError, match="runs on the CPU, and device 'cuda'"):
             open_engine(small_onnx(), engine=engine, device="cuda")
 
 
@@ -368,7 +368,7 @@ def test_gpu_providers_are_refused_where_they_cannot_run(engine: str, small_onnx
     with pytest.raises(CapabilityError, match=f"{engine} cannot run here") as caught:
         open_engine(small_onnx(), engine=engine)
     assert caught.value.exit_code == 8
-    with pytest.raises(UsageError, match="runs on NVIDIA GPUs, and device 'cpu' was asked for"):
+    with pytest.raises(UsageError, match="runs on NVIDIA GPUs, and device 'cpu' was requested"):
         open_engine(small_onnx(), engine=engine, device="cpu")
     with pytest.raises(UsageError, match="nothing to build"):
         build_engine(small_onnx(), Path("never"), engine=engine)
@@ -379,14 +379,13 @@ def test_a_gpu_session_does_not_fall_back_to_the_cpu(small_onnx: GraphFactory) -
     # ONNX Runtime by itself would answer with a warning and a CPU session.
     import onnxruntime
 
-    from srdeploy.core.onnx_file import read_graph
-    from srdeploy.runtime.engines.onnxruntime_gpu import strict_session
+    from srdeploy.runtime.engines.onnxruntime_gpu import CUDA, strict_session
 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has the CUDA provider")
 
     with pytest.raises(CapabilityError, match="CUDAExecutionProvider"):
-        strict_session(onnxruntime, read_graph(small_onnx()), "onnxruntime-cuda", 0, "cuda:0", None)
+        strict_session(onnxruntime, small_onnx().read_bytes(), CUDA, {}, what="the file")
 
 
 def test_unknown_engine_lists_the_known_ones(small_onnx: GraphFactory) -> None:

@@ -46,7 +46,7 @@ def test_other_weights_are_another_key(small_onnx: GraphFactory, tmp_path: Path)
     result = build(small_onnx("b.onnx", seed=2), tmp_path / "two")
 
     assert not result.cached
-    assert result.cache_reason == "not in the cache; the nearest engine there differs in onnx_sha256"
+    assert result.cache_reason == "not in the cache; the nearest engine in it differs in onnx_sha256"
     assert len(EngineCache().entries()) == 2
 
 

@@ -1,8 +1,8 @@
 """Every TensorRT name that the code uses exists in TensorRT 10.16, 11.4 and TensorRT-RTX.
 
 The names are collected from the syntax tree: chains that begin with `trt`, and attributes of variables whose names
-stand for TensorRT objects throughout. Modules named tensorrt_rtx_* need them in TensorRT-RTX only, modules named
-tensorrt_full_* in 10 and 11 only, all others in all three.
+stand for TensorRT objects throughout. `rtx.py` needs them in TensorRT-RTX only, `full.py` in 10 and 11
+only, all others in all three.
 
 The full TensorRT libraries are gigabytes and need a GPU; their bindings are small and import over an empty library,
 which is enough to ask whether a name exists. Every version is asked in a process of its own.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 SOURCES = sorted((ROOT / "runtime" / "engines" / "tensorrt").glob("*.py"))
 BINDINGS = ROOT / "build" / "tensorrt-bindings"
 VERSIONS = {"10.16.1.11": "10", "11.4.0.106": "11"}
@@ -71,12 +71,13 @@ def names_used(source: str) -> set[str]:
             chain = _chain(node)
             if chain is None:
                 continue
-            chain = chain[1:] if chain[0] == "self" and len(chain) > 2 else chain
-            names = [name for name in chain[1:] if not name.startswith("__")]
-            if chain[0] == "trt" and names:
-                found.add(".".join(names))
-            elif chain[0] in RECEIVERS and names:
-                found.add(f"{RECEIVERS[chain[0]]}.{names[0]}")
+            holders = [name.removeprefix("_") for name in chain]
+            if "trt" in holders:
+                names = [name for name in chain[holders.index("trt") + 1 :] if not name.startswith("__")]
+                found.update({".".join(names)} if names else ())
+            for holder, name in zip(holders, chain[1:], strict=False):
+                if holder in RECEIVERS and not name.startswith("_"):
+                    found.add(f"{RECEIVERS[holder]}.{name}")
     return found
 
 
@@ -90,10 +91,10 @@ def _chain(node: ast.expr) -> list[str] | None:
     return None
 
 
-def names_for(flavour: str) -> list[str]:
-    """Return the names that one flavour ("rtx" or "full") must have."""
-    other = "full_" if flavour == "rtx" else "rtx_"
-    used = [names_used(path.read_text()) for path in SOURCES if not path.name.startswith(other)]
+def names_for(product: str) -> list[str]:
+    """Return the names that one product ("rtx" or "full") must have."""
+    other = "full.py" if product == "rtx" else "rtx.py"
+    used = [names_used(path.read_text()) for path in SOURCES if path.name != other]
     return sorted(set.union(*used))
 
 
@@ -118,7 +119,7 @@ def full(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     version = request.param
     folder = BINDINGS / version
     if not (folder / "tensorrt_bindings").is_dir():
-        pytest.skip(f"{folder} holds no bindings: make api-gate brings them")
+        pytest.skip(f"{folder} holds no bindings: make test downloads them")
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler for the empty TensorRT library")
@@ -137,9 +138,9 @@ def test_names_exist_in_full_tensorrt(full: dict[str, str]) -> None:
 
 
 def test_names_chosen_at_run_time_exist_in_full_tensorrt(full: dict[str, str]) -> None:
-    from srdeploy.runtime.engines.tensorrt.full_engine import _COMPATIBILITY
+    from srdeploy.runtime.engines.tensorrt.full import COMPATIBILITY
 
-    names = [f"HardwareCompatibilityLevel.{name}" for name in _COMPATIBILITY.values()]
+    names = [f"HardwareCompatibilityLevel.{name}" for name in COMPATIBILITY.values()]
 
     assert ask("tensorrt_bindings", names, **full)["missing"] == []
 
@@ -156,7 +157,7 @@ def test_the_gate_sees_what_a_release_lacks(full: dict[str, str]) -> None:
 
 def test_names_exist_in_tensorrt_rtx() -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'srdeploy[tensorrt-rtx]'")
-    names = [*names_for("rtx"), "DynamicShapesKernelSpecializationStrategy.LAZY"]
+    names = names_for("rtx")
 
     assert ask("tensorrt_rtx", names)["missing"] == []
     assert ask("tensorrt_rtx", ["BuilderFlag.FP16", "Builder.build_engine_with_config"])["missing"] == [
@@ -169,20 +170,22 @@ def test_names_exist_in_tensorrt_rtx() -> None:
     ("source", "names"),
     [
         ("config.set_flag(trt.BuilderFlag.TF32)", {"IBuilderConfig.set_flag", "BuilderFlag.TF32", "BuilderFlag"}),
-        ("self.context.execute_async_v3(0)", {"IExecutionContext.execute_async_v3"}),
+        ("plan.context.execute_async_v3(0)", {"IExecutionContext.execute_async_v3"}),
+        ("self._cuda_engine.create_runtime_config()", {"ICudaEngine.create_runtime_config"}),
+        ("self._trt.CudaGraphStrategy.DISABLED", {"CudaGraphStrategy.DISABLED", "CudaGraphStrategy"}),
         ("levels = trt.HardwareCompatibilityLevel.__members__", {"HardwareCompatibilityLevel"}),
         ("class A(trt.ILogger): pass", {"ILogger"}),
         ("config = {}; other.thing", set()),
     ],
-    ids=["chain", "self", "members", "base-class", "nothing"],
+    ids=["chain", "attribute", "private", "private-module", "members", "base-class", "nothing"],
 )
 def test_names_are_read_from_the_syntax_tree(source: str, names: set[str]) -> None:
     assert names_used(source) == names
 
 
 def test_enough_names_are_found_to_mean_something() -> None:
-    for flavour in ("rtx", "full"):
-        names = names_for(flavour)
+    for product in ("rtx", "full"):
+        names = names_for(product)
         assert len(names) > 35
         assert {"Builder.build_serialized_network", "IExecutionContext.execute_async_v3", "IProgressMonitor"} <= set(
             names

@@ -19,8 +19,8 @@ from srdeploy.core.progress import Advance
 from srdeploy.core.shapes import ShapeProfile
 from srdeploy.runtime.engines.options import BuildOptions
 from srdeploy.runtime.engines.registry import build_engine, open_engine
-from srdeploy.runtime.engines.tensorrt.log import captured
-from srdeploy.runtime.engines.tensorrt.rtx_engine import describe_header
+from srdeploy.runtime.engines.tensorrt.log import Log, build_logger
+from srdeploy.runtime.engines.tensorrt.rtx import describe_header
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'srdeploy[tensorrt-rtx]'")
 
@@ -90,23 +90,15 @@ def test_a_convolution_in_another_type_fails_the_build(small_onnx: GraphFactory,
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
-def test_two_builds_give_the_same_bytes(
+def test_files_of_the_current_folder_are_not_run(
     small_onnx: GraphFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = small_onnx(dtype="float16")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "json.py").write_text("raise SystemExit('a file of the current folder was run')")
-
-    first = build_engine(path, tmp_path / "a", engine="tensorrt-rtx", options=OPTIONS).path
     monkeypatch.chdir(elsewhere)
-    monkeypatch.setenv("SOMETHING_LONG", "x" * 1000)
-    second = build_engine(path, tmp_path / "b", engine="tensorrt-rtx", options=OPTIONS).path
-    narrower = replace(OPTIONS, profiles=(replace(PROFILE, max=(1, 3, 16, 16)),))
-    third = build_engine(path, tmp_path / "c", engine="tensorrt-rtx", options=narrower).path
 
-    assert first.read_bytes() == second.read_bytes()
-    assert first.read_bytes() != third.read_bytes()
+    assert build_engine(small_onnx(), tmp_path / "a", engine="tensorrt-rtx", options=OPTIONS).path.exists()
 
 
 def test_several_profiles_and_targets(small_onnx: GraphFactory, tmp_path: Path) -> None:
@@ -125,15 +117,15 @@ def test_several_profiles_and_targets(small_onnx: GraphFactory, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (replace(OPTIONS, profiles=()), UsageError, "no shapes were given"),
+        (replace(OPTIONS, profiles=()), UsageError, "the engine needs shapes"),
         (replace(OPTIONS, profiles=(ONE_CHANNEL,)), UsageError, "1 channels"),
         (replace(OPTIONS, compute_capabilities=("9.0",)), UsageError, "does not build for compute capability 9.0"),
         (replace(OPTIONS, compute_capabilities=("fast",)), UsageError, "compute capability 'fast'"),
         (replace(OPTIONS, optimization_level=3), UsageError, "--optimization-level does not apply"),
-        (replace(OPTIONS, version_compatible=True), UsageError, "open with the release that built them"),
+        (replace(OPTIONS, version_compatible=True), UsageError, "open only with the release that built them"),
         (replace(OPTIONS, hardware_compatibility="ampere_plus"), UsageError, "--compute-capability instead"),
         (replace(OPTIONS, timing_cache=Path("t")), UsageError, "times no kernels"),
-        (replace(OPTIONS, workspace_bytes=1 << 10), BuildError, "leave --workspace out"),
+        (replace(OPTIONS, workspace_bytes=1 << 10), BuildError, "omit --workspace"),
         (replace(OPTIONS, memory_bytes=1 << 16), UsageError, "largest legal shape of this kind is"),
         (
             replace(OPTIONS, profiles=(ShapeProfile((1, 3, 8, 8), (1, 3, 8, 8), (64, 3, 4096, 4096)),)),
@@ -190,7 +182,7 @@ def test_bf16_deconvolution_names_the_way_out(small_onnx: GraphFactory, tmp_path
 def test_the_whole_log_is_kept(small_onnx: GraphFactory, tmp_path: Path) -> None:
     log = tmp_path / "logs" / "build.log"
 
-    with pytest.raises(BuildError, match=f"whole log: {log}"):
+    with pytest.raises(BuildError, match=f"full log: {log}"):
         build_engine(
             small_onnx(),
             tmp_path / "e.rtx",
@@ -248,21 +240,27 @@ class TestOpeningWithoutGpu:
         return build_engine(small_onnx(), tmp_path / "e.rtx", engine="tensorrt-rtx", options=OPTIONS).path
 
     def test_no_gpu_is_exit_8_with_one_line(self, built: Path) -> None:
-        with pytest.raises(
-            CapabilityError, match="engine for GPUs of compute capability 8.9, and no NVIDIA GPU"
-        ) as caught:
+        with pytest.raises(CapabilityError, match="engine for 8.9, and no NVIDIA GPU") as caught:
             open_engine(built)
 
         assert caught.value.exit_code == 8
         assert "\n" not in str(caught.value)
 
     def test_a_refused_deserialization_is_an_error_and_not_a_none(self, built: Path) -> None:
-        from srdeploy.runtime.engines.sidecar import read_engine
-        from srdeploy.runtime.engines.tensorrt.open import deserialized
-        from srdeploy.runtime.engines.tensorrt.rtx_engine import FLAVOUR
+        # In a process of its own: TensorRT keeps the first logger of a process, which may be another test's.
+        script = (
+            "import sys\n"
+            "from pathlib import Path\n"
+            "from srdeploy.runtime.engines.sidecar import read_engine\n"
+            "from srdeploy.runtime.engines.tensorrt.open import deserialized\n"
+            "from srdeploy.runtime.engines.tensorrt.rtx import RTX\n"
+            "deserialized(RTX, RTX.load(), read_engine(Path(sys.argv[1])))\n"
+        )
+        done = subprocess.run([sys.executable, "-c", script, str(built)], capture_output=True, text=True, check=False)
 
-        with pytest.raises(InputError, match=r"TensorRT-RTX cannot open .*e\.rtx: there is no NVIDIA driver"):
-            deserialized(FLAVOUR, FLAVOUR.load(), read_engine(built))
+        assert "CapabilityError: TensorRT-RTX cannot open" in done.stderr
+        assert "the NVIDIA driver is missing or too old for this TensorRT" in done.stderr
+        assert done.stdout == ""
 
     def test_another_release(self, built: Path) -> None:
         data = bytearray(built.read_bytes())
@@ -270,7 +268,8 @@ class TestOpeningWithoutGpu:
         _rewrite(built, bytes(data))
 
         with pytest.raises(
-            CapabilityError, match=r"was built for TensorRT-RTX 1\.8\.0\.5.*here is 1\.7\.1\.116; build it again"
+            CapabilityError,
+            match=r"was built with TensorRT-RTX 1\.8\.0\.5.*1\.7\.1\.116 is installed here; build it again",
         ):
             open_engine(built)
 
@@ -340,7 +339,7 @@ def test_missing_tensorrt_names_the_extra(small_onnx: GraphFactory, tmp_path: Pa
 def test_what_full_tensorrt_sets_is_taken_by_a_real_builder_configuration(tmp_path: Path) -> None:
     import tensorrt_rtx as trt
 
-    from srdeploy.runtime.engines.tensorrt.full_engine import FLAVOUR
+    from srdeploy.runtime.engines.tensorrt.full import FULL
 
     timings = tmp_path / "timings"
     options = BuildOptions(
@@ -350,15 +349,14 @@ def test_what_full_tensorrt_sets_is_taken_by_a_real_builder_configuration(tmp_pa
         version_compatible=True,
         timing_cache=timings,
     )
-    with captured(trt) as (logger, _):
-        builder = trt.Builder(logger)
-        config = builder.create_builder_config()
+    builder = trt.Builder(build_logger(trt, Log(), None))
+    config = builder.create_builder_config()
 
-        FLAVOUR.configure(trt, config, options)
+    FULL.configure(trt, config, options)
 
-        assert (config.builder_optimization_level, config.max_aux_streams) == (4, 0)
-        assert config.get_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-        assert config.get_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)
-        FLAVOUR.finish(trt, config, options)
-        assert timings.stat().st_size > 0
-        FLAVOUR.configure(trt, config, replace(options, timing_cache=tmp_path / "another"))
+    assert (config.builder_optimization_level, config.max_aux_streams) == (4, 0)
+    assert config.get_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    assert config.get_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)
+    FULL.finish(trt, config, options)
+    assert timings.stat().st_size > 0
+    FULL.configure(trt, config, replace(options, timing_cache=tmp_path / "another"))
