@@ -306,7 +306,7 @@ class TestBuiltEngineFiles:
         other = build_engine(small_onnx("other.onnx", seed=5), tmp_path / "other.bin", engine=engine).path
         manifest_path(built).write_bytes(manifest_path(other).read_bytes())
 
-        with pytest.raises(InputError, match="belongs to another engine"):
+        with pytest.raises(InputError, match="has SHA-256"):
             open_engine(built)
 
     @pytest.mark.parametrize(("part", "message"), [("versions", "here is"), ("target", "lacks")])
