@@ -8,7 +8,7 @@ from srdeploy.core.errors import CapabilityError, UsageError
 from srdeploy.core.extras import is_installed
 from srdeploy.core.precision import Precision, Target
 from srdeploy.runtime.engines.registry import CPU_FAMILIES, family
-from srdeploy.runtime.engines.tensorrt.families import parse_capability
+from srdeploy.runtime.engines.tensorrt.products import parse_capability
 
 PRECISIONS: dict[str, tuple[Precision, ...]] = {
     # What is worth building on each engine. The CPU engines compute FP16 layers in FP32, so FP16 gains nothing there;
