@@ -234,7 +234,7 @@ def opened(path: Path, contract: ModelContract, threads: int | None) -> Runner:
 
 
 def hr_samples(folder: Path, contract: ModelContract) -> list[Any]:
-    from srdeploy.calibration.images.dataset import Sample
+    from srdeploy.core.samples import Sample
 
     samples = []
     for path in find_images(folder):

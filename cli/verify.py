@@ -157,8 +157,8 @@ def _check(options: VerifyOptions) -> None:
 def _results(options: VerifyOptions, loaded: "LoadedCheckpoint", progress: RichProgress) -> "list[VerifyResult]":
     from srdeploy.cli.pipeline.opening import open_candidates
     from srdeploy.cli.pipeline.verify import compare_with_eager
+    from srdeploy.core.samples import SampleFolder
     from srdeploy.runtime.verify.parity import Gates
-    from srdeploy.runtime.verify.samples import SampleFolder
 
     with ExitStack() as stack:
         runners = open_candidates(
@@ -205,9 +205,9 @@ def _bisected(
     loaded: "LoadedCheckpoint",
     progress: RichProgress,
 ) -> "list[Bisection | None]":
+    from srdeploy.core.samples import SampleFolder
     from srdeploy.export.exporter import export_onnx
     from srdeploy.runtime.verify.bisect import bisect_path
-    from srdeploy.runtime.verify.samples import SampleFolder
 
     samples = SampleFolder(options.images, options.hr, contract=loaded.contract(), limit=options.limit)
     found: list[Bisection | None] = []

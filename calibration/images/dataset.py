@@ -21,6 +21,7 @@ from srdeploy.core.errors import InputError, UsageError
 from srdeploy.core.imaging.read import network_input
 from srdeploy.core.imaging.resize import imresize
 from srdeploy.core.progress import SILENT, Progress
+from srdeploy.core.samples import Sample
 
 MIN_IMAGES = 3
 MIN_PIXELS = 2 * 32 * 32
@@ -31,21 +32,6 @@ WHOLE_PIXELS = 256 * 256
 
 HELD_OUT_PIXELS = 160 * 160
 """An image to judge on is cut likewise: a search evaluates many graphs on all of them."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One input of the network with, where the user gave HR images, the truth for its output.
-
-    Attributes:
-        name: the image it was cut from.
-        pixels: (1, C, H, W) float32 in [0, 1].
-        truth: (scale * H, scale * W, 3) uint8 RGB, or None.
-    """
-
-    name: str
-    pixels: NDArray[np.float32]
-    truth: NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +49,7 @@ class CalibrationSet:
     document: dict[str, Any] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[NDArray[np.float32]]:
-        return (sample.pixels for sample in self.samples)
+        return (sample.image for sample in self.samples)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -146,12 +132,6 @@ def make_calibration_set(
         held_out=tuple(_sample(entry, photos, lows, contract, hr=hr) for entry in held_out),
         document=_document(images, photos, lows, crops, held_out, bad, hr=hr, count=count, crop=crop, seed=seed),
     )
-
-
-def windows_of(samples: Sequence[Sample], count: int, side: int = 64) -> list[Sample]:
-    """Return a few samples, evenly over a set, each cut to a small window and without its truth."""
-    step = max(1, len(samples) // count)
-    return [Sample(sample.name, sample.pixels[:, :, :side, :side]) for sample in samples[::step][:count]]
 
 
 def _read_usable_photos(images: Path, bad: list[tuple[str, str]], progress: Progress) -> list[Photo]:

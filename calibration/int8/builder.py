@@ -13,7 +13,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from srdeploy.calibration.images.dataset import CalibrationSet, windows_of
+from srdeploy.calibration.images.dataset import CalibrationSet
 from srdeploy.calibration.int8.arithmetic import (
     WEIGHT_TOPS,
     QuantParams,
@@ -33,6 +33,7 @@ from srdeploy.core.contract import INPUT
 from srdeploy.core.onnx_graph import Graph
 from srdeploy.core.precision import Precision
 from srdeploy.core.progress import SILENT, Progress
+from srdeploy.core.samples import windows_of
 
 COMPENSATION_SAMPLES = 16
 """Images whose feature maps tell which weights make each other's errors good; more gain nothing."""
@@ -264,7 +265,7 @@ class GraphBuilder:
         graph, _ = self.equalized(decisions.strength)
         placement = place(graph, self.recipe, precision=self.precision, share=decisions.share)
         layers = [x for x in graph.layers if x.name in placement.layers and graph.is_plain_convolution(x)]
-        batches = [sample.pixels for sample in windows_of(self._calibration.samples, COMPENSATION_SAMPLES)]
+        batches = [sample.image for sample in windows_of(self._calibration.samples, COMPENSATION_SAMPLES)]
         top = WEIGHT_TOPS[self.recipe.weight_bits]
         for layer, covariances in collect_covariances(graph, layers, batches, progress=self._progress):
             # The activation's own rounding is noise that no weight can make good.

@@ -18,7 +18,6 @@ from typing import Any
 
 import onnx
 
-from srdeploy.calibration.images.dataset import Sample, windows_of
 from srdeploy.calibration.int8.builder import Decisions, GraphBuilder
 from srdeploy.calibration.int8.placement import macs_share_of
 from srdeploy.calibration.int8.ranges import Method
@@ -39,6 +38,7 @@ from srdeploy.core.errors import BuildError, GateError, UsageError
 from srdeploy.core.precision import Precision
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.runner import Runner
+from srdeploy.core.samples import Sample, windows_of
 
 STRENGTHS = (0.5, 0.7)
 AUTOMATIC_METHODS: tuple[Method, ...] = ("mse", "percentile")  # entropy lost everywhere it was measured

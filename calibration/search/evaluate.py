@@ -14,12 +14,12 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from srdeploy.calibration.images.dataset import Sample
 from srdeploy.core.contract import INPUT, OUTPUT, ModelContract
 from srdeploy.core.imaging.psnr import drop_for_fidelity, psnr_db, y_psnr_db
 from srdeploy.core.imaging.read import to_uint8
 from srdeploy.core.ort import cpu_session
 from srdeploy.core.runner import Runner, run_image
+from srdeploy.core.samples import Sample
 
 OpenEngine = Callable[[Path], Runner]
 
@@ -69,7 +69,7 @@ class Evaluator:
         self.samples = tuple(samples)
         self._contract = contract
         session = cpu_session(reference, arithmetic="float")
-        self.expected = [session.run([OUTPUT], {INPUT: sample.pixels})[0] for sample in self.samples]
+        self.expected = [session.run([OUTPUT], {INPUT: sample.image})[0] for sample in self.samples]
 
     def first(self, count: int) -> "Evaluator":
         """Return a evaluator of the first images only."""
@@ -81,20 +81,20 @@ class Evaluator:
         """Evaluate a graph on an engine; on ONNX Runtime's plain CPU kernels when none is given."""
         if open_engine is None:
             session = cpu_session(model, arithmetic="float")
-            return self._quality(session.run([OUTPUT], {INPUT: sample.pixels})[0] for sample in self.samples)
+            return self._quality(session.run([OUTPUT], {INPUT: sample.image})[0] for sample in self.samples)
         with open_model(model, open_engine) as runner:
             return self.evaluate_runner(runner)
 
     def evaluate_runner(self, runner: Runner) -> GraphQuality:
         """Evaluate an open engine."""
-        return self._quality(run_image(runner, sample.pixels) for sample in self.samples)
+        return self._quality(run_image(runner, sample.image) for sample in self.samples)
 
     def latencies_ms(self, *runners: Runner, repeats: int = 5, fastest: bool = False) -> tuple[float, ...]:
         """Return each runner's median time in milliseconds for the first sample, interleaved: no benchmark, a guide.
 
         The `fastest` instead of the median is what a processor can do; others on the machine only ever add to it.
         """
-        pixels = self.samples[0].pixels
+        pixels = self.samples[0].image
         times: list[list[float]] = [[] for _ in runners]
         for _ in range(repeats):
             for own, runner in zip(times, runners, strict=True):

@@ -17,11 +17,11 @@ from srdeploy.core.imaging.read import find_images
 from srdeploy.core.precision import Precision
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.runner import Runner
+from srdeploy.core.samples import Sample, SampleFolder
 from srdeploy.runtime.bench.latency import named
 from srdeploy.runtime.engines.eager import open_eager
 from srdeploy.runtime.engines.registry import open_engine
 from srdeploy.runtime.verify.parity import Gates, VerifyResult, verify_all
-from srdeploy.runtime.verify.samples import Sample, SampleFolder
 
 if TYPE_CHECKING:
     from srdeploy.calibration.images.dataset import CalibrationSet
@@ -170,7 +170,7 @@ def _samples(work: Work, contract: ModelContract, calibration: "CalibrationSet")
     elif options.images.is_dir():
         files = [path for path in find_images(options.images) if sha256_of_file(path) not in calibration.image_hashes]
     else:  # a zip, list, pattern or video: only calibration can read it
-        return [Sample(entry.name, entry.pixels, entry.truth) for entry in calibration.held_out]
+        return calibration.held_out
     chosen = (
         [files[index * len(files) // MAX_IMAGES] for index in range(MAX_IMAGES)] if len(files) > MAX_IMAGES else files
     )

@@ -22,10 +22,10 @@ from srdeploy.core.errors import UsageError
 from srdeploy.core.precision import MIN_FIDELITY_DB, Precision
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.runner import Runner, RunnerInfo, run_image
+from srdeploy.core.samples import Sample
 from srdeploy.core.shapes import Shape, ShapeProfile, format_shape
 from srdeploy.runtime.verify.difference import Difference, difference, eight_bit
 from srdeploy.runtime.verify.quality import Quality, mean_quality, quality
-from srdeploy.runtime.verify.samples import Sample
 from srdeploy.runtime.verify.views import View, make_view, worst_view
 
 GRID = ((1, 1, 1), (1, 1, 7), (2, 17, 22), (3, 33, 12), (1, 64, 48))

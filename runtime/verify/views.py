@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srdeploy.core.imaging.resize import imresize
+from srdeploy.core.samples import Sample
 from srdeploy.runtime.verify.difference import eight_bit
-from srdeploy.runtime.verify.samples import Sample
 
 VIEW_SIDE = 384
 """Largest side of a view for the report, in output pixels."""

@@ -124,7 +124,7 @@ def test_emulation_rounds_as_the_type_does(
     precision: Precision, step: float, networks: Networks, calibrations: dict[str, CalibrationSet]
 ) -> None:
     model = networks["dense"]()
-    batch = calibrations["dense"].samples[0].pixels
+    batch = calibrations["dense"].samples[0].image
     (exact,) = run_outputs(model, ["output"], [batch])
     (rounded,) = run_outputs(emulate_half(model, precision, ()), ["output"], [batch])
 

@@ -52,10 +52,10 @@ def test_hr_images_are_shrunk_as_benchmarks_do_and_kept_as_truth(
     high = np.asarray(Image.open(photos / judge.name))
     low = imresize(high, scale=0.5)
 
-    found = judge.pixels[0].transpose(1, 2, 0) * 255
+    found = judge.image[0].transpose(1, 2, 0) * 255
 
     assert judge.truth is not None
-    assert judge.truth.shape[0] == 2 * judge.pixels.shape[2]
+    assert judge.truth.shape[0] == 2 * judge.image.shape[2]
     height, width = found.shape[:2]
     top, left = (low.shape[0] - height) // 2, (low.shape[1] - width) // 2
     assert np.array_equal(np.rint(found).astype(np.uint8), low[top : top + height, left : left + width])

@@ -137,7 +137,7 @@ def test_a_graph_of_cancelling_errors_is_as_good_as_another_and_the_same_again(
 ) -> None:
     calibration = calibrations["residual"]
     model, recipe = networks["residual"](), replace(RECIPES[target], weight_bits=7)
-    batches = [sample.pixels for sample in calibration.held_out[:2]]
+    batches = [sample.image for sample in calibration.held_out[:2]]
     truth = [entry["output"] for entry in run_outputs(model, ["output"], batches)]
 
     def error(compensate: bool) -> tuple[bytes, float]:

@@ -17,6 +17,7 @@ from srdeploy.core.contract import OUTPUT, ModelContract
 from srdeploy.core.errors import InputError, UsageError
 from srdeploy.core.precision import Precision
 from srdeploy.core.runner import RunnerInfo
+from srdeploy.core.samples import Sample
 from srdeploy.core.sizes import format_bytes
 from srdeploy.runtime.bench.latency import BenchResult, Effort, Row, statistics_of
 from srdeploy.runtime.bench.memory import Memory
@@ -28,7 +29,6 @@ from srdeploy.runtime.report.page import change_words, db_words, difference_word
 from srdeploy.runtime.report.svg import Axis, Plot, linear_ticks, log_ticks, number
 from srdeploy.runtime.report.write import read_report, schema, write_report
 from srdeploy.runtime.verify.parity import Gates, VerifyResult, verify
-from srdeploy.runtime.verify.samples import Sample
 
 SCREENSHOTS = Path(__file__).parents[3] / "test-output"
 

@@ -14,10 +14,10 @@ from srdeploy.core.contract import INPUT, OUTPUT, ModelContract
 from srdeploy.core.errors import UsageError
 from srdeploy.core.manifest import Manifest, manifest_path
 from srdeploy.core.precision import Precision
+from srdeploy.core.samples import Sample
 from srdeploy.runtime.engines.registry import open_engine
 from srdeploy.runtime.verify.bisect import bisect_path, channels_fitted, middle, snr_db
 from srdeploy.runtime.verify.parity import verify
-from srdeploy.runtime.verify.samples import Sample
 
 
 def dense_graph(path: Path, codes: str | None = None, *, perturbed: str | None = None) -> Path:

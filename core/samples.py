@@ -1,4 +1,4 @@
-"""The images that engines are judged on: low resolution in, ground truth beside it where there is one."""
+"""Images that graphs and engines are calibrated with and evaluated on: the network's input and, if given, its truth."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -19,13 +19,13 @@ from srdeploy.core.shapes import ShapeProfile
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One image to judge by.
+    """One image.
 
     Attributes:
-        name: for tables and file names.
-        image: (1, C, H, W) float32 in [0, 1], what the network takes.
-        truth: (H', W', 3) uint8 RGB ground truth of the network's output size or a little larger, or (H', W') luma;
-            None without ground truth.
+        name: of the file it was taken from, for tables and file names.
+        image: (1, C, H, W) float32 in [0, 1], the network's input.
+        truth: (H', W', 3) uint8 RGB ground truth, or (H', W') luma, of the network's output size or a few pixels
+            larger; None without ground truth.
     """
 
     name: str
@@ -36,20 +36,20 @@ class Sample:
 class SampleFolder(Sequence[Sample]):
     """Low-resolution images of a folder, decoded one at a time, each with its ground truth if there is one.
 
-    With only ground truth given, the low-resolution images are made from it by MATLAB's bicubic, as the benchmarks'
-    are. Images beyond a profile are cropped to its maximum at the top left, truth included.
+    With only ground truth given, the low-resolution images are made from it by MATLAB's bicubic, as those of the
+    public benchmarks are. Images larger than a profile are cropped to its maximum at the top left, truth included.
 
     Args:
         images: a folder (searched with everything below it) or one file; None to shrink the ground truth.
         truth: a folder or file of ground truth; None for none.
-        contract: what the network takes and gives.
+        contract: of the network: scale and colors.
         profile: the shapes the engine accepts; None for all.
         limit: use at most this many images, spread evenly over the sorted names; None for all.
         max_side: crop to at most this many low-resolution pixels per axis; None for whole images.
 
     Raises:
         UsageError: neither images nor truth.
-        InputError: a folder holds no image, or an image has no ground truth, or several that could be it.
+        InputError: a folder holds no image, or an image has no ground truth, or several candidates for it.
     """
 
     def __init__(
@@ -128,6 +128,12 @@ class SampleFolder(Sequence[Sample]):
         height, width = int(min(height, limits[0])), int(min(width, limits[1]))
         scale = self._contract.scale
         return pixels[:height, :width], None if truth is None else truth[: height * scale, : width * scale]
+
+
+def windows_of(samples: Sequence[Sample], count: int, side: int = 64) -> list[Sample]:
+    """Return a few samples, evenly over a set, each cut to its top left `side` pixels and without its truth."""
+    step = max(1, len(samples) // count)
+    return [Sample(sample.name, sample.image[:, :, :side, :side]) for sample in samples[::step][:count]]
 
 
 def _paired(images: Sequence[Path], truths: Sequence[Path]) -> list[tuple[Path | None, Path | None]]:
