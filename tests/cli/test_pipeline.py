@@ -21,12 +21,12 @@ from srdeploy.cli.pipeline.verify import compare_with_eager
 from srdeploy.core.errors import CapabilityError, SrdeployError, UsageError
 from srdeploy.core.precision import Precision, Target
 from srdeploy.core.runner import Runner, RunnerInfo
+from srdeploy.core.samples import Sample
 from srdeploy.models.checkpoint.load import LoadedCheckpoint, load_checkpoint
 from srdeploy.runtime.bench.latency import Effort
 from srdeploy.runtime.engines.eager import EagerRunner, open_eager
 from srdeploy.runtime.engines.registry import open_engine
 from srdeploy.runtime.verify.parity import Gates
-from srdeploy.runtime.verify.samples import Sample
 
 BRIEF = Effort(warmup_runs=1, warmup_seconds=0.0, min_runs=5, max_runs=5, seconds=0.01)
 
