@@ -2,7 +2,6 @@
 
 import gc
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,8 +23,6 @@ MACHINES = {
     "simulated-11.4-at-once": Setting("11.4.0.106", schedule="at-once"),
     "simulated-11.4-random": Setting("11.4.0.106", schedule="random", seed=1),
 }
-TOLERATED = ("python-logger", "one-context-per-graph", "inspector-without-shapes")
-"""Rules of the simulated GPU that are broken today."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,8 +37,7 @@ def machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     if request.param == "real":
         yield None
         return
-    setting = replace(MACHINES[request.param], tolerated=TOLERATED)
-    with simulated(tmp_path_factory.mktemp("simulated"), setting) as simulator:
+    with simulated(tmp_path_factory.mktemp("simulated"), MACHINES[request.param]) as simulator:
         yield simulator
 
 
