@@ -181,19 +181,20 @@ def cpu_session(onnx_bytes: bytes) -> Any:
     """Open a graph on the CPU, exactly as it is written; BF16, which the CPU lacks, is computed in FP32."""
     import onnxruntime
 
-    real = getattr(onnxruntime, "_real", onnxruntime)
-    options = real.SessionOptions()
+    options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     # It breaks graphs with FP16 scales: a bias scale underflows.
     off = ["WeightBiasQuantization"]
     try:
-        return real.InferenceSession(onnx_bytes, options, providers=["CPUExecutionProvider"], disabled_optimizers=off)
+        return onnxruntime.InferenceSession(
+            onnx_bytes, options, providers=["CPUExecutionProvider"], disabled_optimizers=off
+        )
     except Exception as error:
         if "NOT_IMPLEMENTED" not in str(error) and "bfloat16" not in str(error):
             raise
         data = _as_fp32(onnx_bytes)
-        return real.InferenceSession(data, options, providers=["CPUExecutionProvider"], disabled_optimizers=off)
+        return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"], disabled_optimizers=off)
 
 
 def _as_fp32(onnx_bytes: bytes) -> bytes:

@@ -8,6 +8,8 @@ meanwhile find a `sitecustomize` on PYTHONPATH that does the same there.
 """
 
 import contextlib
+import functools
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -15,7 +17,7 @@ import json
 import os
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ class Setting:
         seed: of the schedule "random".
         tolerated: names of rules that may be broken, which is then only noted.
         build_step_seconds: how long each step of a build takes.
+        onnxruntime_gpu: whether the installed onnxruntime has the GPU providers.
     """
 
     version: str | None = VERSIONS[0]
@@ -48,6 +51,7 @@ class Setting:
     seed: int = 0
     tolerated: tuple[str, ...] = ()
     build_step_seconds: float = 0.0
+    onnxruntime_gpu: bool = True
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -68,7 +72,7 @@ def simulated(folder: Path, setting: Setting) -> Iterator[Simulator]:
         folder: an empty folder, for what other processes need.
         setting: what is simulated.
     """
-    from gpu_simulator import torch_cuda
+    from gpu_simulator import onnxruntime_gpu, torch_cuda
 
     write_environment(folder, setting)
     before = {name: os.environ.get(name) for name in ("PYTHONPATH",)}
@@ -79,9 +83,12 @@ def simulated(folder: Path, setting: Setting) -> Iterator[Simulator]:
     finder = Finder(simulator, setting)
     sys.meta_path.insert(0, finder)
     torch_cuda.install(simulator)
+    if setting.onnxruntime_gpu:
+        onnxruntime_gpu.install(simulator, setting.version)
     try:
         yield simulator
     finally:
+        onnxruntime_gpu.uninstall()
         torch_cuda.uninstall()
         sys.meta_path.remove(finder)
         for name in _MODULES:
@@ -114,31 +121,37 @@ def begin(path: str) -> None:
     simulator = Simulator(gpus, setting.schedule, setting.seed)
     simulator.tolerated = set(setting.tolerated)
     sys.meta_path.insert(0, Finder(simulator, setting))
-    sys.meta_path.insert(0, TorchHook(simulator))
+    sys.meta_path.insert(0, Afterwards("torch", lambda: _install("torch_cuda", simulator)))
+    if setting.onnxruntime_gpu:
+        install = functools.partial(_install, "onnxruntime_gpu", simulator, setting.version)
+        sys.meta_path.insert(0, Afterwards("onnxruntime", install))
 
 
-class TorchHook(importlib.abc.MetaPathFinder):
-    """Installs the simulated `torch.cuda` behind the first import of torch."""
+def _install(module: str, *arguments: Any) -> None:
+    importlib.import_module(f"gpu_simulator.{module}").install(*arguments)
 
-    def __init__(self, simulator: Simulator) -> None:
-        self._simulator = simulator
+
+class Afterwards(importlib.abc.MetaPathFinder):
+    """Calls a function behind the first import of a module."""
+
+    def __init__(self, name: str, call: Callable[[], None]) -> None:
+        self._name, self._call = name, call
         self._busy = False
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != "torch" or self._busy:
+        if name != self._name or self._busy:
             return None
         self._busy = True
-        spec = importlib.util.find_spec("torch")
-        assert spec is not None
-        assert spec.loader is not None
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            self._busy = False
+            return None
         run = spec.loader.exec_module
 
         def exec_module(module: types.ModuleType) -> None:
             run(module)
             sys.meta_path.remove(self)
-            from gpu_simulator import torch_cuda
-
-            torch_cuda.install(self._simulator)
+            self._call()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
