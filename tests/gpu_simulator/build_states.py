@@ -1,7 +1,7 @@
 """Building with the simulated TensorRT 10 and 11: parser, network, configuration, builder."""
 
 import json
-import sys
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ _BUILD = "IBuilder::buildSerializedNetwork"
 
 
 class LoggerState(Part):
-    """trt.Logger: native, prints to standard error."""
+    """trt.Logger: native, prints to standard output."""
 
     def __init__(self, module: Any, min_severity: Any = None) -> None:
         super().__init__(module)
@@ -25,7 +25,9 @@ class LoggerState(Part):
 
     def log(self, severity: Any, message: str) -> None:
         if int(severity) <= int(self.min_severity):
-            print(f"[TRT] [{severity.name[0]}] {message}", file=sys.stderr)
+            letter = {"INTERNAL_ERROR": "F"}.get(severity.name, severity.name[0])
+            line = f"[{time.strftime('%m/%d/%Y-%H:%M:%S')}] [TRT] [{letter}] {message}\n"
+            os.write(1, line.encode())  # past Python's own buffers, as native code does
 
 
 class BuilderState(Part):

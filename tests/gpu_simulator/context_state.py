@@ -53,7 +53,8 @@ class ContextState(Part):
         self._user = threading.Lock()
         self._configuring: int | None = None
         self._last: Any = None
-        self._reports: list[Any] = []
+        self._recorded: Any = None
+        self._fallbacks: dict[tuple[int, ...], int] = {}
         self.graphs: list[Any] = []
         if strategy != "USER_MANAGED":
             self._own = self.simulator.allocate(max(1, engine.device_memory_size_v2), engine.device)
@@ -204,24 +205,35 @@ class ContextState(Part):
                 )
             compute(context.simulator, context._file, shape, addresses, (memory, needed), device)
 
-        extra = self._specialization_ms(shape)
-        work = Work(f"engine {self._file.header.name}", run, extra + sum(ms for _, ms in times))
+        factor = self._rtx_factor(shape)
+        work = Work(f"engine {self._file.header.name}", run, factor * sum(ms for _, ms in times))
         stream.push(work)
         self._last = times
         if self.profiler is not None and not captured and self.enqueue_emits_profile:
             stream.synchronize()
             self.report_to_profiler()
 
-    def _specialization_ms(self, shape: tuple[int, ...]) -> float:
-        """TensorRT-RTX compiles kernels for a shape when it first meets it, unless its cache has them."""
-        if self.config is None or self.config.cache is None:
-            return 0.0
-        known = self.config.cache._state.shapes
-        key = f"{self._file.header.name}|{shape}"
-        if key in known:
-            return 0.0
-        known.add(key)
-        return 40.0
+    def _rtx_factor(self, shape: tuple[int, ...]) -> float:
+        """TensorRT-RTX: kernels of a new shape are slow fallbacks, twice under LAZY, always under NONE.
+
+        Its own CUDA graphs are bound to shape and addresses: another run records the graph again, which is counted.
+        """
+        if self.config is None or not hasattr(self.config, "cuda_graph_strategy"):
+            return 1.0
+        key = (shape, tuple(sorted(self._addresses.items())))
+        if self.config.cuda_graph_strategy.name == "WHOLE_GRAPH_CAPTURE" and self._recorded != key:
+            self.simulator.recordings += 1
+            self._recorded = key
+        strategy = self.config.dynamic_shapes_kernel_specialization_strategy.name
+        known = self.config.cache._state.shapes if self.config.cache is not None else set[str]()
+        name = f"{self._file.header.name}|{shape}"
+        if name in known:
+            return 1.0
+        self._fallbacks[shape] = self._fallbacks.get(shape, 0) + 1
+        if strategy == "EAGER" or (strategy == "LAZY" and self._fallbacks[shape] > 2):
+            known.add(name)
+            return 1.0
+        return 3.0
 
     def report_to_profiler(self) -> bool:
         if self.profiler is None or self._last is None:

@@ -74,6 +74,7 @@ def simulated(folder: Path, setting: Setting) -> Iterator[Simulator]:
     """
     from gpu_simulator import onnxruntime_gpu, torch_cuda
 
+    _forget_loggers()
     write_environment(folder, setting)
     before = {name: os.environ.get(name) for name in ("PYTHONPATH",)}
     kept = {name: sys.modules.pop(name) for name in _MODULES if name in sys.modules}
@@ -199,7 +200,9 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def _forget_loggers() -> None:
-    """Loggers belong to the module whose classes they use."""
+    """Forget what this project keeps per process: loggers belong to the module whose classes they use."""
+    from srdeploy.runtime.engines import onnxruntime_gpu
     from srdeploy.runtime.engines.tensorrt import log
 
     log._LOGGERS.clear()
+    onnxruntime_gpu._probe.cache_clear()
