@@ -1,21 +1,22 @@
-"""What a search has measured so far, kept in the user's cache so that an interrupted one goes on where it stopped.
+"""What a search has measured so far, kept in the user's cache so that an interrupted one resumes where it stopped.
 
 The journal is named by everything that decides its numbers: graph, images, target. It is removed when its graph is
 written.
 """
 
+import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import platformdirs
 
 from srdeploy.calibration.observe import Observation
-from srdeploy.core.artifact import sha256_of_bytes
+from srdeploy.core import journal
+from srdeploy.core.artifact import atomic_file, sha256_of_bytes
+from srdeploy.core.environment import cache_folder
+from srdeploy.core.errors import OutputError
 
 
 class Journal:
@@ -28,7 +29,8 @@ class Journal:
 
     def __init__(self, *parts: str, folder: Path | None = None) -> None:
         name = sha256_of_bytes(json.dumps(parts).encode())[:32]
-        self._folder = (folder or _cache_folder() / "quantize") / name
+        self._folder = (folder or cache_folder() / "quantize") / name
+        self._file: journal.Journal | None = None
         self._numbers: dict[str, float] | None = None
 
     @property
@@ -41,7 +43,9 @@ class Journal:
         numbers = self._load()
         if key not in numbers:
             numbers[key] = measure()
-            self._write("numbers.json", json.dumps(numbers).encode())
+            with contextlib.suppress(OutputError):  # a cache that cannot be written costs the resumption, not the work
+                if self._file is not None:
+                    self._file.append({"key": key, "number": numbers[key]})
         return numbers[key]
 
     def observations(self, key: str, collect: Callable[[], dict[str, Observation]]) -> dict[str, Observation]:
@@ -67,10 +71,8 @@ class Journal:
         for index, entry in enumerate(seen.values()):
             for field in ("low", "high", "total", "counts", "images", "limit"):
                 content[f"{index}.{field}"] = np.asarray(getattr(entry, field))
-        with tempfile.TemporaryFile() as stream:
-            np.savez_compressed(stream, **content)
-            stream.seek(0)
-            self._write(path.name, stream.read())
+        with contextlib.suppress(OutputError), atomic_file(path, force=True) as temporary:
+            np.savez_compressed(temporary, **content)
         return seen
 
     def close(self) -> None:
@@ -82,23 +84,8 @@ class Journal:
 
     def _load(self) -> dict[str, float]:
         if self._numbers is None:
-            try:
-                self._numbers = dict(json.loads((self._folder / "numbers.json").read_text(encoding="utf-8")))
-            except (OSError, ValueError):
-                self._numbers = {}
+            self._numbers = {}
+            with contextlib.suppress(OutputError, KeyError, TypeError):
+                self._file = journal.Journal(self._folder / "numbers.jsonl")
+                self._numbers |= {entry["key"]: float(entry["number"]) for entry in self._file.entries}
         return self._numbers
-
-    def _write(self, name: str, data: bytes) -> None:
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self._folder)
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(data)
-            Path(temporary).replace(self._folder / name)
-        except OSError:
-            return  # a cache that cannot be written costs the resumption, not the work
-
-
-def _cache_folder() -> Path:
-    named = os.environ.get("SRDEPLOY_CACHE_DIR")
-    return Path(named) if named else platformdirs.user_cache_path("srdeploy")

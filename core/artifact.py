@@ -59,7 +59,7 @@ def atomic_files(*paths: Path, force: bool = False) -> Iterator[tuple[Path, ...]
     temporaries: list[Path] = []
     made: list[Path] = []
     try:
-        with _output_errors(paths[0]):
+        with _write_errors(paths[0]):
             for path in paths:
                 made += _make_folder(path.parent)
                 temporaries.append(_temporary_name(path))
@@ -96,9 +96,9 @@ def atomic_folder(path: Path, *, force: bool = False, known_by: str | None = Non
     temporary: Path | None = None
     made: list[Path] = []
     try:
-        with _output_errors(path):
+        with _write_errors(path):
             made = _make_folder(path.parent)
-            with _any_error_is_of_the_output(path):
+            with output_errors(path):
                 temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:60]}.", dir=path.parent))
             yield temporary
             temporary.chmod(0o777 & ~_umask())
@@ -160,6 +160,19 @@ def sha256_of_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+@contextlib.contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Raise every system error of a block that touches nothing but an output as that output's error.
+
+    Raises:
+        OutputError: the disk is full, or the output cannot be read, written or removed.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _output_error(path, error) from error
+
+
 def refuse_existing(path: Path, force: bool) -> None:
     """Refuse an output that exists already, unless it may be replaced; called early where much work comes first.
 
@@ -183,7 +196,7 @@ def _remove_empty(made: list[Path]) -> None:
 
 
 @contextlib.contextmanager
-def _output_errors(path: Path) -> Iterator[None]:
+def _write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -222,7 +235,7 @@ def _refuse_folder(path: Path, force: bool, known_by: str | None) -> None:
 
 def _make_folder(path: Path) -> list[Path]:
     """Make a folder with its parents, and return those that were missing, outermost first."""
-    with _any_error_is_of_the_output(path):
+    with output_errors(path):
         missing = [each for each in (path, *path.parents) if not each.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -233,21 +246,12 @@ def _make_folder(path: Path) -> list[Path]:
 
 def _temporary_name(path: Path) -> Path:
     """Return a free name beside `path`, in a folder that was seen to take new files."""
-    with _any_error_is_of_the_output(path):
+    with output_errors(path):
         # The suffix stays: libraries choose formats by it.
         handle, name = tempfile.mkstemp(prefix=f".{path.stem[:60]}.", suffix=path.suffix, dir=path.parent)
         os.close(handle)
         Path(name).unlink()
     return Path(name)
-
-
-@contextlib.contextmanager
-def _any_error_is_of_the_output(path: Path) -> Iterator[None]:
-    """Report every system error of the block: unlike `_output_errors`, nothing but the output is touched in it."""
-    try:
-        yield
-    except OSError as error:
-        raise _output_error(path, error) from error
 
 
 def _output_error(path: Path, error: OSError) -> OutputError:

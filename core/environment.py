@@ -37,6 +37,16 @@ def cpu_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
+def cache_folder() -> Path:
+    """Return srdeploy's cache folder: $SRDEPLOY_CACHE_DIR if it is set, else the system's cache folder for srdeploy."""
+    named = os.environ.get("SRDEPLOY_CACHE_DIR")
+    if named:
+        return Path(named)
+    import platformdirs
+
+    return platformdirs.user_cache_path("srdeploy")
+
+
 def machine() -> dict[str, Any]:
     """Return the machine in words and numbers: processor, flags, cores, memory, system, Python, governor."""
     cpuinfo = _read("/proc/cpuinfo")

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from srdeploy.core.artifact import atomic_file, refuse_existing, sha256_of_bytes, sha256_of_file
 from srdeploy.core.errors import InputError, OutputError, SrdeployError, UsageError
 from srdeploy.core.imaging.read import Picture, find_images, read_image, unread_files
+from srdeploy.core.journal import Journal
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.upscale.image_writer import FORMATS, check_quality, write_image
 from srdeploy.upscale.read_compute_write import Pipeline
@@ -124,59 +125,40 @@ def upscale_folder(
     report = FolderReport(failed=collisions, unread=unread_files(source))
     started = time.monotonic()
     with progress.task("upscaling images", total=len(targets)) as advance:
-        job = _FolderJob(up, source, options, Journal(output), report, advance)
+        job = _FolderJob(up, source, options, _Outputs(output), report, advance)
         Pipeline(read=job.read(targets), compute=job.compute, write=job.write, depth=2).run()
     report.seconds = time.monotonic() - started
     report.failed = dict(sorted(report.failed.items()))
     return report
 
 
-class Journal:
-    """What was made in an output folder, one JSON line per event."""
+class _Outputs:
+    """The latest event about each output, from the journal in the output folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Read what is there; a line cut short by a kill is passed over.
-
-        Raises:
-            OutputError: the folder cannot be written.
-        """
-        self._path = folder / JOURNAL
-        self.entries: dict[str, dict[str, Any]] = {}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            text = self._path.read_text(encoding="utf-8", errors="replace") if self._path.exists() else ""
-            if text and not text.endswith("\n"):
-                with self._path.open("a", encoding="utf-8") as stream:
-                    stream.write("\n")
-        except OSError as error:
-            raise OutputError(f"cannot write {folder}: {error.strerror}", next_step="choose another folder") from error
-        for line in text.splitlines():
-            try:
-                entry = json.loads(line)
-                self.entries[entry["output"]] = entry
-            except (ValueError, KeyError, TypeError):
-                continue
+        self._folder = folder
+        self._journal = Journal(folder / JOURNAL)
+        self._latest = {entry["output"]: entry for entry in self._journal.entries if "output" in entry}
 
     def add(self, output: Path, **facts: Any) -> None:
-        """Append an event about an output."""
+        """Record an event about an output."""
         entry = {"output": self._name(output), **facts}
-        self.entries[entry["output"]] = entry
-        with self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(entry, sort_keys=True) + "\n")
+        self._journal.append(entry)
+        self._latest[entry["output"]] = entry
 
     def of(self, output: Path) -> dict[str, Any]:
         """Return the last event about an output, empty when there is none."""
-        return self.entries.get(self._name(output), {})
+        return self._latest.get(self._name(output), {})
 
     def _name(self, output: Path) -> str:
-        return output.relative_to(self._path.parent).as_posix()
+        return output.relative_to(self._folder).as_posix()
 
 
 class _FolderJob:
     """The three stages of a folder."""
 
     def __init__(
-        self, up: Upscaler, source: Path, options: OutputOptions, journal: Journal, report: FolderReport, advance: Any
+        self, up: Upscaler, source: Path, options: OutputOptions, journal: _Outputs, report: FolderReport, advance: Any
     ) -> None:
         self._up = up
         self._source = source

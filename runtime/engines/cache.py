@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from srdeploy.core.artifact import atomic_folder
+from srdeploy.core.environment import cache_folder
 from srdeploy.core.errors import InputError, SrdeployError
 from srdeploy.core.manifest import Manifest, manifest_path
 from srdeploy.runtime.engines.sidecar import Engine, key_sha256, read_engine
@@ -24,17 +25,11 @@ from srdeploy.runtime.engines.sidecar import Engine, key_sha256, read_engine
 KEY_SCHEMA = 3
 """Raise it whenever a change of this program builds the same inputs into other bytes."""
 _NAME = "engine"
-_ENVIRONMENT = "SRDEPLOY_CACHE_DIR"
 
 
 def default_root() -> Path:
-    """Return the cache folder: $SRDEPLOY_CACHE_DIR, else the system's cache folder for srdeploy."""
-    named = os.environ.get(_ENVIRONMENT)
-    if named:
-        return Path(named) / "engines"
-    import platformdirs
-
-    return platformdirs.user_cache_path("srdeploy") / "engines"
+    """Return the folder of the engine cache, below srdeploy's cache folder."""
+    return cache_folder() / "engines"
 
 
 @dataclass(frozen=True)

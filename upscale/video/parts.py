@@ -1,12 +1,13 @@
 """The finished segments of a video, in OUTPUT.parts/, with a journal of their content and origin."""
 
-import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from srdeploy.core.artifact import atomic_file, sha256_of_file
-from srdeploy.core.errors import OutputError
+from srdeploy.core.artifact import output_errors, sha256_of_file
+from srdeploy.core.journal import Journal
 
 _JOURNAL = "segments.jsonl"
 
@@ -35,19 +36,12 @@ class Parts:
         self.folder = folder
         self.segments: list[Segment] = []
         self._key = key
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            journal = folder / _JOURNAL
-            text = journal.read_text(encoding="utf-8", errors="replace") if journal.exists() else ""
-            self._take_up(text)
-            # Rewritten from what was found whole: a line cut short by a kill must not spoil the next one.
-            with atomic_file(journal, force=True) as temporary:
-                temporary.write_text("".join(line + "\n" for line in self._lines), encoding="utf-8")
+        self._journal = Journal(folder / _JOURNAL)
+        self._take_up()
+        with output_errors(folder):
             for path in folder.iterdir():
-                if path not in (journal, *(segment.path for segment in self.segments)):
+                if path not in (folder / _JOURNAL, *(segment.path for segment in self.segments)):
                     path.unlink()
-        except OSError as error:
-            raise OutputError(f"cannot write {folder}: {error.strerror}", next_step="choose another output") from error
 
     @property
     def frames(self) -> int:
@@ -63,30 +57,29 @@ class Parts:
         path = segment.path
         entry = {"key": self._key, "file": path.name, "pts": segment.pts, "last_duration": segment.last_duration}
         entry["sha256"] = sha256_of_file(path)
-        with (self.folder / _JOURNAL).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(entry) + "\n")
+        self._journal.append(entry)
         self.segments.append(segment)
 
     def remove(self) -> None:
         """Remove the folder; the video is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _take_up(self, text: str) -> None:
-        self._lines: list[str] = []
-        for line in text.splitlines():
-            try:
-                entry = json.loads(line)
-                path = self.path(len(self.segments))
-                whole = (
-                    entry["key"] == self._key
-                    and entry["file"] == path.name
-                    and path.is_file()
-                    and sha256_of_file(path) == entry["sha256"]
-                )
-                segment = Segment(path, tuple(int(value) for value in entry["pts"]), int(entry["last_duration"]))
-            except (ValueError, KeyError, TypeError):
-                whole = False
-            if not whole:  # what follows a gap is of no use
-                return
-            self._lines.append(line)
+    def _take_up(self) -> None:
+        whole = []
+        for entry in self._journal.entries:
+            segment = self._segment(entry)
+            if segment is None:  # what follows a gap is of no use
+                break
+            whole.append(entry)
             self.segments.append(segment)
+        self._journal.replace(whole)
+
+    def _segment(self, entry: Mapping[str, Any]) -> Segment | None:
+        """Return the next segment if an entry describes it and its file is whole, else None."""
+        path = self.path(len(self.segments))
+        try:
+            if (entry["key"], entry["file"]) != (self._key, path.name) or sha256_of_file(path) != entry["sha256"]:
+                return None
+            return Segment(path, tuple(int(value) for value in entry["pts"]), int(entry["last_duration"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
