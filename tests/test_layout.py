@@ -1,10 +1,13 @@
 """The layout keeps its promises: import direction, packaging, no stray modules, types for everybody."""
 
+import ast
+import graphlib
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -89,4 +92,80 @@ def test_constraints_pin_versions_that_the_project_admits() -> None:
     names = {re.split(r"[\[<>=]", entry)[0] for entry in required}
 
     assert ("torch", "2.13.0") in pins
-    assert {name for name, _ in pins} - names <= {"onnx-ir"}
+    assert {name for name, _ in pins} <= names
+
+
+def modules() -> dict[str, ast.Module]:
+    """Parse every module of the packages, by its import name."""
+    found = {}
+    for folder in FOLDERS:
+        for path in (ROOT / folder).rglob("*.py"):
+            name = "srdeploy." + path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+            found[name.removesuffix(".__init__")] = ast.parse(path.read_text())
+    return found
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Yield the names that a module imports, inside functions too, but not those for type checkers alone."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "import_extra":
+            yield from (word.value for word in node.args[:1] if isinstance(word, ast.Constant))
+        yield from imports(node)
+
+
+def import_circle(parsed: dict[str, ast.Module]) -> list[str]:
+    """Return the modules of one circle of imports, empty when there is none."""
+    graph: dict[str, set[str]] = {}
+    for name, tree in parsed.items():
+        # `from package import thing` is an import of the module `package.thing` if there is one, else of `package`.
+        targets = {target if target in parsed else target.rpartition(".")[0] for target in imports(tree)}
+        graph[name] = targets & set(parsed) - {name}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_there_is_no_import_circle() -> None:
+    assert import_circle(modules()) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("from srdeploy.core import files", True),
+        ("def later():\n    from srdeploy.core.files import write", True),
+        ("if TYPE_CHECKING:\n    from srdeploy.core.files import write", False),
+    ],
+    ids=["at the top", "in a function", "for types alone"],
+)
+def test_a_circle_would_be_found(line: str, found: bool) -> None:
+    parsed = {
+        "srdeploy.core": ast.parse(""),
+        "srdeploy.core.files": ast.parse("import srdeploy.core.shapes"),
+        "srdeploy.core.shapes": ast.parse(line),
+    }
+
+    assert bool(import_circle(parsed)) == found
+
+
+IMPORT_NAMES = {"PIL": "pillow", "skimage": "scikit-image"}
+"""Import names that are not the distribution's, apart from "-" and "_"."""
+
+
+def test_every_third_party_import_is_declared() -> None:
+    extras = PROJECT["project"]["optional-dependencies"].values()
+    required = [*PROJECT["project"]["dependencies"], *(entry for extra in extras for entry in extra)]
+    declared = {re.split(r"[\[<>=]", entry)[0] for entry in required}
+    imported = {name.partition(".")[0] for tree in modules().values() for name in imports(tree)}
+    third_party = imported - set(sys.stdlib_module_names) - {"srdeploy"}
+
+    assert {"onnx_ir", "ml_dtypes", "openvino"} <= third_party
+    assert {IMPORT_NAMES.get(name, name.replace("_", "-")) for name in third_party} - declared == set()
