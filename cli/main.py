@@ -5,25 +5,25 @@ from collections.abc import Sequence
 
 import click
 
-from srdeploy.cli import interrupts
 from srdeploy.cli.console import error_line
 from srdeploy.cli.lazy import LazyGroup
+from srdeploy.core import interrupts
 from srdeploy.core.errors import SrdeployError
 
 VERBS = {
-    # verb -> (module, one line of help); a module is imported when its verb runs, so that --help is quick.
+    # verb -> (module, one line of help); a module is imported when its verb runs, so that --help stays fast.
     "inspect": ("srdeploy.cli.inspect", "Show what a checkpoint, ONNX file, engine or bundle is."),
     "export": ("srdeploy.cli.export", "Export a checkpoint to ONNX and check it against the network."),
-    "quantize": ("srdeploy.cli.quantize", "Bring an ONNX file to FP16, BF16, INT8 or FP8 with real images."),
+    "quantize": ("srdeploy.cli.quantize", "Make an FP16, BF16, INT8 or FP8 graph with real images."),
     "build": ("srdeploy.cli.build", "Build an engine from an ONNX file."),
     "verify": ("srdeploy.cli.verify", "Compare an ONNX file or engine with the eager network, in decibels."),
-    "bench": ("srdeploy.cli.bench", "Measure latency beside the eager network."),
+    "bench": ("srdeploy.cli.bench", "Measure latency next to the eager network."),
     "upscale": ("srdeploy.cli.upscale", "Upscale images, folders and videos."),
-    "deploy": ("srdeploy.cli.deploy", "All of it: from a checkpoint to a verified bundle."),
+    "deploy": ("srdeploy.cli.deploy", "Run all steps: from a checkpoint to a verified bundle."),
     "report": ("srdeploy.cli.report", "Write or compare reports."),
     "cache": ("srdeploy.cli.cache", "List, explain, check and clean the engine cache."),
-    "demo": ("srdeploy.cli.demo", "Deploy and run a bundled example network."),
-    "doctor": ("srdeploy.cli.doctor", "Tell which engines can build and run on this machine, and why not."),
+    "demo": ("srdeploy.cli.demo", "Deploy and run the example networks."),
+    "doctor": ("srdeploy.cli.doctor", "Report which engines can build and run on this machine, and why not."),
 }
 
 

@@ -9,12 +9,11 @@ import errno
 import hashlib
 import os
 import shutil
-import signal
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from srdeploy.core import interrupts
 from srdeploy.core.errors import OutputError, UsageError
 
 _OUTPUT_ERRNOS = {
@@ -67,7 +66,7 @@ def atomic_files(*paths: Path, force: bool = False) -> Iterator[tuple[Path, ...]
             for temporary in temporaries:
                 if temporary.exists():
                     _fsync(temporary)
-            with _interrupts_held():
+            with interrupts.held():
                 for temporary, path in zip(temporaries, paths, strict=True):
                     if temporary.exists():
                         _default_mode(temporary)
@@ -102,7 +101,7 @@ def atomic_folder(path: Path, *, force: bool = False, known_by: str | None = Non
                 temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:60]}.", dir=path.parent))
             yield temporary
             temporary.chmod(0o777 & ~_umask())
-            with _interrupts_held():
+            with interrupts.held():
                 old = None
                 if path.exists():
                     old = Path(tempfile.mkdtemp(prefix=f".{path.name[:60]}.old.", dir=path.parent))
@@ -203,22 +202,6 @@ def _write_errors(path: Path) -> Iterator[None]:
         if error.errno not in _OUTPUT_ERRNOS:
             raise
         raise _output_error(path, error) from error
-
-
-@contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Hold SIGINT back for the duration of a few renames, and deliver it afterwards."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pending: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, frame: pending.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        if pending:
-            signal.raise_signal(signal.SIGINT)
 
 
 def _refuse_folder(path: Path, force: bool, known_by: str | None) -> None:

@@ -155,7 +155,7 @@ def read_until(process: "subprocess.Popen[str]", found: Callable[[str], bool]) -
 IMPORTING = """
 import os, signal, sys, threading, time
 from pathlib import Path
-from srdeploy.cli import interrupts
+from srdeploy.core import interrupts
 interrupts.install()
 threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:

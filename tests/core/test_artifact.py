@@ -199,21 +199,24 @@ def test_a_folder_refuses_an_existing_one_and_a_file(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_ctrl_c_during_the_renames_arrives_after_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_during_the_renames_arrives_after_them(tmp_path: Path, name: str) -> None:
     # In a process of its own: the signal is raised from inside the first rename of a pair.
     script = textwrap.dedent(f"""
         import pathlib, signal
+        from srdeploy.core import interrupts
         from srdeploy.core.artifact import atomic_files
+        interrupts.install()
         folder = pathlib.Path({str(tmp_path)!r})
         real = pathlib.Path.replace
         def replace(self, target):
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.{name})
             return real(self, target)
         pathlib.Path.replace = replace
         try:
             with atomic_files(folder / "a", folder / "b") as (a, b):
                 a.write_text("new"); b.write_text("new")
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             print("interrupted afterwards")
     """)
 
