@@ -45,7 +45,7 @@ def show(outcome: "Outcome") -> None:
     ]
     rows = [[_reference_name(row), "reference", "", "", _latency(row), "1.00x"] for row in references]
     rows += [_row(engine, outcome) for engine in outcome.engines]
-    rows += [[f"{left.engine} {left.precision}", "left out", "", "", "", ""] for left in outcome.left_out]
+    rows += [[outcome.name_of(left), "left out", "", "", "", ""] for left in outcome.left_out]
     measured = ""
     if references:
         devices = " and ".join("the CPU" if row.runner.device == "cpu" else row.runner.device for row in references)
@@ -53,7 +53,7 @@ def show(outcome: "Outcome") -> None:
     headers = ["engine", "verdict", "fidelity dB", "PSNR change dB", "median ms", "speed-up"]
     table(f"{outcome.bundle}{measured}", headers, rows)
     for left in outcome.left_out:
-        warning_line(f"{left.engine} {left.precision} was left out ({left.stage}): {left.reason}")
+        warning_line(f"{outcome.name_of(left)} was left out ({left.stage}): {left.reason}")
     console.print(f"report: {outcome.bundle / 'report' / 'report.html'}", soft_wrap=True, markup=False)
 
 
@@ -71,6 +71,7 @@ def to_json(outcome: "Outcome") -> dict[str, Any]:
                 "file": engine.file,
                 "engine": engine.engine,
                 "precision": str(engine.precision),
+                "device": engine.device,
                 "verified": engine.verified,
                 "fidelity_db": engine.fidelity_db,
                 "psnr_drop_db": _drop(engine, outcome),
@@ -89,7 +90,7 @@ def to_json(outcome: "Outcome") -> dict[str, Any]:
 
 
 def _row(engine: "BundleEngine", outcome: "Outcome") -> list[str]:
-    name = f"{engine.engine} {engine.precision}"
+    name = outcome.name_of(engine)
     if not engine.verified:
         graph = next((found for key, found in outcome.verdicts.items() if key == f"graph {engine.precision}"), None)
         checked = "" if graph is None else f"{graph.min_fidelity_db:.1f} (graph)"
@@ -109,7 +110,7 @@ def _row(engine: "BundleEngine", outcome: "Outcome") -> list[str]:
 
 
 def _drop(engine: "BundleEngine", outcome: "Outcome") -> float | None:
-    result = outcome.verdicts.get(f"{engine.engine} {engine.precision}")
+    result = outcome.verdicts.get(outcome.name_of(engine))
     return None if result is None else result.psnr_drop_db
 
 

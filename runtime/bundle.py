@@ -1,14 +1,14 @@
-"""A bundle: one folder NAME.srd that holds a network as ONNX, its engines, and the report that proves them.
+"""A bundle: one folder NAME.srd with a network as ONNX files, its engines, and the report about them.
 
     manifest.json                     this module's: SHA-256 of every other file, the contract, the engines in order
-    model.fp32.onnx, model.fp16.onnx, model.int8.<target>.onnx   each with its manifest beside it
+    model.fp32.onnx, model.fp16.onnx, model.int8.<target>.onnx   each with its manifest next to it
     calibration/                      set.json (files, hashes, crop recipe) and ranges.json
     engines/                          one file per engine with its sidecar
     report/                           report.json, report.html
     reproduce.sh                      the commands that make the bundle again
 
-Engines are code, so a file is opened only when its bytes are those that the manifest names. Engines that missed their
-gate are not in the bundle; the manifest lists them under `left_out` with the reason.
+Engines are code, so a file is opened only if its SHA-256 is the manifest's. Engines that missed their gate are not in
+the bundle; the manifest lists them under `left_out` with the reason.
 """
 
 import json
@@ -40,6 +40,7 @@ class BundleEngine:
         fidelity_db: PSNR between its output and the eager FP32 network's; None when not verified, inf when equal.
         latency_ms: median on the machine that made the bundle; None when it did not run there.
         speedup: eager FP32 latency divided by this one's; None likewise.
+        device: "cpu" or "cuda:N" that it was built for and measured on; None in bundles of earlier versions.
     """
 
     file: str
@@ -49,21 +50,30 @@ class BundleEngine:
     fidelity_db: float | None = None
     latency_ms: float | None = None
     speedup: float | None = None
+    device: str | None = None
+
+    @property
+    def on_cpu(self) -> bool:
+        """Return True if the engine runs on the CPU."""
+        from srdeploy.runtime.engines.registry import CPU_FAMILIES
+
+        return self.engine in CPU_FAMILIES
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """An engine that was asked for and is not in the bundle, and why."""
+    """A requested engine that is not in the bundle, and why."""
 
     engine: str
     precision: Precision
     stage: str
     reason: str
+    device: str | None = None
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: what its manifest says. Call `file` to get a path whose bytes were checked."""
+    """An opened bundle: its manifest. Call `file` for a path whose bytes were checked."""
 
     path: Path
     manifest: Manifest
@@ -102,10 +112,10 @@ class Bundle:
         """
         for name in self.files:
             self._check(name)
-        strangers = sorted(set(_files_below(self.path)) - set(self.files) - {MANIFEST})
-        if strangers:
+        unlisted_files = sorted(set(_files_below(self.path)) - set(self.files) - {MANIFEST})
+        if unlisted_files:
             raise InputError(
-                f"bundle {self.path} holds {strangers[0]}, which its manifest does not list",
+                f"bundle {self.path} holds {unlisted_files[0]}, which its manifest does not list",
                 next_step="remove it, or deploy again",
             )
 
@@ -119,7 +129,7 @@ class Bundle:
 
 
 def is_bundle(path: Path) -> bool:
-    """Tell whether a path looks like a bundle: a folder with a manifest in it."""
+    """Return True if a path looks like a bundle: a folder with a manifest in it."""
     return path.is_dir() and (path / MANIFEST).is_file()
 
 
@@ -139,10 +149,10 @@ def write_bundle_manifest(
         folder: the bundle, complete but for its manifest.
         contract: of the FP32 graph.
         checkpoint: the file it all came from.
-        engines: those in the folder, best first: the order in which `choose_engine` tries them.
-        left_out: those that were asked for and are not in the folder.
-        details: more facts of the caller's, as JSON values.
-        versions: of the packages that took part.
+        engines: those in the folder, best first: the order in which `choose_engine` considers them.
+        left_out: requested engines that are not in the folder.
+        details: further entries, as JSON values.
+        versions: of the packages that were used.
     """
     files = {name: sha256_of_file(folder / name) for name in _files_below(folder) if name != MANIFEST}
     manifest = Manifest(
@@ -163,7 +173,7 @@ def write_bundle_manifest(
 
 
 def read_bundle(path: Path) -> Bundle:
-    """Read a bundle's manifest; the files are checked when they are asked for, or all of them by `Bundle.verify`.
+    """Read a bundle's manifest; the files are checked on access, or all of them by `Bundle.verify`.
 
     Raises:
         InputError: the folder is no bundle, or its manifest is unreadable or inconsistent.
@@ -202,10 +212,11 @@ def choose_engine(
     *,
     engine: str | None = None,
     precision: Precision | None = None,
+    device: str = "auto",
     obstacles: Mapping[str, str | None] | None = None,
 ) -> BundleEngine:
     """Return the best engine of a bundle that can run here: the first of `runnable_engines`."""
-    return runnable_engines(bundle, engine=engine, precision=precision, obstacles=obstacles)[0]
+    return runnable_engines(bundle, engine=engine, precision=precision, device=device, obstacles=obstacles)[0]
 
 
 def runnable_engines(
@@ -213,44 +224,51 @@ def runnable_engines(
     *,
     engine: str | None = None,
     precision: Precision | None = None,
+    device: str = "auto",
     obstacles: Mapping[str, str | None] | None = None,
 ) -> tuple[BundleEngine, ...]:
     """Return the engines of a bundle whose family can run here, best first, at least one.
 
-    Verified engines come before others, and among them the order of the manifest decides (fastest first, as measured
-    where the bundle was made). An engine may still refuse to open, when it was built with another release.
+    The order is the manifest's: engines that could not run where the bundle was made come first, since they were built
+    for a faster machine, then the others, the fastest first. So a bundle made without a GPU uses its GPU engine on a
+    machine that has one. Engines that were measured on `device` come before others of their kind. An engine may still
+    refuse to open, when it was built with another release.
 
     Args:
         bundle: the bundle.
         engine: take only this engine family.
         precision: take only this precision.
-        obstacles: by engine family, why it cannot run here, None when it can; default: asked of this machine.
+        device: "auto", "cpu", "cuda" or "cuda:N": take only engines for it.
+        obstacles: by engine family, why it cannot run here, None if it can; default: determined on this machine.
 
     Raises:
         CapabilityError: none fits; each is named with its reason.
     """
-    wanted = [
+    requested = [
         entry
         for entry in bundle.engines
-        if (engine is None or entry.engine == engine) and (precision is None or entry.precision == precision)
+        if (engine is None or entry.engine == engine)
+        and (precision is None or entry.precision == precision)
+        and (device == "auto" or entry.on_cpu == (device == "cpu"))
     ]
-    if not wanted:
+    if not requested:
         held = ", ".join(f"{entry.engine} {entry.precision}" for entry in bundle.engines) or "none"
         raise CapabilityError(f"bundle {bundle.path} holds no such engine", expected=f"one of its own: {held}")
     known = machine_obstacles() if obstacles is None else obstacles
-    able = [entry for entry in wanted if known.get(entry.engine, "unknown engine") is None]
+    able = [entry for entry in requested if known.get(entry.engine, "unknown engine") is None]
     if not able:
-        reasons = {entry.engine: known.get(entry.engine, "unknown engine") for entry in wanted}
+        reasons = {entry.engine: known.get(entry.engine, "unknown engine") for entry in requested}
         raise CapabilityError(
             f"no engine of bundle {bundle.path} can run here: "
             + ", ".join(f"{name} ({reason})" for name, reason in reasons.items()),
-            next_step="srdeploy doctor tells what this machine lacks",
+            next_step="to see what this machine lacks: srdeploy doctor",
         )
-    return tuple(sorted(able, key=lambda entry: not entry.verified))  # sorted is stable: the manifest's order stays
+    on_device = "cuda:0" if device in ("auto", "cuda") else device
+    return tuple(sorted(able, key=lambda entry: entry.device not in (None, "cpu", on_device)))  # sorted is stable
 
 
 def machine_obstacles() -> dict[str, str | None]:
-    """Return by engine family why it cannot run on this machine, None when it can."""
+    """Return by engine family why it cannot run on this machine, None if it can."""
     from srdeploy.runtime.engines.registry import availability
 
     return {entry.name: entry.why_not_run for entry in availability()}

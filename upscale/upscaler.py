@@ -161,7 +161,7 @@ class Upscaler:
         if not path.exists():
             raise InputError(f"{path} does not exist", expected="an engine, an ONNX file or a bundle")
         if path.is_dir():
-            path, engine, bundled = _from_bundle(path, engine, precision)
+            path, engine, bundled = _from_bundle(path, engine, precision, device)
             fallback = fallback or bundled
         elif path.suffix != ".onnx" and not manifest_path(path).exists():
             raise InputError(
@@ -473,11 +473,13 @@ def _constant_alpha(source: PixelSource) -> float | None:
     return float(alpha.flat[0]) / peak
 
 
-def _from_bundle(folder: Path, engine: str | None, precision: Precision | None) -> tuple[Path, str | None, Path | None]:
+def _from_bundle(
+    folder: Path, engine: str | None, precision: Precision | None, device: str
+) -> tuple[Path, str | None, Path | None]:
     """Return the engine file of a bundle, the family to open it with, and the FP32 graph as fallback."""
     from srdeploy.runtime.bundle import choose_engine, read_bundle
 
     bundle = read_bundle(folder)
     fallback = bundle.onnx(Precision.FP32) if "model.fp32.onnx" in bundle.files else None
-    chosen = choose_engine(bundle, engine=engine, precision=precision)
+    chosen = choose_engine(bundle, engine=engine, precision=precision, device=device)
     return bundle.file(chosen.file), chosen.engine, fallback

@@ -10,7 +10,7 @@ Each stage calls the function behind the verb of its name; their files land in o
     finish.py      report, reproduce.sh, manifest
 """
 
-from srdeploy.cli.pipeline.engines import checked_engines
+from srdeploy.cli.pipeline.engines import checked_placements
 from srdeploy.cli.pipeline.finish import finish
 from srdeploy.cli.pipeline.make import build_all, calibrate, export, load, quantize_all
 from srdeploy.cli.pipeline.measure import measure_engines
@@ -35,7 +35,7 @@ def deploy(options: DeployOptions, progress: Progress, *, effort: Effort | None 
         CapabilityError: a requested engine cannot be made here, or the bundle cannot be written.
         UsageError: the bundle exists already, an engine is unknown, or options do not fit together.
     """
-    engines = checked_engines(options)
+    placements = checked_placements(options)
     with atomic_folder(options.output, force=options.force, known_by="manifest.json") as folder:
         work = Work(options, folder, progress)
         with work.stage("load") as report:
@@ -46,7 +46,7 @@ def deploy(options: DeployOptions, progress: Progress, *, effort: Effort | None 
         with work.stage("export") as report:
             export(work, checkpoint, report)
         with work.stage("quantize") as report:
-            candidates = quantize_all(work, engines, calibration, report)
+            candidates = quantize_all(work, placements, calibration, report)
         with work.stage("build") as report:
             candidates = build_all(work, candidates, checkpoint, report)
         with work.stage("verify") as report:

@@ -1,13 +1,14 @@
-"""Which engines `deploy` builds, at which precisions, and the names of their graphs."""
+"""Which engines `deploy` builds for which devices, at which precisions, and the names of their graphs."""
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from srdeploy.calibration.options import QuantizeOptions
 from srdeploy.cli.pipeline.types import FP16_ONNX, FP32_ONNX, Candidate, DeployOptions
 from srdeploy.core.errors import CapabilityError, UsageError
-from srdeploy.core.extras import is_installed
 from srdeploy.core.precision import Precision, Target
-from srdeploy.runtime.engines.registry import CPU_FAMILIES, family
+from srdeploy.runtime.engines.registry import CPU_FAMILIES, engine_status, family
 from srdeploy.runtime.engines.tensorrt.products import parse_capability
 
 PRECISIONS: dict[str, tuple[Precision, ...]] = {
@@ -20,21 +21,33 @@ PRECISIONS: dict[str, tuple[Precision, ...]] = {
     "onnxruntime-cuda": (Precision.FP16,),
     "onnxruntime-tensorrt": (Precision.FP16,),
 }
-DEFAULT_ENGINES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "tensorrt-rtx": "tensorrt_rtx"}
-"""Engines that are built when none is requested, by the module that must be installed for it."""
+DEFAULT_WITHOUT_GPU = ("onnxruntime", "openvino", "tensorrt-rtx")
+"""Engines that are built by default where no GPU can be used, those that are installed; TensorRT for RTX builds here
+what runs on other machines."""
+DEFAULT_ON_GPU = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
+"""Engines that are built by default on an NVIDIA GPU, those that run on it; TensorRT makes TensorRT for RTX needless."""
 
 
-def checked_engines(options: DeployOptions) -> tuple[str, ...]:
-    """Return the families to build, and refuse before any work what cannot succeed.
+@dataclass(frozen=True)
+class Placement:
+    """An engine family on the device that it is built for, verified and measured on: "cpu" or "cuda:N"."""
+
+    engine: str
+    device: str
+
+
+def checked_placements(options: DeployOptions) -> tuple[Placement, ...]:
+    """Return what to build for which device, and refuse before any work what cannot succeed.
 
     Raises:
         UsageError: options that do not fit together or the engines.
-        CapabilityError: as `possible_engines`.
+        CapabilityError: a requested engine cannot be made here, or none is requested and none is installed.
     """
     if options.output.suffix != ".srd":
         raise UsageError(f"bundle name {options.output}", expected="a name that ends in .srd")
     QuantizeOptions(max_psnr_drop=options.max_psnr_drop)  # checks the number
-    engines = possible_engines(options.engines)
+    placements = _placements(options.engines, _devices(options.devices))
+    engines = list(dict.fromkeys(entry.engine for entry in placements))
     if options.compute_capabilities and "tensorrt-rtx" not in engines:
         raise UsageError(
             f"--compute-capability with {', '.join(engines)}",
@@ -46,7 +59,7 @@ def checked_engines(options: DeployOptions) -> tuple[str, ...]:
             parse_capability(text)
         except ValueError:
             raise UsageError(f"--compute-capability {text}", expected="a number such as 8.9") from None
-    return engines
+    return placements
 
 
 def threads_for(engine: str, threads: int | None) -> int | None:
@@ -54,25 +67,90 @@ def threads_for(engine: str, threads: int | None) -> int | None:
     return threads if engine in CPU_FAMILIES else None
 
 
-def possible_engines(requested: Sequence[str]) -> tuple[str, ...]:
-    """Return the families to build, and refuse before any work those that cannot be built here.
+def _devices(given: Sequence[str]) -> tuple[str, ...]:
+    """Return devices in their full form; empty for "auto"."""
+    devices = dict.fromkeys("cuda:0" if device == "cuda" else device for device in given)
+    for device in devices:
+        if re.fullmatch(r"auto|cpu|cuda:[0-9]+", device) is None:
+            raise UsageError(f"device {device!r}", expected="auto, cpu, cuda or cuda:N")
+    if "auto" in devices and len(devices) > 1:
+        raise UsageError("--device auto beside other devices", next_step="remove --device auto")
+    return tuple(device for device in devices if device != "auto")
 
-    Raises:
-        CapabilityError: an engine cannot be made here, or none is requested and none is installed.
-        UsageError: there is no engine of that name.
-    """
-    if not requested:
-        found = tuple(name for name, module in DEFAULT_ENGINES.items() if is_installed(module))
-        if not found:
+
+def _placements(engines: Sequence[str], devices: Sequence[str]) -> tuple[Placement, ...]:
+    if not engines:
+        return _default_placements(devices)
+    placements = []
+    for name in dict.fromkeys(engines):
+        on_cpu = family(name).name in CPU_FAMILIES
+        fitting = [device for device in devices if (device == "cpu") == on_cpu]
+        if devices and not fitting:
+            raise UsageError(
+                f"--engine {name} with --device {', '.join(devices)}",
+                expected="an engine for that device",
+                next_step=f"add --device {'cpu' if on_cpu else 'cuda'}, or choose another engine",
+            )
+        _refuse_impossible(name)
+        placements += [Placement(name, device) for device in fitting or ["cpu" if on_cpu else "cuda:0"]]
+    return tuple(placements)
+
+
+def _default_placements(devices: Sequence[str]) -> tuple[Placement, ...]:
+    on_gpu = [] if devices and "cpu" in devices and len(devices) == 1 else _running(DEFAULT_ON_GPU)
+    if "tensorrt" in on_gpu and "tensorrt-rtx" in on_gpu:
+        on_gpu.remove("tensorrt-rtx")
+    if not devices and on_gpu:
+        return tuple(Placement(name, "cuda:0") for name in on_gpu)
+    if not devices:
+        possible = [name for name in DEFAULT_WITHOUT_GPU if why_not_made(name) is None]
+        if not possible:
             raise CapabilityError("no engine is installed", next_step="install one with: pip install 'srdeploy[cpu]'")
-        return found
-    for name in requested:
-        chosen = family(name)
-        module = chosen.load()
-        reason = module.why_not_build() if chosen.suffix else module.why_not_run()
-        if reason is not None:
-            raise CapabilityError(f"engine {name} cannot be made here: {reason}")
-    return tuple(dict.fromkeys(requested))
+        return tuple(Placement(name, "cpu" if name in CPU_FAMILIES else "cuda:0") for name in possible)
+    placements: list[Placement] = []
+    for device in devices:
+        names = _running(CPU_FAMILIES) if device == "cpu" else on_gpu
+        if not names:
+            candidates = CPU_FAMILIES if device == "cpu" else DEFAULT_ON_GPU
+            reasons = "; ".join(f"{name}: {engine_status(name).why_not_run}" for name in candidates)
+            raise CapabilityError(
+                f"no engine runs on {device} here ({reasons})",
+                next_step="to see what this machine lacks: srdeploy doctor",
+            )
+        placements += [Placement(name, device) for name in names]
+    return tuple(placements)
+
+
+def _running(names: Sequence[str]) -> list[str]:
+    return [name for name in names if engine_status(name).why_not_run is None]
+
+
+def why_not_made(name: str) -> str | None:
+    """Return why an engine cannot be made here, None if it can: built, or opened where nothing is built."""
+    status = engine_status(name)
+    return status.why_not_build if family(name).suffix else status.why_not_run
+
+
+def _refuse_impossible(name: str) -> None:
+    reason = why_not_made(name)
+    if reason is not None:
+        raise CapabilityError(f"engine {name} cannot be made here: {reason}")
+
+
+def candidates_for(placements: Sequence[Placement]) -> list[Candidate]:
+    """Return the engines to make: each placement at every precision that is worth building on it."""
+    engines = [entry.engine for entry in placements]
+    return [
+        Candidate(
+            entry.engine,
+            precision,
+            onnx_name(entry.engine, precision),
+            device=entry.device,
+            shared=engines.count(entry.engine) > 1,
+        )
+        for entry in placements
+        for precision in PRECISIONS[entry.engine]
+    ]
 
 
 def graphs_to_quantize(candidates: Sequence[Candidate], *, fp16: bool) -> dict[str, Candidate]:

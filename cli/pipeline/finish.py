@@ -56,7 +56,7 @@ def finish(
     lines = reproducing_lines(source, work.options, kept, contract, fp16=(work.folder / FP16_ONNX).exists())
     _write_report(work, kept, checkpoint, calibration, verdicts, benches, lines)
     write_reproduce_script(work.folder / "reproduce.sh", lines, versions=versions)
-    left_out = tuple(entry for entry, _ in work.left_out)
+    left_out = tuple(entry for entry, _, _ in work.left_out)
     write_bundle_manifest(
         work.folder,
         contract=contract,
@@ -79,7 +79,7 @@ def finish(
         verdicts=verdicts.by_name,
         benches=tuple(benches),
         seconds=work.seconds,
-        exit_code=work.left_out[0][1] if work.left_out else 0,
+        exit_code=work.left_out[0][2] if work.left_out else 0,
     )
 
 
@@ -122,6 +122,7 @@ def _bundle_engine(candidate: Candidate, verdicts: Verdicts, benches: Sequence[B
         fidelity_db=None if verdict is None else verdict.min_fidelity_db,
         latency_ms=None if row is None else round(row.statistics.median_ms, 4),
         speedup=None if row is None or bench is None else bench.ratio(row),
+        device=candidate.device,
     )
 
 
@@ -172,8 +173,7 @@ def _entries(work: Work, kept: Sequence[Candidate], verdicts: Verdicts) -> list[
                 left_out=not kept_graph,
             )
         )
-    for left, _ in work.left_out:
-        name = f"{left.engine} {left.precision}"
+    for left, name, _ in work.left_out:
         result = verdicts.by_name.get(name)  # where there is one, its failures are the reason
         reason = None if result is not None else f"{left.stage}: {left.reason}"
         entries.append(EngineEntry(name, left.engine, left.precision, verify=result, reason=reason, left_out=True))

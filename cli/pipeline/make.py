@@ -15,7 +15,7 @@ from srdeploy.calibration.options import QuantizeOptions
 from srdeploy.calibration.quantize import artifacts_folder, quantize
 from srdeploy.calibration.search.choose import Choice
 from srdeploy.cli.checkpoint_options import load_from_options
-from srdeploy.cli.pipeline.engines import PRECISIONS, graphs_to_quantize, onnx_name, target_of
+from srdeploy.cli.pipeline.engines import Placement, candidates_for, graphs_to_quantize, target_of
 from srdeploy.cli.pipeline.opening import engine_opener
 from srdeploy.cli.pipeline.types import FP32_ONNX, Candidate, Work
 from srdeploy.core.environment import package_versions
@@ -60,13 +60,11 @@ def calibrate(work: Work, checkpoint: LoadedCheckpoint, report: list[str]) -> Ca
     return calibration
 
 
-def quantize_all(work: Work, engines: Sequence[str], calibration: CalibrationSet, report: list[str]) -> list[Candidate]:
+def quantize_all(
+    work: Work, placements: Sequence[Placement], calibration: CalibrationSet, report: list[str]
+) -> list[Candidate]:
     """Make the graph of every precision that some engine needs; one that misses its gate is left out."""
-    candidates = [
-        Candidate(engine, precision, onnx_name(engine, precision))
-        for engine in engines
-        for precision in PRECISIONS[engine]
-    ]
+    candidates = candidates_for(placements)
     refused: dict[str, SrdeployError] = {}
     for onnx, entry in graphs_to_quantize(candidates, fp16=True).items():
         try:
@@ -170,6 +168,8 @@ def _engine_name(candidate: Candidate, profile: ShapeProfile | None, capabilitie
     """Return <engine>-<version>_<target>_<precision>_<profile>, short enough to read."""
     version = package_versions([candidate.engine]).get(candidate.engine, "unknown")
     target = "cpu" if profile is None else "sm" + "-".join(capabilities) if capabilities else "gpu"
+    if candidate.shared:
+        target += candidate.device.removeprefix("cuda:")
     shapes = "any"
     if profile is not None:
         height, width = (f"{low}-{high}" for low, high in zip(profile.min[2:], profile.max[2:], strict=True))

@@ -81,6 +81,7 @@ def measure_engines(
             runner = open_engine(
                 work.folder / candidate.file,
                 engine=candidate.engine,
+                device=candidate.device,
                 threads=threads_for(candidate.engine, threads),
             )
             runners.append(named(stack.enter_context(runner), candidate.name))

@@ -64,7 +64,8 @@ class DeployOptions:
     engines: tuple[str, ...] = option(
         "--engine",
         default=(),
-        help="Engine to build; repeatable. Default: those installed of onnxruntime, openvino, tensorrt-rtx.",
+        help="Engine to build; repeatable. Default on a GPU: tensorrt, else tensorrt-rtx, and onnxruntime-cuda; else "
+        "onnxruntime, openvino and tensorrt-rtx, those that are installed.",
     )
     max_psnr_drop: float | None = option(
         "--max-psnr-drop", type=float, default=None, metavar="DB", help="Maximum loss of Y PSNR that INT8 may cost."
@@ -77,6 +78,12 @@ class DeployOptions:
     )
     compute_capabilities: tuple[str, ...] = option(
         "--compute-capability", default=(), help="GPUs for tensorrt-rtx, such as 8.9."
+    )
+    devices: tuple[str, ...] = option(
+        "--device",
+        default=(),
+        help="Device to deploy for: auto, cpu, cuda or cuda:N; repeatable. Default: the NVIDIA GPU if one can be used, "
+        "else the CPU.",
     )
     threads: int | None = option(
         "--threads", type=POSITIVE, default=None, help="CPU threads of what runs on the CPU; default: all."
@@ -103,12 +110,14 @@ class DeployOptions:
 
 @dataclass(frozen=True)
 class Candidate:
-    """An engine that may become part of the bundle: one family at one precision.
+    """An engine that may become part of the bundle: one family at one precision on one device.
 
     Attributes:
         engine: the family.
         precision: of its graph.
         onnx: the graph's file in the bundle.
+        device: "cpu" or "cuda:N", where it is built, verified and measured.
+        shared: whether other candidates have the same family and precision on another device.
         file: the engine's file; the graph itself for families that open ONNX files.
         built: the precision read back from the built engine; None when nothing is built.
         seconds: of the build.
@@ -117,6 +126,8 @@ class Candidate:
     engine: str
     precision: Precision
     onnx: str
+    device: str = "cpu"
+    shared: bool = False
     file: str = ""
     built: str | None = None
     seconds: float = 0.0
@@ -124,7 +135,7 @@ class Candidate:
     @property
     def name(self) -> str:
         """Name in tables, unique in a bundle."""
-        return f"{self.engine} {self.precision}"
+        return f"{self.engine} {self.precision}" + (f" on {self.device}" if self.shared else "")
 
     @property
     def graph_name(self) -> str:
@@ -185,6 +196,15 @@ class Outcome:
     seconds: dict[str, float]
     exit_code: int
 
+    def name_of(self, entry: "BundleEngine | LeftOut") -> str:
+        """Return the name of an engine in tables: `Candidate.name`."""
+        same = [
+            other
+            for other in (*self.engines, *self.left_out)
+            if (other.engine, other.precision) == (entry.engine, entry.precision)
+        ]
+        return f"{entry.engine} {entry.precision}" + (f" on {entry.device}" if len(same) > 1 else "")
+
 
 @dataclass
 class Work:
@@ -195,7 +215,7 @@ class Work:
     progress: Progress
     seconds: dict[str, float] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
-    left_out: "list[tuple[LeftOut, int]]" = field(default_factory=list)
+    left_out: "list[tuple[LeftOut, str, int]]" = field(default_factory=list)
     sensitivity: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     searches: list[dict[str, Any]] = field(default_factory=list)
 
@@ -213,5 +233,6 @@ class Work:
         """Record an engine that does not become part of the bundle."""
         from srdeploy.runtime.bundle import LeftOut
 
-        self.left_out.append((LeftOut(candidate.engine, candidate.precision, stage, reason), exit_code))
+        left = LeftOut(candidate.engine, candidate.precision, stage, reason, candidate.device)
+        self.left_out.append((left, candidate.name, exit_code))
         self.progress.note(f"left out: {candidate.name} ({stage}): {reason}")

@@ -102,6 +102,7 @@ def verify_engines(
                 runner = open_engine(
                     path,
                     engine=candidate.engine,
+                    device=candidate.device,
                     parity=True,
                     threads=threads_for(candidate.engine, threads),
                 )

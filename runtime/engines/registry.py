@@ -214,10 +214,12 @@ class EngineStatus:
 
 def availability() -> list[EngineStatus]:
     """Return for every family whether it can build and run here, and why not."""
-    return [_status(entry) for entry in ENGINES]
+    return [engine_status(entry.name) for entry in ENGINES]
 
 
-def _status(entry: Family) -> EngineStatus:
+def engine_status(name: str) -> EngineStatus:
+    """Return whether one family can build and run here, and why not."""
+    entry = family(name)
     module = entry.load()
     not_built = "opens ONNX files as they are, nothing to build"
     return EngineStatus(

@@ -157,13 +157,25 @@ ALL = {"tensorrt-rtx": None, "openvino": None, "onnxruntime": None}
 @pytest.mark.parametrize(
     ("obstacles", "wanted", "expected"),
     [
-        (ALL, {}, INT8),
-        ({**ALL, "openvino": "not installed"}, {}, FP32),
+        (ALL, {}, PLAN),
+        ({**ALL, "tensorrt-rtx": "no NVIDIA GPU"}, {}, INT8),
+        ({**ALL, "tensorrt-rtx": "no NVIDIA GPU", "openvino": "not installed"}, {}, FP32),
+        (ALL, {"device": "cpu"}, INT8),
+        (ALL, {"device": "cuda:1"}, PLAN),
         (ALL, {"engine": "tensorrt-rtx"}, PLAN),
         (ALL, {"precision": Precision.FP32}, FP32),
         ({"tensorrt-rtx": None, "openvino": "x", "onnxruntime": "y"}, {}, PLAN),
     ],
-    ids=["verified first", "next best", "asked engine", "asked precision", "unverified when alone"],
+    ids=[
+        "GPU engine",
+        "without a GPU",
+        "next best",
+        "CPU on a GPU machine",
+        "second GPU",
+        "asked engine",
+        "asked precision",
+        "unverified when alone",
+    ],
 )
 def test_the_best_engine_that_can_run_is_chosen(
     bundle: Path, obstacles: dict[str, str | None], wanted: dict[str, Any], expected: BundleEngine
@@ -172,8 +184,23 @@ def test_the_best_engine_that_can_run_is_chosen(
 
 
 def test_all_that_can_run_are_listed_best_first(bundle: Path) -> None:
-    assert runnable_engines(read_bundle(bundle), obstacles=ALL) == (INT8, FP32, PLAN)
-    assert runnable_engines(read_bundle(bundle), obstacles={**ALL, "openvino": "no"}) == (FP32, PLAN)
+    assert runnable_engines(read_bundle(bundle), obstacles=ALL) == (PLAN, INT8, FP32)
+    assert runnable_engines(read_bundle(bundle), obstacles={**ALL, "openvino": "no"}) == (PLAN, FP32)
+
+
+def test_the_plan_of_the_requested_gpu_comes_first(tmp_path: Path) -> None:
+    plans = [
+        BundleEngine(f"{index}.plan", "tensorrt", Precision.FP16, True, 70.0, 1.0 + index, 9.0, device=f"cuda:{index}")
+        for index in range(2)
+    ]
+    for plan in plans:
+        (tmp_path / plan.file).write_bytes(b"plan")
+    source = Source("checkpoint", "net.pt", "00" * 32)
+    write_bundle_manifest(tmp_path, contract=CONTRACT, checkpoint=source, engines=plans)
+    bundle = read_bundle(tmp_path)
+
+    assert choose_engine(bundle, obstacles={"tensorrt": None}) == plans[0]
+    assert choose_engine(bundle, obstacles={"tensorrt": None}, device="cuda:1") == plans[1]
 
 
 def test_when_none_can_run_each_reason_is_told(bundle: Path) -> None:
