@@ -64,6 +64,9 @@ class BuildVerbOptions:
     compute_capability: tuple[str, ...] = option(
         "--compute-capability", default=(), metavar="X.Y", help="GPU to build for (tensorrt-rtx); repeatable."
     )
+    device: str = option(
+        "--device", default="auto", show_default=True, help="GPU to build on, cuda or cuda:N (tensorrt)."
+    )
     workspace: int | None = option(
         "--workspace", type=BYTES, default=None, help="Limit of scratch memory, such as 2GiB (tensorrt)."
     )
@@ -146,6 +149,7 @@ def _build_options(options: BuildVerbOptions) -> "BuildOptions":
     return BuildOptions(
         profiles=_profiles(options),
         compute_capabilities=options.compute_capability,
+        device=options.device,
         workspace_bytes=options.workspace,
         memory_bytes=options.memory,
         optimization_level=options.optimization_level,

@@ -25,7 +25,7 @@ DEFAULT_WITHOUT_GPU = ("onnxruntime", "openvino", "tensorrt-rtx")
 """Engines that are built by default where no GPU can be used, those that are installed; TensorRT for RTX builds here
 what runs on other machines."""
 DEFAULT_ON_GPU = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
-"""Engines that are built by default on an NVIDIA GPU, those that run on it; TensorRT makes TensorRT for RTX needless."""
+"""Engines that are built by default on an NVIDIA GPU, those that run on it. TensorRT replaces TensorRT for RTX."""
 
 
 @dataclass(frozen=True)

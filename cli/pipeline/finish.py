@@ -53,7 +53,9 @@ def finish(
     engines, kept = [engine for engine, _ in ranked], [entry for _, entry in ranked]
     versions = package_versions(_DISTRIBUTIONS)
     source = Source("checkpoint", checkpoint.path.name, checkpoint.sha256)
-    lines = reproducing_lines(source, work.options, kept, contract, fp16=(work.folder / FP16_ONNX).exists())
+    lines = reproducing_lines(
+        source, work.options, kept, contract, ran=verdicts.runnable(kept), fp16=(work.folder / FP16_ONNX).exists()
+    )
     _write_report(work, kept, checkpoint, calibration, verdicts, benches, lines)
     write_reproduce_script(work.folder / "reproduce.sh", lines, versions=versions)
     left_out = tuple(entry for entry, _, _ in work.left_out)

@@ -157,7 +157,11 @@ def _build(work: Work, candidate: Candidate, profile: ShapeProfile) -> Candidate
         work.folder / candidate.onnx,
         work.folder / file,
         engine=candidate.engine,
-        options=BuildOptions(profiles=(profile,) if on_gpu else (), compute_capabilities=capabilities),
+        options=BuildOptions(
+            profiles=(profile,) if on_gpu else (),
+            compute_capabilities=capabilities,
+            device=candidate.device if candidate.engine == "tensorrt" else "auto",
+        ),
         progress=work.progress,
     )
     precision_built = str(result.manifest.details["precision"]["built"])

@@ -11,16 +11,16 @@ from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.runner import Runner
 from srdeploy.core.shapes import Shape, format_shape
 from srdeploy.models.checkpoint.load import LoadedCheckpoint
+from srdeploy.runtime.bench.baselines import default_baselines, open_baselines
 from srdeploy.runtime.bench.conditions import conditions
 from srdeploy.runtime.bench.latency import BenchResult, Effort, bench, named, with_process_memory
-from srdeploy.runtime.engines.eager import open_eager
 from srdeploy.runtime.engines.registry import open_engine
 
-OpenBaselines = Callable[[str], Sequence[Runner]]
+Baselines = Callable[[str], Sequence[Runner]]
 """Opens the baselines of a device ("cpu", "cuda:0"), the eager FP32 network first."""
 
 
-def with_baselines(runners: Sequence[Runner], open_baselines: OpenBaselines) -> list[list[Runner]]:
+def with_baselines(runners: Sequence[Runner], baselines: Baselines) -> list[list[Runner]]:
     """Group runners by device, each group after the baselines of its device.
 
     A baseline that has the name of a runner is omitted: it is measured already.
@@ -28,8 +28,8 @@ def with_baselines(runners: Sequence[Runner], open_baselines: OpenBaselines) -> 
     groups = []
     for device, group in by_device(runners).items():
         names = {runner.info.name for runner in group}
-        baselines = [runner for runner in open_baselines(device) if runner.info.name not in names]
-        groups.append([*baselines, *group])
+        others = [runner for runner in baselines(device) if runner.info.name not in names]
+        groups.append([*others, *group])
     return groups
 
 
@@ -85,9 +85,15 @@ def measure_engines(
                 threads=threads_for(candidate.engine, threads),
             )
             runners.append(named(stack.enter_context(runner), candidate.name))
-        groups = with_baselines(
-            runners, lambda device: [stack.enter_context(open_eager(checkpoint, device=device, threads=threads))]
-        )
+
+        def baselines(device: str) -> Sequence[Runner]:
+            # On the CPU the other forms cost minutes and are not faster than the engines; `bench` measures them.
+            names = () if device == "cpu" else default_baselines(device)
+            return open_baselines(
+                checkpoint, names, stack, shape=shape, device=device, threads=threads, progress=work.progress
+            ).runners
+
+        groups = with_baselines(runners, baselines)
         results = measure_groups(groups, shape, effort=effort, progress=work.progress)
     files: dict[str, tuple[Path, str | None]] = {
         entry.name: (work.folder / entry.file, entry.engine) for entry in candidates

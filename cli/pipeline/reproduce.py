@@ -25,7 +25,13 @@ OUT, CHECKPOINT, IMAGES, EVALUATE = (Path(f"${name}") for name in ("OUT", "CHECK
 
 
 def reproducing_lines(
-    checkpoint: Source, options: DeployOptions, kept: Sequence[Candidate], contract: ModelContract, *, fp16: bool
+    checkpoint: Source,
+    options: DeployOptions,
+    kept: Sequence[Candidate],
+    contract: ModelContract,
+    *,
+    ran: Sequence[Candidate],
+    fp16: bool,
 ) -> list[str]:
     """Return lines of a shell script that makes the files of a bundle again.
 
@@ -34,6 +40,7 @@ def reproducing_lines(
         options: of the `deploy` that made the bundle.
         kept: the engines in the bundle.
         contract: of the FP32 graph.
+        ran: those of them that were verified and measured.
         fp16: whether the bundle holds the FP16 graph.
     """
     inputs = {CHECKPOINT: options.checkpoint, IMAGES: options.images}
@@ -46,21 +53,25 @@ def reproducing_lines(
         'OUT="${1:-reproduced}"',
         *(f'{name}="${{{name}:-{_quoted_inside(value)}}}"' for name, value in _names(inputs).items()),
         f'echo "{checkpoint.sha256}  $CHECKPOINT" | sha256sum --check --quiet',
-        *(_command(words) for words in stage_commands(options, kept, contract, fp16=fp16)),
+        *(_command(words) for words in stage_commands(options, kept, contract, ran=ran, fp16=fp16)),
     ]
 
 
 def stage_commands(
-    options: DeployOptions, kept: Sequence[Candidate], contract: ModelContract, *, fp16: bool
+    options: DeployOptions,
+    kept: Sequence[Candidate],
+    contract: ModelContract,
+    *,
+    ran: Sequence[Candidate],
+    fp16: bool,
 ) -> list[list[str]]:
     """Return the commands of a `deploy`, verb by verb, with shell variables for inputs and outputs."""
     commands = [command_line("export", _export(options))]
     graphs = graphs_to_quantize(kept, fp16=fp16)
     commands += [command_line("quantize", _quantize(options, entry)) for entry in graphs.values()]
     commands += [command_line("build", _build(options, entry, contract)) for entry in kept if entry.file != entry.onnx]
-    runnable = [entry for entry in kept if not entry.engine.startswith("tensorrt")]
-    commands += [command_line("verify", _verify(options, entry)) for entry in runnable]
-    commands += [command_line("bench", each) for each in _benches(options, runnable, contract)]
+    commands += [command_line("verify", _verify(options, entry)) for entry in ran]
+    commands += [command_line("bench", each) for each in _benches(options, ran, contract)]
     return commands
 
 
@@ -108,6 +119,7 @@ def _build(options: DeployOptions, entry: Candidate, contract: ModelContract) ->
     profile = options.profile(contract)
     return replace(
         build,
+        device=_device_option(entry) if entry.engine == "tensorrt" else "auto",
         min_shape=(profile.min,),
         opt_shape=(profile.opt,),
         max_shape=(profile.max,),
@@ -124,15 +136,16 @@ def _verify(options: DeployOptions, entry: Candidate) -> VerifyOptions:
         images=None if options.hr else source,
         hr=source if options.hr else None,
         engine=_engine_option(entry),
+        device=_device_option(entry),
         threads=threads_for(entry.engine, options.threads),
     )
 
 
-def _benches(options: DeployOptions, runnable: Sequence[Candidate], contract: ModelContract) -> list[BenchOptions]:
-    """One command measures all built engines; an ONNX file that several families open needs one command per family."""
-    groups: dict[str | None, list[Candidate]] = {}
-    for entry in runnable:
-        groups.setdefault(_engine_option(entry), []).append(entry)
+def _benches(options: DeployOptions, ran: Sequence[Candidate], contract: ModelContract) -> list[BenchOptions]:
+    """Return one command for each pair of --engine and --device: within a command they hold for all files."""
+    groups: dict[tuple[str | None, str], list[Candidate]] = {}
+    for entry in ran:
+        groups.setdefault((_engine_option(entry), _device_option(entry)), []).append(entry)
     return [
         BenchOptions(
             candidates=tuple(OUT / entry.file for entry in entries),
@@ -140,12 +153,18 @@ def _benches(options: DeployOptions, runnable: Sequence[Candidate], contract: Mo
             checkpoint_options=options.checkpoint_options,
             shape=options.shape(contract),
             engine=engine,
-            threads=threads_for(entries[0].engine, options.threads),
-            no_baselines=True,  # what `deploy` itself measures
+            device=device,
+            threads=options.threads if any(threads_for(entry.engine, 1) for entry in entries) else None,
+            no_baselines=True,
             allow_unstable=True,  # noise is no reason to stop the script
         )
-        for engine, entries in groups.items()
+        for (engine, device), entries in groups.items()
     ]
+
+
+def _device_option(entry: Candidate) -> str:
+    """Return the --device of an engine; the CPU and the first GPU are what "auto" selects."""
+    return "auto" if entry.device in ("cpu", "cuda:0") else entry.device
 
 
 def _engine_option(entry: Candidate) -> str | None:

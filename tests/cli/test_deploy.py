@@ -17,11 +17,9 @@ from PIL import Image
 
 from srdeploy.cli.console import RichProgress
 from srdeploy.cli.main import run
-from srdeploy.cli.pipeline import engines
-from srdeploy.cli.pipeline.engines import possible_engines
 from srdeploy.cli.pipeline.types import DeployOptions
 from srdeploy.core.contract import ModelContract
-from srdeploy.core.errors import CapabilityError, InputError, UsageError
+from srdeploy.core.errors import InputError
 from srdeploy.core.manifest import read_verified
 from srdeploy.core.precision import Precision
 from srdeploy.runtime.bundle import Bundle, choose_engine, read_bundle
@@ -278,16 +276,6 @@ def test_a_full_disk_is_exit_8_and_leaves_nothing(
         assert leftovers(tmp_path) == []
     finally:
         subprocess.run(["umount", tmp_path], check=True)
-
-
-def test_engines_are_those_installed_and_a_missing_one_is_told_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(possible_engines(())) <= set(engines.DEFAULT_ENGINES)
-
-    monkeypatch.setattr(engines, "is_installed", lambda module: False)
-    with pytest.raises(CapabilityError, match=r"pip install 'srdeploy\[cpu\]'"):
-        possible_engines(())
-    with pytest.raises(UsageError, match="one of onnxruntime"):
-        possible_engines(("openvino", "tensorflow"))
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ CONTRACT = ModelContract("rcan", {"scale": 2}, 2, "rgb", Precision.FP32, None, 1
 def test_the_fp16_graph_is_made_again_when_no_engine_here_needs_it() -> None:
     deploy = DeployOptions(checkpoint=FILE, images=Path("photos"), output=Path("a.srd"))
 
-    commands = stage_commands(deploy, [], CONTRACT, fp16=True)
+    commands = stage_commands(deploy, [], CONTRACT, ran=[], fp16=True)
 
     assert [words[-1] for words in commands] == ["$OUT/model.fp32.onnx", "$OUT/model.fp16.onnx"]
 
@@ -151,12 +151,12 @@ def test_every_command_of_reproduce_sh_is_read_as_it_was_meant(tmp_path: Path) -
         checkpoint_options=CheckpointOptions(value_range=255.0, mean=(0.5, 0.25, 0.125), group_skip=False),
     )
     kept = [
-        Candidate("onnxruntime", Precision.INT8, "model.int8.onnxruntime.onnx", "engines/a.ort.onnx"),
-        Candidate("tensorrt-rtx", Precision.FP16, "model.fp16.onnx", "engines/a.rtx"),
-        Candidate("onnxruntime-cuda", Precision.FP16, "model.fp16.onnx", "model.fp16.onnx"),
+        Candidate("onnxruntime", Precision.INT8, "model.int8.onnxruntime.onnx", file="engines/a.ort.onnx"),
+        Candidate("tensorrt-rtx", Precision.FP16, "model.fp16.onnx", "cuda:0", file="engines/a.rtx"),
+        Candidate("onnxruntime-cuda", Precision.FP16, "model.fp16.onnx", "cuda:1", file="model.fp16.onnx"),
     ]
 
-    commands = stage_commands(deploy, kept, CONTRACT, fp16=True)
+    commands = stage_commands(deploy, kept, CONTRACT, ran=[kept[0], kept[2]], fp16=True)
 
     given: dict[str, list[Any]] = {}
     for words in commands:
@@ -179,6 +179,7 @@ def test_every_command_of_reproduce_sh_is_read_as_it_was_meant(tmp_path: Path) -
     # An ONNX file opens in any family: the one that was verified must be named. Threads are for engines on the CPU.
     assert [(entry.engine, entry.threads) for entry in given["verify"]] == [(None, 2), ("onnxruntime-cuda", None)]
     assert [(entry.engine, entry.threads) for entry in given["bench"]] == [(None, 2), ("onnxruntime-cuda", None)]
+    assert [entry.device for entry in given["bench"]] == ["auto", "cuda:1"]
     assert all(entry.hr == Path("EVALUATE") and entry.images is None for entry in given["verify"])
 
 

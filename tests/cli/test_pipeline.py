@@ -12,8 +12,9 @@ import pytest
 from srdeploy.cli.console import RichProgress
 from srdeploy.cli.deploy import show
 from srdeploy.cli.main import run
+from srdeploy.cli.pipeline import engines as engines_module
 from srdeploy.cli.pipeline import make, measure, opening, verify
-from srdeploy.cli.pipeline.engines import checked_engines
+from srdeploy.cli.pipeline.engines import checked_placements
 from srdeploy.cli.pipeline.measure import measure_groups, with_baselines
 from srdeploy.cli.pipeline.opening import by_device, engine_opener
 from srdeploy.cli.pipeline.types import Candidate, DeployOptions, Outcome, Work
@@ -23,9 +24,10 @@ from srdeploy.core.precision import Precision, Target
 from srdeploy.core.runner import Runner, RunnerInfo
 from srdeploy.core.samples import Sample
 from srdeploy.models.checkpoint.load import LoadedCheckpoint, load_checkpoint
+from srdeploy.runtime.bench import baselines
 from srdeploy.runtime.bench.latency import Effort
 from srdeploy.runtime.engines.eager import EagerRunner, open_eager
-from srdeploy.runtime.engines.registry import open_engine
+from srdeploy.runtime.engines.registry import EngineStatus, open_engine
 from srdeploy.runtime.verify.parity import Gates
 
 BRIEF = Effort(warmup_runs=1, warmup_seconds=0.0, min_runs=5, max_runs=5, seconds=0.01)
@@ -72,7 +74,8 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return Placed(open_eager(checkpoint, threads=1), device)
 
     monkeypatch.setattr(verify, "open_eager", opened)
-    monkeypatch.setattr(measure, "open_eager", opened)
+    monkeypatch.setattr(baselines, "open_eager", opened)
+    monkeypatch.setattr(measure, "default_baselines", lambda device: ())
     return asked
 
 
@@ -101,11 +104,11 @@ def test_no_gpu_in_place_of_the_reference_is_a_refusal(loaded: LoadedCheckpoint,
 def test_ratios_refer_to_the_eager_network_on_the_same_device(loaded: LoadedCheckpoint, engine: Runner) -> None:
     eager: dict[str, EagerRunner] = {}
 
-    def baselines(device: str) -> list[Runner]:
+    def opened(device: str) -> list[Runner]:
         eager[device] = open_eager(loaded, threads=1)
         return [Placed(eager[device], device)]
 
-    groups = with_baselines([Placed(engine, "cuda:0"), engine], baselines)
+    groups = with_baselines([Placed(engine, "cuda:0"), engine], opened)
     results = measure_groups(groups, (1, 3, 8, 8), effort=BRIEF)
 
     assert list(eager) == ["cuda:0", "cpu"]
@@ -174,6 +177,82 @@ def test_deploy_quantizes_as_the_verb_does(workshop: Path, tmp_path: Path, monke
     assert by_verb == by_deploy
 
 
+CPU = {"onnxruntime", "openvino"}
+NOTHING: set[str] = set()
+
+
+@pytest.mark.parametrize(
+    ("runs", "builds", "engines", "devices", "expected"),
+    [
+        (CPU, {*CPU, "tensorrt-rtx"}, (), (), "onnxruntime cpu, openvino cpu, tensorrt-rtx cuda:0"),
+        ({"openvino"}, {"openvino"}, (), (), "openvino cpu"),
+        ({*CPU, "tensorrt", "onnxruntime-cuda"}, CPU, (), (), "tensorrt cuda:0, onnxruntime-cuda cuda:0"),
+        ({*CPU, "tensorrt", "tensorrt-rtx"}, CPU, (), (), "tensorrt cuda:0"),
+        ({*CPU, "tensorrt-rtx"}, CPU, (), (), "tensorrt-rtx cuda:0"),
+        ({*CPU, "tensorrt"}, CPU, (), ("cpu",), "onnxruntime cpu, openvino cpu"),
+        ({*CPU, "tensorrt"}, CPU, (), ("cuda:1", "cpu"), "tensorrt cuda:1, onnxruntime cpu, openvino cpu"),
+        ({*CPU, "tensorrt"}, CPU, (), ("cuda", "cuda:1"), "tensorrt cuda:0, tensorrt cuda:1"),
+        (CPU, {*CPU, "tensorrt"}, ("tensorrt", "openvino"), (), "tensorrt cuda:0, openvino cpu"),
+        (CPU, {*CPU, "tensorrt"}, ("tensorrt",), ("cuda:0", "cuda:1"), "tensorrt cuda:0, tensorrt cuda:1"),
+    ],
+    ids=[
+        "no GPU",
+        "one engine installed",
+        "GPU",
+        "GPU with both TensorRTs",
+        "RTX GPU",
+        "CPU of a GPU machine",
+        "GPU and CPU",
+        "two GPUs",
+        "requested",
+        "requested on two GPUs",
+    ],
+)
+def test_engines_are_those_of_the_machine(
+    monkeypatch: pytest.MonkeyPatch,
+    runs: set[str],
+    builds: set[str],
+    engines: tuple[str, ...],
+    devices: tuple[str, ...],
+    expected: str,
+) -> None:
+    assume(monkeypatch, runs, builds)
+    options = replace(OPTIONS, engines=engines, devices=devices)
+
+    assert ", ".join(f"{entry.engine} {entry.device}" for entry in checked_placements(options)) == expected
+
+
+@pytest.mark.parametrize(
+    ("runs", "engines", "devices", "words"),
+    [
+        (NOTHING, (), (), r"pip install 'srdeploy\[cpu\]'"),
+        (CPU, (), ("cuda",), "no engine runs on cuda:0 here .tensorrt: lacks it"),
+        (CPU, ("onnxruntime-cuda",), (), "onnxruntime-cuda cannot be made here: lacks it"),
+    ],
+    ids=["nothing installed", "no GPU", "requested engine"],
+)
+def test_an_engine_that_cannot_be_made_is_named_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, runs: set[str], engines: tuple[str, ...], devices: tuple[str, ...], words: str
+) -> None:
+    assume(monkeypatch, runs, NOTHING)
+
+    with pytest.raises(CapabilityError, match=words):
+        checked_placements(replace(OPTIONS, engines=engines, devices=devices))
+
+
+def assume(monkeypatch: pytest.MonkeyPatch, runs: set[str], builds: set[str]) -> None:
+    """Pretend a machine on which these engines run and build; what runs builds too."""
+
+    def status(name: str) -> EngineStatus:
+        why_not_run = None if name in runs else "lacks it"
+        return EngineStatus(name, "", None if name in builds | runs else "lacks it", why_not_run, {})
+
+    monkeypatch.setattr(engines_module, "engine_status", status)
+
+
+OPTIONS = DeployOptions(checkpoint=Path("none.pt"), images=Path("none"), output=Path("a.srd"))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -182,16 +261,17 @@ def test_deploy_quantizes_as_the_verb_does(workshop: Path, tmp_path: Path, monke
         ({"engines": ("tensort",)}, "one of onnxruntime"),
         ({"engines": ("openvino",), "compute_capabilities": ("8.9",)}, "tensorrt-rtx"),
         ({"engines": ("tensorrt-rtx",), "compute_capabilities": ("Ada",)}, "such as 8.9"),
+        ({"devices": ("gpu",)}, "expected auto, cpu, cuda or cuda:N"),
+        ({"devices": ("auto", "cpu")}, "remove --device auto"),
+        ({"engines": ("openvino",), "devices": ("cuda",)}, "add --device cpu"),
     ],
-    ids=["name", "bound", "engine", "capability without its engine", "capability"],
+    ids=["name", "bound", "engine", "capability without its engine", "capability", "device", "devices", "both"],
 )
 def test_options_are_checked_before_any_work(changes: dict[str, Any], words: str) -> None:
     if "tensorrt-rtx" in changes.get("engines", ()):
         pytest.importorskip("tensorrt_rtx")
-    options = DeployOptions(checkpoint=Path("none.pt"), images=Path("none"), output=Path("a.srd"))
-
     with pytest.raises(UsageError, match=words):
-        checked_engines(replace(options, **changes))
+        checked_placements(replace(OPTIONS, **changes))
 
 
 def test_an_engine_on_a_gpu_gets_no_cpu_threads(
@@ -199,17 +279,17 @@ def test_an_engine_on_a_gpu_gets_no_cpu_threads(
 ) -> None:
     opened: list[tuple[str, int | None]] = []
 
-    def open_(path: Path, *, engine: str, threads: int | None) -> Runner:
+    def open_(path: Path, *, engine: str, device: str, threads: int | None) -> Runner:
         opened.append((engine, threads))
-        return Placed(runner, "cuda:0" if "cuda" in engine else "cpu")
+        return Placed(runner, device)
 
     runner = engine
     monkeypatch.setattr(measure, "open_engine", open_)
     monkeypatch.setattr(measure, "with_process_memories", lambda results, files, threads: results)
     options = DeployOptions(checkpoint=Path("a.pt"), images=Path("b"), output=Path("a.srd"), size=(8, 8), threads=2)
     candidates = [
-        Candidate(name, Precision.FP32, "model.fp32.onnx", "model.fp32.onnx")
-        for name in ("onnxruntime", "onnxruntime-cuda")
+        Candidate(name, Precision.FP32, "model.fp32.onnx", device, file="model.fp32.onnx")
+        for name, device in (("onnxruntime", "cpu"), ("onnxruntime-cuda", "cuda:0"))
     ]
 
     measure.measure_engines(Work(options, tmp_path, RichProgress()), candidates, loaded, BRIEF, [])

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.utils._device
 import torch.utils.dlpack
 from torch.utils._pytree import tree_map_only
 
@@ -42,6 +43,8 @@ _METADATA = frozenset(
 )
 _FACTORIES = ("empty", "zeros", "ones", "full", "rand", "randn", "randint", "arange", "tensor", "as_tensor",
               "empty_like", "zeros_like", "ones_like")  # fmt: skip
+
+torch.utils._device._device_constructors()  # remembers the real factories, for `with torch.device("meta")`
 
 machine: Simulator = Simulator(())
 """The devices; replaced by `install`."""
