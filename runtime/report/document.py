@@ -86,9 +86,9 @@ def report_document(
         contract: of the FP32 graph.
         engines: the lines of the table, in the order in which they are shown. Give the reference no line: it appears
             as the baseline of the bench.
-        bench: one result per shape; the first one fills the table's latency columns. Its runner names must be the
-            entries' names (see `srdeploy.runtime.bench.latency.named`); other rows (the baselines) are shown next
-            to them.
+        bench: one result per device or shape; the first that has an engine's name fills its latency columns. Its
+            runner names must be the entries' names (see `srdeploy.runtime.bench.latency.named`); other rows (the
+            baselines) are shown next to them.
         checkpoint: where the weights came from: {"name", "sha256", "dialect", "evidence": JSON of what was assumed}.
         calibration: the calibration set as its `to_json()` gives it, with the coverage of the evaluation images if
             it was measured; shown key by key.
@@ -108,7 +108,7 @@ def report_document(
     """
     benches = [bench] if isinstance(bench, BenchResult) else list(bench)
     pictures = Pictures()
-    lines = [_engine_line(entry, benches[0] if benches else None) for entry in engines]
+    lines = [_engine_line(entry, _bench_of(entry, benches)) for entry in engines]
     verdicts = [entry.verify for entry in engines if entry.verify is not None]
     document = {
         "kind": KIND,
@@ -151,6 +151,11 @@ def jsonable(value: Any) -> Any:
     if hasattr(value, "item"):  # numpy scalars
         return jsonable(value.item())
     return str(value)
+
+
+def _bench_of(entry: EngineEntry, benches: Sequence[BenchResult]) -> BenchResult | None:
+    """Return the result that measured an engine: there is one per device."""
+    return next((bench for bench in benches if any(row.runner.name == entry.name for row in bench.rows)), None)
 
 
 def _engine_line(entry: EngineEntry, bench: BenchResult | None) -> dict[str, Any]:

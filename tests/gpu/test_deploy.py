@@ -24,7 +24,7 @@ from srdeploy.runtime.engines.gpu import gpus
 from srdeploy.runtime.report.write import read_report
 from srdeploy.upscale.upscaler import Upscaler
 
-from .conftest import REAL, TOLERATED
+from .conftest import REAL
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "checkpoints" / "yulunzhang_rcan_x2" / "RCAN_BIX2.pt"
 BRIEF = Effort(warmup_runs=1, warmup_seconds=0.0, min_runs=5, max_runs=5, seconds=0.01)
@@ -36,7 +36,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Simulator | No
     if REAL:
         yield None
         return
-    setting = Setting("10.16.1.11", tolerated=TOLERATED)
+    setting = Setting("10.16.1.11")
     with simulated(tmp_path_factory.mktemp("simulated"), setting) as simulator:
         yield simulator
 
