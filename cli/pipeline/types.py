@@ -198,12 +198,9 @@ class Outcome:
 
     def name_of(self, entry: "BundleEngine | LeftOut") -> str:
         """Return the name of an engine in tables: `Candidate.name`."""
-        same = [
-            other
-            for other in (*self.engines, *self.left_out)
-            if (other.engine, other.precision) == (entry.engine, entry.precision)
-        ]
-        return f"{entry.engine} {entry.precision}" + (f" on {entry.device}" if len(same) > 1 else "")
+        all_entries: list[BundleEngine | LeftOut] = [*self.engines, *self.left_out]
+        same = sum((other.engine, other.precision) == (entry.engine, entry.precision) for other in all_entries)
+        return f"{entry.engine} {entry.precision}" + (f" on {entry.device}" if same > 1 else "")
 
 
 @dataclass
