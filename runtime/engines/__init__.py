@@ -4,6 +4,7 @@ One module per family, or a package (`tensorrt`, shared by TensorRT and TensorRT
 """
 
 from srdeploy.runtime.engines.options import BuildOptions, BuildResult
+from srdeploy.runtime.engines.recommend import recommended
 from srdeploy.runtime.engines.registry import availability, build_engine, open_engine
 
-__all__ = ["BuildOptions", "BuildResult", "availability", "build_engine", "open_engine"]
+__all__ = ["BuildOptions", "BuildResult", "availability", "build_engine", "open_engine", "recommended"]

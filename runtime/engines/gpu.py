@@ -1,5 +1,7 @@
 """The NVIDIA GPUs of this machine, as PyTorch sees them."""
 
+import ctypes
+import warnings
 from dataclasses import dataclass
 
 from srdeploy.core.errors import CapabilityError
@@ -33,7 +35,7 @@ def gpus() -> tuple[Gpu, ...]:
     """Return all usable NVIDIA GPUs, in device order; empty without one."""
     import torch
 
-    if not torch.cuda.is_available():
+    if not _available():
         return ()
     return tuple(_gpu(index) for index in range(torch.cuda.device_count()))
 
@@ -60,11 +62,40 @@ def why_no_gpu() -> str | None:
     """Return the reason why no NVIDIA GPU can be used here; None if one can."""
     import torch
 
-    if torch.cuda.is_available():
+    if _available():
         return None
-    if torch.version.cuda is None:
+    built_for = torch.version.cuda
+    if built_for is None:
         return f"no NVIDIA GPU can be used: PyTorch {torch.__version__} was built without CUDA"
-    return "no NVIDIA GPU was found: the driver is missing, too old or sees none"
+    driver = driver_cuda()
+    if driver is None:
+        return "no NVIDIA GPU can be used: no NVIDIA driver (libcuda.so.1) was found"
+    if driver[0] < int(built_for.partition(".")[0]):
+        return (
+            f"no NVIDIA GPU can be used: the NVIDIA driver supports CUDA {driver[0]}.{driver[1]}, and PyTorch"
+            f" {torch.__version__} needs CUDA {built_for}"
+        )
+    return "no NVIDIA GPU was found: the driver sees none"
+
+
+def driver_cuda() -> tuple[int, int] | None:
+    """Return the newest CUDA version that the NVIDIA driver supports, as (major, minor); None without a driver."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+        version = ctypes.c_int()
+        status = library.cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return divmod(version.value // 10, 100) if status == 0 else None
+
+
+def _available() -> bool:
+    """Return True if PyTorch can use a GPU. It warns about a driver that is too old, which `why_no_gpu` explains."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.cuda.is_available()
 
 
 def _gpu(index: int) -> Gpu:

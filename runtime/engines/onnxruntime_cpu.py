@@ -30,10 +30,12 @@ from srdeploy.core.extras import import_extra
 from srdeploy.core.onnx_file import GraphFile
 from srdeploy.core.onnx_graph import combined_label, type_label
 from srdeploy.core.ort import cpu_session
+from srdeploy.core.precision import Precision
 from srdeploy.core.progress import Progress
 from srdeploy.core.runner import RunnerInfo
 from srdeploy.core.shapes import TensorSpec
 from srdeploy.runtime.engines.feeds import check_feeds
+from srdeploy.runtime.engines.gpu import Gpu
 from srdeploy.runtime.engines.options import CPU_REFUSED_OPTIONS, BuildOptions, BuiltEngine
 from srdeploy.runtime.engines.sidecar import Engine
 
@@ -47,14 +49,19 @@ _AGAIN = "build it again here: srdeploy build model.onnx --engine onnxruntime -o
 
 
 def why_not_build() -> str | None:
-    """Say why no engine can be built here; None when one can."""
+    """Return the reason why no engine can be built here; None if one can."""
     import_extra("onnxruntime", "cpu")
     return None
 
 
-def why_not_run() -> str | None:
-    """Say why nothing can run here; None when it can."""
+def why_not_run(device: str = "auto") -> str | None:
+    """Return the reason why nothing can run here; None if it can. The CPU is the only device."""
     return why_not_build()
+
+
+def precisions(found: Gpu | None) -> tuple[Precision, ...]:
+    """Return the precisions that are worth building: FP16 layers are computed in FP32, so FP16 gains nothing."""
+    return Precision.FP32, Precision.INT8
 
 
 def key_parts(options: BuildOptions) -> dict[str, Any]:

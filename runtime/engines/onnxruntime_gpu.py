@@ -33,7 +33,7 @@ from srdeploy.core.shapes import Shape, ShapeProfile, format_shape
 from srdeploy.runtime.engines.cache import default_root
 from srdeploy.runtime.engines.feasibility import footprint, largest_legal_shape
 from srdeploy.runtime.engines.feeds import check_feeds, check_profile, check_shape
-from srdeploy.runtime.engines.gpu import find_gpu, why_no_gpu
+from srdeploy.runtime.engines.gpu import Gpu, find_gpu, why_no_gpu
 from srdeploy.runtime.engines.tensorrt.full import FULL
 from srdeploy.runtime.engines.tensorrt.products import version_numbers
 from srdeploy.runtime.engines.timer import timed
@@ -66,12 +66,19 @@ class Provider:
         """Return the versions of the packages that compute."""
         return package_versions(["onnxruntime-gpu", "onnxruntime", "tensorrt"])
 
-    def why_not_run(self) -> str | None:
-        """Return the reason why the provider cannot run here; None if it can."""
+    def why_not_run(self, device: str = "auto") -> str | None:
+        """Return the reason why the provider cannot run on a GPU of this machine; None if it can."""
         reason = _why_not_installed(self.name) or why_no_gpu()
         if reason is None and self is TENSORRT:
             reason = _why_no_tensorrt_10()
-        return reason or _probe(self)
+        if reason is None:
+            found = find_gpu(device)
+            reason = _probe(self, found.device) if found else None
+        return reason
+
+    def precisions(self, found: Gpu | None) -> tuple[Precision, ...]:
+        """Return the precisions that are worth building: graphs in FP16."""
+        return (Precision.FP16,)
 
     def open_onnx(
         self, graph: GraphFile, *, threads: int | None, parity: bool, outputs: Sequence[str] | None, device: str
@@ -91,10 +98,9 @@ class Provider:
         """
         if threads is not None:
             raise UsageError(f"--threads does not apply to {self.family}, which runs on the GPU", next_step="omit it")
-        reason = self.why_not_run()
+        reason = self.why_not_run(device)
         if reason:
             raise CapabilityError(f"{self.family} cannot run here: {reason}")
-        find_gpu(device)  # refuses a device that does not exist
         if self is TENSORRT and parity:
             _refuse_tf32(graph)
         import torch
@@ -216,7 +222,7 @@ def _why_no_tensorrt_10() -> str | None:
 
 
 @functools.cache
-def _probe(provider: Provider) -> str | None:
+def _probe(provider: Provider, device: str) -> str | None:
     """Run one node on a provider; return what failed, None if it worked."""
     import onnx
 
@@ -227,7 +233,7 @@ def _probe(provider: Provider) -> str | None:
     opset = onnx.helper.make_opsetid("", 17)
     model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8)
     try:
-        options = provider_options(provider, "cuda:0", 0, None)
+        options = provider_options(provider, device, 0, None)
         session = strict_session(runtime, model.SerializeToString(), provider, options, what="a test")
         (result,) = session.run(None, {"input": np.array([-1, 0, 1, 2], np.float32)})
     except Exception as error:

@@ -30,8 +30,8 @@ class Family:
 
     It is implemented by a module, or by an object in a module, that is imported at its first use. That has
     `key_parts(options)`, `build(graph, options, progress)` and `REFUSED_OPTIONS` if it builds, `open_onnx(graph, ...)`
-    if it opens ONNX files as they are, `open_built(engine, ...)` if it opens its own engines, and `why_not_build()`,
-    `why_not_run()` and `versions()` for the doctor.
+    if it opens ONNX files as they are, `open_built(engine, ...)` if it opens its own engines, `precisions(gpu)` for
+    what is worth building, and `why_not_build()`, `why_not_run(device)` and `versions()` for the doctor.
 
     Attributes:
         name: as users write it.
@@ -212,13 +212,13 @@ class EngineStatus:
         }
 
 
-def availability() -> list[EngineStatus]:
-    """Return for every family whether it can build and run here, and why not."""
-    return [engine_status(entry.name) for entry in ENGINES]
+def availability(device: str = "auto") -> list[EngineStatus]:
+    """Return for every family whether it can build and run here, and why not; `device` selects the GPU."""
+    return [engine_status(entry.name, device) for entry in ENGINES]
 
 
-def engine_status(name: str) -> EngineStatus:
-    """Return whether one family can build and run here, and why not."""
+def engine_status(name: str, device: str = "auto") -> EngineStatus:
+    """Return whether one family can build and run here, and why not; `device` selects the GPU."""
     entry = family(name)
     module = entry.load()
     not_built = "opens ONNX files as they are, nothing to build"
@@ -226,7 +226,7 @@ def engine_status(name: str) -> EngineStatus:
         name=entry.name,
         summary=entry.summary,
         why_not_build=_reason(module.why_not_build) if entry.suffix else not_built,
-        why_not_run=_reason(module.why_not_run),
+        why_not_run=_reason(lambda: module.why_not_run(device)),
         versions=module.versions(),
     )
 

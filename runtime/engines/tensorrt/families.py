@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from srdeploy.core.onnx_file import GraphFile
+from srdeploy.core.precision import Precision
 from srdeploy.core.progress import Progress
 from srdeploy.core.runner import Runner
-from srdeploy.runtime.engines.gpu import find_gpu, why_no_gpu
+from srdeploy.runtime.engines.gpu import Gpu, find_gpu, why_no_gpu
 from srdeploy.runtime.engines.options import BuildOptions, BuiltEngine
 from srdeploy.runtime.engines.sidecar import Engine
 from srdeploy.runtime.engines.tensorrt.build import build_plan
@@ -51,13 +52,19 @@ class TensorRtFamily:
     def why_not_build(self) -> str | None:
         """Return why no engine can be built here; None if one can. TensorRT-RTX needs no GPU."""
         self.product.load()
-        return None if self.product is RTX else why_no_gpu()
+        return None if self.product is RTX else why_no_gpu() or self.product.why_not_driver()
 
-    def why_not_run(self) -> str | None:
-        """Return why no engine can run here; None if one can."""
+    def why_not_run(self, device: str = "auto") -> str | None:
+        """Return why no engine can run on a GPU of this machine; None if one can."""
         trt = self.product.load()
-        found = find_gpu()
-        return why_no_gpu() if found is None else self.product.why_not_run(trt, found)
+        found = find_gpu(device)
+        if found is None:
+            return why_no_gpu()
+        return self.product.why_not_driver() or self.product.why_not_run(trt, found)
+
+    def precisions(self, found: Gpu | None) -> tuple[Precision, ...]:
+        """Return the precisions that are worth building for a GPU."""
+        return self.product.precisions(found)
 
 
 FULL_FAMILY = TensorRtFamily(FULL)

@@ -1,6 +1,7 @@
 """TensorRT 10.12 to 11: kernels are timed on the GPU that the engine is built for."""
 
 import contextlib
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import filelock
 from srdeploy.core.artifact import atomic_file
 from srdeploy.core.errors import BuildError, CapabilityError, SrdeployError, UsageError
 from srdeploy.core.onnx_file import GraphFile
+from srdeploy.core.precision import Precision
 from srdeploy.runtime.engines.gpu import Gpu, find_gpu, why_no_gpu
 from srdeploy.runtime.engines.options import BuildOptions
 from srdeploy.runtime.engines.sidecar import Engine
@@ -19,6 +21,7 @@ REFUSED_OPTIONS: Mapping[str, str] = {
     "compute_capabilities": "it builds for the GPU of this machine (see --hardware-compatibility)",
     "threads": "it runs on the GPU",
 }
+_OLDEST_GPU = (7, 5)
 _HELD: list[Any] = []
 """Timing caches must outlive the build that reads them; a worker process builds once."""
 COMPATIBILITY = {"ampere_plus": "AMPERE_PLUS", "same_compute_capability": "SAME_COMPUTE_CAPABILITY"}
@@ -98,6 +101,17 @@ def target(options: BuildOptions) -> dict[str, Any]:
     }
 
 
+def precisions(found: Gpu | None) -> tuple[Precision, ...]:
+    """Return FP16 and INT8, and FP8 where the GPU has it."""
+    fp8 = (Precision.FP8,) if found is not None and found.capability >= (8, 9) else ()
+    return Precision.FP16, Precision.INT8, *fp8
+
+
+def why_not_run(trt: Any, found: Gpu) -> str | None:
+    """Return why TensorRT does not support a GPU; None if it does."""
+    return None if found.capability >= _OLDEST_GPU else f"{found} is older than Turing (7.5)"
+
+
 def check_engine(engine: Engine, here: str) -> None:
     """Refuse an engine of another release.
 
@@ -116,7 +130,7 @@ def check_engine(engine: Engine, here: str) -> None:
 
 
 def check_gpu(engine: Engine, found: Gpu) -> None:
-    """Refuse an engine of another compute capability.
+    """Refuse an engine of another compute capability, and warn about one of another GPU model.
 
     Raises:
         CapabilityError: built for another GPU.
@@ -128,6 +142,13 @@ def check_gpu(engine: Engine, found: Gpu) -> None:
         raise CapabilityError(
             f"{engine.path} was built for {engine.target.get('words')}; this GPU is {found}",
             next_step="build it again on this machine, or with --hardware-compatibility ampere_plus",
+        )
+    if engine.target.get("gpu") not in (None, found.name):
+        warnings.warn(
+            f"{engine.path} was built for {engine.target['gpu']}; on {found.name} it runs, but its kernels were timed"
+            " for another GPU: build it again here",
+            RuntimeWarning,
+            stacklevel=2,
         )
 
 
@@ -162,7 +183,8 @@ FULL = Product(
     configure=configure,
     finish=finish,
     target=target,
-    why_not_run=lambda trt, found: None,
+    precisions=precisions,
+    why_not_run=why_not_run,
     check_engine=check_engine,
     check_gpu=check_gpu,
     open_settings=lambda trt, cuda_engine, engine, device, graphs: _Settings(),

@@ -42,6 +42,9 @@ def open_plan(
             f"{engine.path} is a {product.title} engine for {engine.target.get('words')}, and {why_no_gpu()}",
             next_step="run it on a machine with such a GPU, or build for openvino or onnxruntime to run here",
         )
+    reason = product.why_not_driver() or product.why_not_run(trt, found)
+    if reason:
+        raise CapabilityError(f"{engine.path} cannot run here: {reason}")
     product.check_gpu(engine, found)
     if outputs is not None:
         raise UsageError("a built engine has no inner tensors to return", next_step="open the ONNX file for that")

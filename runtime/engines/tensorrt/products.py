@@ -10,6 +10,7 @@ Version facts, from the bindings of TensorRT 10.16, 11.4 and TensorRT-RTX 1.7.1:
 """
 
 import importlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,9 +19,14 @@ from srdeploy.core.environment import package_versions
 from srdeploy.core.errors import CapabilityError, MissingExtraError
 from srdeploy.core.extras import is_installed
 from srdeploy.core.onnx_file import GraphFile
-from srdeploy.runtime.engines.gpu import Gpu
+from srdeploy.core.precision import Precision
+from srdeploy.runtime.engines.gpu import Gpu, driver_cuda
 from srdeploy.runtime.engines.options import BuildOptions
 from srdeploy.runtime.engines.sidecar import Engine
+
+_CUDA = re.compile(r"_cu(\d+)$")
+_DRIVERS = {12: 525, 13: 580}
+"""The first driver series for each major version of CUDA."""
 
 
 class RuntimeSettings(Protocol):
@@ -55,6 +61,7 @@ class Product:
         configure: set what only this product has on the builder configuration.
         finish: keep what a successful build learned.
         target: what an engine is built for, as JSON values.
+        precisions: worth building for a GPU, None for an unknown one.
         why_not_run: the reason why a GPU cannot run this product's engines, None if it can: (bindings, GPU).
         check_engine: refuse an engine whose header or release does not fit: (engine, installed version).
         check_gpu: refuse an engine that was built for another GPU: (engine, GPU).
@@ -73,6 +80,7 @@ class Product:
     configure: Callable[[Any, Any, BuildOptions], None]
     finish: Callable[[Any, Any, BuildOptions], None]
     target: Callable[[BuildOptions], Mapping[str, Any]]
+    precisions: Callable[[Gpu | None], tuple[Precision, ...]]
     why_not_run: Callable[[Any, Gpu], str | None]
     check_engine: Callable[[Engine, str], None]
     check_gpu: Callable[[Engine, Gpu], None]
@@ -106,6 +114,17 @@ class Product:
     def versions(self) -> dict[str, str]:
         """Return the versions of the installed packages of this product."""
         return package_versions(self.distributions)
+
+    def why_not_driver(self) -> str | None:
+        """Return why the NVIDIA driver is too old for the CUDA that this product was built with; None if it is not."""
+        driver = driver_cuda()
+        needed = max((int(found[1]) for name in self.versions() if (found := _CUDA.search(name))), default=0)
+        if driver is None or driver[0] >= needed:
+            return None
+        series = _DRIVERS.get(needed)
+        return f"the NVIDIA driver supports CUDA {driver[0]}.{driver[1]}, and this {self.title} needs CUDA {needed}" + (
+            f" (driver {series} or newer)" if series else ""
+        )
 
 
 def version_numbers(version: str) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ import filelock
 from srdeploy.core.artifact import atomic_file
 from srdeploy.core.errors import BuildError, CapabilityError, InputError, SrdeployError, UsageError
 from srdeploy.core.onnx_file import GraphFile
+from srdeploy.core.precision import Precision
 from srdeploy.runtime.engines.cache import default_root
 from srdeploy.runtime.engines.gpu import Gpu, find_gpu
 from srdeploy.runtime.engines.options import BuildOptions
@@ -238,6 +239,7 @@ RTX = Product(
     configure=configure,
     finish=lambda trt, config, options: None,
     target=target,
+    precisions=lambda found: (Precision.FP16,),  # INT8 convolutions write FP32 and need one kernel more
     why_not_run=why_not_run,
     check_engine=check_engine,
     check_gpu=check_gpu,

@@ -1,0 +1,83 @@
+"""The engines that are worth building on this machine, and in which order engines are preferred."""
+
+from dataclasses import dataclass
+
+from srdeploy.core.errors import SrdeployError
+from srdeploy.core.precision import Precision
+from srdeploy.runtime.engines.gpu import Gpu, find_gpu
+from srdeploy.runtime.engines.registry import CPU_FAMILIES, EngineStatus, availability, family
+
+_TENSORRT = ("tensorrt", "tensorrt-rtx")
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """An engine family and the precisions that are worth building for it here, the first one preferred.
+
+    Attributes:
+        engine: the family.
+        precisions: see `precisions_of`.
+        runs_here: False for engines that are built here for other machines.
+    """
+
+    engine: str
+    precisions: tuple[Precision, ...]
+    runs_here: bool
+
+
+def recommended(device: str = "auto") -> tuple[Recommendation, ...]:
+    """Return what to build on this machine if the user names no engine, the most promising first.
+
+    With an NVIDIA GPU: TensorRT, or TensorRT-RTX if only that can be built and run here, and ONNX Runtime's CUDA
+    provider. Without one, or if no family can use it: the CPU engines, and TensorRT-RTX, which builds without a GPU.
+
+    Args:
+        device: "auto", "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        CapabilityError: the GPU does not exist.
+    """
+    found = None if device == "cpu" else find_gpu(device)
+    status = {entry.name: entry for entry in availability(device)}
+    if found is not None:
+        tensorrt = [name for name in _TENSORRT if _usable(status[name])][:1]
+        names = tensorrt + [name for name in ("onnxruntime-cuda",) if _usable(status[name])]
+        if names:
+            return tuple(Recommendation(name, precisions_of(name, found), True) for name in names)
+    names = [name for name in CPU_FAMILIES if _usable(status[name])]
+    built = [name for name in ("tensorrt-rtx",) if status[name].why_not_build is None]
+    return tuple(
+        Recommendation(name, precisions_of(name, found), status[name].why_not_run is None) for name in (*names, *built)
+    )
+
+
+def precisions_of(engine: str, found: Gpu | None) -> tuple[Precision, ...]:
+    """Return the precisions that are worth building for an engine family, the preferred one first.
+
+    Args:
+        engine: the family.
+        found: the GPU that it is for, None if unknown.
+
+    Raises:
+        UsageError: there is no such family.
+    """
+    precisions: tuple[Precision, ...] = family(engine).load().precisions(found)
+    return precisions
+
+
+def preference(engine: str, device: str = "auto") -> int:
+    """Return the rank of a family on this machine, 0 first: GPU engines that run here, then the CPU's.
+
+    Engines of the same rank are ordered by what was measured.
+    """
+    if engine in CPU_FAMILIES or device == "cpu":
+        return 1
+    try:
+        return 0 if family(engine).load().why_not_run(device) is None else 2
+    except SrdeployError:
+        return 2
+
+
+def _usable(status: EngineStatus) -> bool:
+    builds = family(status.name).suffix is None or status.why_not_build is None
+    return builds and status.why_not_run is None
