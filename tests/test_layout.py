@@ -85,16 +85,6 @@ def test_there_is_no_srdeploy_folder_to_shadow_the_mapping() -> None:
     assert not (ROOT / "srdeploy").exists()
 
 
-def test_constraints_pin_versions_that_the_project_admits() -> None:
-    pins = re.findall(r"^([a-z-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    extras = PROJECT["project"]["optional-dependencies"].values()
-    required = [*PROJECT["project"]["dependencies"], *(entry for extra in extras for entry in extra)]
-    names = {re.split(r"[\[<>=]", entry)[0] for entry in required}
-
-    assert ("torch", "2.13.0") in pins
-    assert {name for name, _ in pins} <= names
-
-
 def modules() -> dict[str, ast.Module]:
     """Parse every module of the packages, by its import name."""
     found = {}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from srdeploy.core.errors import SrdeployError
 from srdeploy.core.precision import Precision
 from srdeploy.runtime.engines.gpu import Gpu, find_gpu
-from srdeploy.runtime.engines.registry import CPU_FAMILIES, EngineStatus, availability, family
+from srdeploy.runtime.engines.registry import CPU_FAMILIES, EngineStatus, engine_status, family
 
 _TENSORRT = ("tensorrt", "tensorrt-rtx")
 
@@ -38,17 +38,14 @@ def recommended(device: str = "auto") -> tuple[Recommendation, ...]:
         CapabilityError: the GPU does not exist.
     """
     found = None if device == "cpu" else find_gpu(device)
-    status = {entry.name: entry for entry in availability(device)}
     if found is not None:
-        tensorrt = [name for name in _TENSORRT if _usable(status[name])][:1]
-        names = tensorrt + [name for name in ("onnxruntime-cuda",) if _usable(status[name])]
+        tensorrt = [name for name in _TENSORRT if _usable(engine_status(name, device))][:1]
+        names = tensorrt + [name for name in ("onnxruntime-cuda",) if _usable(engine_status(name, device))]
         if names:
             return tuple(Recommendation(name, precisions_of(name, found), True) for name in names)
-    names = [name for name in CPU_FAMILIES if _usable(status[name])]
-    built = [name for name in ("tensorrt-rtx",) if status[name].why_not_build is None]
-    return tuple(
-        Recommendation(name, precisions_of(name, found), status[name].why_not_run is None) for name in (*names, *built)
-    )
+    names = [name for name in CPU_FAMILIES if _usable(engine_status(name))]
+    elsewhere = [name for name in ("tensorrt-rtx",) if engine_status(name).why_not_build is None]
+    return tuple(Recommendation(name, precisions_of(name, None), name in CPU_FAMILIES) for name in names + elsewhere)
 
 
 def precisions_of(engine: str, found: Gpu | None) -> tuple[Precision, ...]:

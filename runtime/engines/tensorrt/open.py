@@ -122,7 +122,10 @@ def inspected_layers(product: Product, trt: Any, logger: Any, log: Log, data: by
     documents = []
     for index in range(cuda_engine.num_optimization_profiles):
         opt = _profile(cuda_engine, name, index).opt
-        selected = context.set_optimization_profile_async(index, stream.cuda_stream)
+        try:
+            selected = context.set_optimization_profile_async(index, stream.cuda_stream)
+        except RuntimeError:
+            selected = False
         stream.synchronize()
         if not selected or not context.set_input_shape(name, opt):
             raise _refused(log, f"{product.title} cannot inspect profile {index} of the engine it has just built")

@@ -423,8 +423,11 @@ class _Lane:
         context = self._cuda_engine.create_execution_context(runtime_config)
         if context is None:
             raise _RefusedError("has no execution context")
-        if profile and not context.set_optimization_profile_async(profile, self.stream.cuda_stream):
-            raise _RefusedError(f"refuses its profile {profile}")
+        if profile:
+            try:
+                context.set_optimization_profile_async(profile, self.stream.cuda_stream)
+            except RuntimeError as error:
+                raise _RefusedError(f"refuses its profile {profile}") from error
         if not context.set_input_shape(self._engine.inputs[0].name, shape):
             raise _RefusedError(f"refuses input shape {format_shape(shape)}")
         try:
