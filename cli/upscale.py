@@ -97,6 +97,9 @@ class UpscaleOptions:
     codec: str | None = option(
         "--codec", default=None, help="Video codec: libx264 (default), libx265, libsvtav1, libvpx-vp9, ffv1, ..."
     )
+    progressive: bool = option(
+        "--progressive", default=False, help="Videos: take frames that are marked as interlaced for whole ones."
+    )
     output: Path = option("-o", "--output", type=OUTPUT_PATH, help="Output file; a folder when SOURCE is one.")
     force: bool = option("--force", default=False, help=FORCE)
     as_json: bool = option("--json", default=False, help=JSON)
@@ -121,13 +124,14 @@ def command(options: UpscaleOptions) -> None:
         info = up.info
         progress.note(f"{info.name} on {info.device}, {info.numeric_mode}; x{up.contract.scale}, {up.contract.colours}")
         if source.is_dir():
-            _refuse("a folder of images", {"--codec": options.codec})
+            _refuse("a folder of images", {"--codec": options.codec, "--progressive": options.progressive})
             document = _folder(up, source, output, written, options.suffix, progress)
         elif _is_video(source):
             _refuse("a video", {"--float": options.as_float, "--format": options.suffix})
-            document = _video(up, source, output, written, options.codec, progress)
+            document = _video(up, options, progress)
         else:
-            _refuse("an image", {"--codec": options.codec, "--format": options.suffix})
+            video_only = {"--codec": options.codec, "--progressive": options.progressive}
+            _refuse("an image", {**video_only, "--format": options.suffix})
             document = _image(up, source, output, written, progress)
         document = {"model": str(options.model), "engine": info.name, "versions": dict(info.versions), **document}
     failures = document.pop("failures", None)
@@ -188,15 +192,12 @@ def _folder(
     return {"output": str(output), **report.to_json(), "failures": report}
 
 
-def _video(
-    up: Any, source: Path, output: Path, written: Any, codec: str | None, progress: RichProgress
-) -> dict[str, Any]:
+def _video(up: Any, given: UpscaleOptions, progress: RichProgress) -> dict[str, Any]:
     from srdeploy.upscale.video.job import VideoOptions, upscale_video
 
-    options = VideoOptions(codec=codec, quality=written.quality, force=written.force)
-    report = upscale_video(up, source, output, options, progress=progress)
-    for line in report.notes:
-        progress.note(line)
+    output = given.output
+    options = VideoOptions(given.codec, given.quality, force=given.force, progressive=given.progressive)
+    report = upscale_video(up, given.source, output, options, progress=progress)
     _warn_repaired(report.repaired)
     progress.note(
         f"{output}: {report.frames} frames in {report.seconds:.1f} s ({report.frames_per_second:.2f} a second)"

@@ -46,6 +46,16 @@ def refuse_same(source: Path, output: Path) -> None:
         )
 
 
+def refuse_folder(output: Path) -> None:
+    """Refuse a folder as the output of one file.
+
+    Raises:
+        UsageError: the output is a folder.
+    """
+    if output.is_dir():
+        raise UsageError(f"{output} is a folder", expected=f"a file, such as {output / 'NAME'}.png or .mp4")
+
+
 def upscale_file(
     up: Upscaler,
     source: Path,
@@ -71,6 +81,7 @@ def upscale_file(
     """
     options = options or OutputOptions()
     refuse_same(source, output)
+    refuse_folder(output)
     check_quality(output, options.quality)
     with atomic_file(output, force=options.force) as temporary:
         if is_streamed(source, up):

@@ -1,14 +1,19 @@
-"""Choose encoder, stored pixel format and quality of a video."""
+"""Choose encoder, stored pixel format and quality so that as little as possible changes."""
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from srdeploy.core.errors import UsageError
-from srdeploy.core.extras import import_extra
 from srdeploy.upscale.video.color import BT709
-from srdeploy.upscale.video.probe import VideoInfo
+from srdeploy.upscale.video.media import pyav
+from srdeploy.upscale.video.probe import VideoInfo, has_alpha
+from srdeploy.upscale.video.side_data import Mastering
+
+_DEFAULT_CODECS = {".webm": "libvpx-vp9"}
+_DEFAULT_QUALITY = {"libx264": 16, "libx265": 18, "libvpx-vp9": 24, "libsvtav1": 24, "libaom-av1": 24}
+"""Constant-quality numbers (CRF) that are transparent on ordinary material; the scales differ between codecs."""
+_DEPTHS = {8: "", 10: "10le", 12: "12le", 16: "16le"}
 
 
 @dataclass(frozen=True)
@@ -17,7 +22,7 @@ class Encoding:
 
     Attributes:
         codec: FFmpeg's name of the encoder.
-        pix_fmt: what it stores.
+        pix_fmt: the stored pixel format.
         options: of the encoder, such as {"crf": "17"}.
         notes: lines for the user about what differs from the input.
     """
@@ -27,73 +32,118 @@ class Encoding:
     options: dict[str, str]
     notes: tuple[str, ...] = ()
 
+    @property
+    def rgb(self) -> bool:
+        """Whether pixels are stored as RGB."""
+        return bool(pyav().VideoFormat(self.pix_fmt).is_rgb)
 
-_DEFAULT_CODECS = {".webm": "libvpx-vp9"}
-_DEFAULT_QUALITY = {"libx264": 16, "libx265": 18, "libvpx-vp9": 24, "libsvtav1": 24, "libaom-av1": 24}
-"""Constant-quality numbers (CRF) that are transparent on ordinary material; the scales differ between codecs."""
+    @property
+    def bits(self) -> int:
+        """Stored bits per sample."""
+        return max(int(component.bits) for component in pyav().VideoFormat(self.pix_fmt).components)
 
 
 def choose_encoding(
     info: VideoInfo, output: Path, *, size: tuple[int, int], codec: str | None, quality: int | None
 ) -> Encoding:
-    """Choose encoder, stored format and quality so that as little as possible changes.
+    """Choose encoder, stored format and quality.
 
     Args:
         info: of the input.
         output: its suffix names the container.
         size: (height, width) of the output frames.
         codec: the user's choice; None for libx264 (libvpx-vp9 in .webm).
-        quality: CRF; None for the codec's own in this table, lossless codecs have none.
+        quality: CRF; None for the codec's own in `_DEFAULT_QUALITY`, lossless codecs have none.
 
     Raises:
-        UsageError: no such encoder, or it cannot store the frames.
+        UsageError: no such encoder, or it cannot store the frames. Bits, chroma and alpha are never reduced.
     """
-    av: Any = import_extra("av", "video")
     name = codec or _DEFAULT_CODECS.get(output.suffix.lower(), "libx264")
-    try:
-        formats = [form.name for form in av.Codec(name, "w").video_formats or ()]
-    except (av.FFmpegError, ValueError) as error:
-        raise UsageError(
-            f"video codec {name!r}", expected="an encoder of this PyAV: libx264, libx265, libsvtav1, libvpx-vp9, ffv1"
-        ) from error
+    formats = _formats_of(name)
     if quality is not None and name not in _DEFAULT_QUALITY:
         raise UsageError(
             f"--quality {quality} for {name}", expected="a codec with a CRF: " + ", ".join(_DEFAULT_QUALITY)
         )
-    wanted = _wanted_formats(info, odd=bool(size[0] % 2 or size[1] % 2))
-    stored = next((name for name in wanted if name in formats), None)
+    if info.alpha and not any(has_alpha(pyav().VideoFormat(form)) for form in formats):
+        raise UsageError(
+            f"the input has an alpha channel ({info.pix_fmt}), and {name} stores none",
+            next_step="pass --codec ffv1 with an .mkv output, --codec prores_ks with .mov, or write a .webm (VP9)",
+        )
+    wanted = list(dict.fromkeys(_wanted_formats(info, odd=bool(size[0] % 2 or size[1] % 2))))
+    stored = next((form for form in wanted if form in formats), None)
     if stored is None:
         raise UsageError(
-            f"{name} stores none of {', '.join(wanted)}", expected="another --codec", next_step="ffv1 stores all"
+            f"{name} stores none of {', '.join(wanted)}", next_step="pass --codec ffv1 with an .mkv output"
         )
     notes = []
     if stored != info.pix_fmt:
         notes.append(f"pixels are stored as {stored}; the input has {info.pix_fmt}")
     if info.matrix_assumed:
-        notes.append(f"the input states no colour matrix; taken and written as {_matrix_name(info.matrix)}")
-    options = {"crf": str(_DEFAULT_QUALITY[name] if quality is None else quality)} if name in _DEFAULT_QUALITY else {}
-    if name in ("libvpx-vp9", "libaom-av1"):
+        matrix = "BT.709" if info.matrix == BT709 else "BT.601"
+        notes.append(f"the input does not state its color matrix; read and written as {matrix}")
+    notes += [f"not kept: {name}" for name in info.not_kept]
+    return Encoding(name, stored, _options(name, quality, info.mastering, alpha=info.alpha), tuple(notes))
+
+
+def _formats_of(codec: str) -> list[str]:
+    av = pyav()
+    try:
+        return [form.name for form in av.Codec(codec, "w").video_formats or ()]
+    except (av.FFmpegError, ValueError) as error:
+        raise UsageError(
+            f"video codec {codec!r}", expected="an encoder of this PyAV: libx264, libx265, libsvtav1, libvpx-vp9, ffv1"
+        ) from error
+
+
+def _options(codec: str, quality: int | None, mastering: Mastering | None, *, alpha: bool) -> dict[str, str]:
+    options: dict[str, str] = {}
+    if codec in _DEFAULT_QUALITY:
+        options["crf"] = str(_DEFAULT_QUALITY[codec] if quality is None else quality)
+    if codec in ("libvpx-vp9", "libaom-av1"):
         options |= {"b": "0", "row-mt": "1"}
-    if name == "libx265":
-        options |= {"x265-params": "log-level=none"}
-    if name == "libsvtav1":
+    if codec == "libvpx-vp9" and alpha:
+        options["auto-alt-ref"] = "0"  # libvpx cannot combine hidden frames with alpha
+    hdr = _hdr_options(codec, mastering)
+    if codec == "libx265":
+        options["x265-params"] = ":".join(["log-level=none", *hdr])
+    elif hdr:
+        options["svtav1-params" if codec == "libsvtav1" else "x264-params"] = ":".join(hdr)
+    if codec == "libsvtav1":
         os.environ.setdefault("SVT_LOG", "1")  # its library writes to stderr by itself: errors only
-    return Encoding(name, stored, options, tuple(notes))
+    return options
+
+
+def _hdr_options(codec: str, mastering: Mastering | None) -> list[str]:
+    """Return HDR10 metadata as parameters of the encoders that write it into the stream."""
+    if mastering is None or codec not in ("libx264", "libx265", "libsvtav1"):
+        return []
+    names = {
+        "libx264": ("mastering-display", "cll"),
+        "libx265": ("master-display", "max-cll"),
+        "libsvtav1": ("mastering-display", "content-light"),
+    }[codec]
+    display = mastering.display(fixed_point=codec != "libsvtav1")
+    found = [] if display is None else [f"{names[0]}={display}"]
+    if mastering.light is not None:
+        found.append(f"{names[1]}={mastering.light[0]},{mastering.light[1]}")
+    return found
 
 
 def _wanted_formats(info: VideoInfo, *, odd: bool) -> list[str]:
-    """Return acceptable stored formats, best first: never fewer bits or less chroma than the input has."""
-    depth = "" if info.bits <= 8 else "10le" if info.bits <= 10 else "12le" if info.bits <= 12 else "16le"
+    """Return acceptable stored formats, best first: never fewer bits, less chroma or no alpha."""
+    depths = [suffix for bits, suffix in _DEPTHS.items() if bits >= min(info.bits, 16)]
+    own = [] if info.pix_fmt == "pal8" else [info.pix_fmt]
+    if info.alpha:
+        planar, packed = "gbrap", ["rgba", "argb", "bgra"] if info.bits <= 8 else ["rgba64le", "rgba64be"]
+        yuv = ("yuva420p", "yuva422p", "yuva444p")
+    else:
+        planar, packed = "gbrp", ["bgr0", "rgb24"] if info.bits <= 8 else ["rgb48le", "rgb48be"]
+        yuv = ("yuv420p", "yuv422p", "yuv444p")
     if info.rgb:
-        return [info.pix_fmt, f"gbrp{depth}", "bgr0", "rgb24", f"yuv444p{depth}"]
-    order = [f"yuv420p{depth}", f"yuv422p{depth}", f"yuv444p{depth}"]
-    start = next((place for place, name in enumerate(order) if info.pix_fmt.startswith(name[:7])), 0)
-    if info.pix_fmt.startswith("gray"):
-        return [info.pix_fmt, *(order[2:] if odd else order)]
+        planars = [planar + depth for depth in depths]
+        return [*own, planars[0], *packed, *planars[1:], *(yuv[2] + depth for depth in depths)]
+    start = next((place for place, chroma in enumerate(("420", "422", "444")) if chroma in info.pix_fmt), 0)
     if odd:  # subsampled chroma needs even sizes
-        return order[2:]
-    return [info.pix_fmt, *order[start:]]
-
-
-def _matrix_name(matrix: int) -> str:
-    return "BT.709" if matrix == BT709 else "BT.601"
+        start = 2
+        own = own if info.pix_fmt.startswith(("gray", "ya")) else []
+    return [*own, *(form + depth for depth in depths for form in yuv[start:])]

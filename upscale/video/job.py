@@ -20,17 +20,18 @@ from srdeploy.core.artifact import atomic_file, sha256_of_bytes, sha256_of_file
 from srdeploy.core.errors import InputError, UsageError
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.upscale.read_compute_write import Pipeline
-from srdeploy.upscale.single_image import refuse_same
+from srdeploy.upscale.single_image import refuse_folder, refuse_same
 from srdeploy.upscale.upscaler import Upscaler
 from srdeploy.upscale.video.encoding import Encoding, choose_encoding
-from srdeploy.upscale.video.mux import join_segments
-from srdeploy.upscale.video.parts import Parts, Segment
+from srdeploy.upscale.video.media import CONTAINERS
+from srdeploy.upscale.video.mux import CannotHoldError, join_segments, lost_streams
+from srdeploy.upscale.video.parts import Parts, Segment, adopt_parts
 from srdeploy.upscale.video.reader import Frame, VideoReader
+from srdeploy.upscale.video.rehearsal import rehearse
 from srdeploy.upscale.video.writer import VideoWriter
 
 SEGMENT_FRAMES = 120
 """Frames per segment: what a kill can cost, and the longest distance between key frames."""
-CONTAINERS = (".mp4", ".m4v", ".mkv", ".mov", ".webm")
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,14 @@ class VideoOptions:
         codec: FFmpeg's name of the encoder; None for libx264, libvpx-vp9 in .webm.
         quality: the codec's CRF, lower is better; None for a transparent one.
         force: replace an existing output.
+        progressive: take frames that are marked as interlaced for whole ones.
         segment_frames: frames per segment.
     """
 
     codec: str | None = None
     quality: int | None = None
     force: bool = False
+    progressive: bool = False
     segment_frames: int = SEGMENT_FRAMES
 
 
@@ -119,12 +122,17 @@ def upscale_video(
     """
     options = options or VideoOptions()
     refuse_same(source, output)
+    refuse_folder(output)
     if output.suffix.lower() not in CONTAINERS:
         raise UsageError(f"video output {output}", expected="a name ending in " + ", ".join(CONTAINERS))
     started = time.monotonic()
-    with atomic_file(output, force=options.force) as temporary, contextlib.closing(VideoReader(source)) as reader:
+    with (
+        atomic_file(output, force=options.force) as temporary,
+        contextlib.closing(VideoReader(source, progressive=options.progressive)) as reader,
+    ):
         job = _VideoJob(up, reader, output, options)
         try:
+            job.rehearse(progress)
             report = job.run(progress)
         except BaseException as error:
             if not job.parts.frames:
@@ -133,10 +141,19 @@ def upscale_video(
                 progress.note(f"{job.parts.frames} frames are kept in {job.parts.folder}; the same command goes on")
             raise
         with progress.task("joining segments, copying audio and subtitles"):
-            join_segments(job.parts.segments, source, temporary, reader.info)
+            _join(job, source, temporary)
     job.parts.remove()
     report.seconds = time.monotonic() - started
     return report
+
+
+def _join(job: "_VideoJob", source: Path, temporary: Path) -> None:
+    try:
+        join_segments(job.parts.segments, source, temporary, job.reader.info)
+    except CannotHoldError as error:
+        raise UsageError(
+            f"{job.output.suffix} cannot hold {error}", next_step="write an .mkv; the finished frames are reused"
+        ) from error
 
 
 @dataclass
@@ -199,19 +216,35 @@ class _VideoJob:
             "pix_fmt": self.encoding.pix_fmt,
             "options": self.encoding.options,
         }
-        self.report.notes = self.encoding.notes
         self.report.mode = self.up.decide(info.height, info.width).reason
-        self.parts = Parts(self.output.with_name(self.output.name + ".parts"), self._key(self.encoding))
+        key = self._key(self.encoding)
+        folder, *others = (
+            self.output.with_name(f"{self.output.stem}{suffix}.parts") for suffix in (self.output.suffix, *CONTAINERS)
+        )
+        adopt_parts(folder, others, key)
+        self.parts = Parts(folder, key)
         self.begun = len(self.parts.segments)
         self.segment: _OpenSegment | None = None
         self.finishing: Future[None] | None = None
+
+    def rehearse(self, progress: Progress) -> None:
+        """Find out what the output will lack, and print it before anything is computed.
+
+        Raises:
+            UsageError: see `rehearse`.
+        """
+        notes = rehearse(self.reader, self.encoding, self.size, self.output, self.parts.folder)
+        lost = lost_streams(self.reader.path, self.output)
+        self.report.notes = (*self.encoding.notes, *(f"not kept: {name}" for name in lost), *notes)
+        for line in self.report.notes:
+            progress.note(line)
 
     def run(self, progress: Progress) -> VideoReport:
         """Make the segments that are missing."""
         self.report.resumed = self.parts.frames
         if self.parts.frames:
             progress.note(f"going on after {self.parts.frames} frames made earlier")
-        total = self.reader.info.frames or None
+        total = self.reader.survey.packets or None
         with progress.task("upscaling frames", total=total) as advance:
             advance(self.parts.frames)
             rate = _Rate(advance)

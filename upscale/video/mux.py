@@ -1,124 +1,236 @@
 """Join finished segments with the other streams of the source, without encoding again."""
 
 import heapq
+import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from srdeploy.core.errors import UsageError
-from srdeploy.core.extras import import_extra
+from srdeploy.upscale.video.media import copied_streams, create_media, is_cover, open_media, open_video, pyav
 from srdeploy.upscale.video.parts import Segment
 from srdeploy.upscale.video.probe import VideoInfo
+from srdeploy.upscale.video.side_data import scaled_matrix
+from srdeploy.upscale.video.timestamps import PacketClock, container_tick, place_on_ticks
+
+_PREROLL = Fraction(1, 10)
+"""Seconds of hidden sound in front of the shown part that are kept: encoders of sound state a delay that way."""
 
 
-def join_segments(segments: list[Segment], source: Path, output: Path, info: VideoInfo) -> None:
-    """Put segments one after the other without encoding, with the other streams of the source.
+class CannotHoldError(Exception):
+    """A container does not take a stream; the message says which."""
 
-    Segments keep the order of their frames; the timestamps are the input's own, which no container in between rounds.
+
+def join_segments(
+    segments: Sequence[Segment], source: Path, output: Path, info: VideoInfo, *, source_packets: int | None = None
+) -> None:
+    """Put segments one after the other, with the audio, subtitles, attachments, chapters and metadata of the source.
+
+    Segments keep the order of their frames; the timestamps are the input's own, placed on the ticks of the container.
+
+    Args:
+        segments: at least one.
+        source: the video whose other streams are copied.
+        output: the file to write; its suffix names the container.
+        info: of the source.
+        source_packets: read only so many packets of the source, for a rehearsal; None reads all.
 
     Raises:
-        UsageError: the output's container cannot hold an audio or subtitle stream of the source.
+        UsageError: the output's container cannot hold the timestamps.
+        CannotHoldError: it cannot hold a stream of the source.
+        OSError: the file cannot be written.
     """
-    av: Any = import_extra("av", "video")
-    with av.open(str(source)) as original, av.open(str(segments[0].path)) as first, av.open(str(output), "w") as joined:
-        film = joined.add_stream_from_template(first.streams.video[0], opaque=True)
-        film.time_base = info.time_base
-        film.codec_context.framerate = info.frame_rate
-        if info.rotation:
-            film.set_display_rotation(info.rotation)
-        copied = {}
-        for stream in [*original.streams.audio, *original.streams.subtitles]:
-            copied[stream.index] = _copied_stream(av, joined, stream, output)
+    original, video = open_video(source)
+    with original, open_media(segments[0].path) as first, create_media(output, _options(original, output)) as joined:
+        film = _film(joined, first.streams.video[0], video, info, container_tick(output, info.time_base))
+        copied = {stream.index: _copied_stream(joined, stream) for stream in _kept_streams(original, output)}
+        for name, kind, data in _attachments(original, source) if _takes_attachments(output) else ():
+            joined.add_attachment(name, kind, data)
         joined.metadata.update(original.metadata)
-        film.metadata.update({k: v for k, v in _film(original).metadata.items() if k in ("language", "title")})
         joined.set_chapters(original.chapters())
         packets = heapq.merge(
-            _film_packets(av, segments, film, info.time_base),
-            _copied_packets(original, copied),
+            _film_packets(segments, film, info, output),
+            _copied_packets(original, video, copied, source_packets),
             key=lambda entry: entry[0],
         )
-        try:
-            for _, packet in packets:
-                joined.mux_one(packet)
-        except av.FFmpegError as error:
-            if isinstance(error, OSError) and error.errno and not isinstance(error, av.InvalidDataError):
-                raise OSError(error.errno, error.strerror) from error
-            raise UsageError(
-                f"{output.suffix} cannot hold the streams of {source} ({error.strerror})", next_step="write an .mkv"
-            ) from error
+        _write(joined, packets)
 
 
-def _film(container: Any) -> Any:
-    return container.streams.video[0]
+def _options(original: Any, output: Path) -> dict[str, str]:
+    """Keep tags such as com.apple.quicktime.location.ISO6709, which MP4 and MOV hold in a list of their own only."""
+    own = any(key.startswith("com.") for key in original.metadata)
+    return {"movflags": "use_metadata_tags"} if own and output.suffix.lower() in (".mp4", ".m4v", ".mov") else {}
 
 
-def _copied_stream(av: Any, joined: Any, stream: Any, output: Path) -> Any:
-    name = stream.codec_context.name if stream.codec_context else "unknown"
+def lost_streams(source: Path, output: Path) -> list[str]:
+    """Return a description of what the source carries and the container of the output has no place for."""
+    with open_media(source) as original:
+        names = ", ".join(str(attachment.name) for attachment in original.streams.attachments)
+        covers = _covers(original)
+    lost = []
+    if names and not _takes_attachments(output):
+        lost.append(f"attachments ({names}): write an .mkv to keep them")
+    if covers and output.suffix.lower() == ".webm":
+        lost.append("the cover picture: write an .mkv or .mp4 to keep it")
+    return lost
+
+
+def _takes_attachments(output: Path) -> bool:
+    return output.suffix.lower() == ".mkv"
+
+
+def _covers(container: Any) -> list[Any]:
+    return [stream for stream in container.streams.video if is_cover(stream)]
+
+
+def _attachments(original: Any, source: Path) -> Iterator[tuple[str, str, bytes]]:
+    """Yield name, MIME type and bytes of each attachment; in Matroska cover pictures are attachments too."""
+    for attachment in original.streams.attachments:
+        yield attachment.name, attachment.mimetype, attachment.data
+    if not (indices := [cover.index for cover in _covers(original)]):
+        return
+    with open_media(source) as container:  # its packets are read from the start
+        for packet in container.demux([container.streams[index] for index in indices]):
+            kind = {"mjpeg": "jpeg"}.get(packet.stream.codec_context.name, packet.stream.codec_context.name)
+            if packet.size and packet.stream.index in indices:
+                indices.remove(packet.stream.index)
+                name = packet.stream.metadata.get("filename", f"cover.{kind.replace('jpeg', 'jpg')}")
+                yield name, packet.stream.metadata.get("mimetype", f"image/{kind}"), bytes(packet)
+            if not indices:
+                return
+
+
+def _write(joined: Any, packets: Iterator[tuple[Fraction, Any]]) -> None:
+    av = pyav()
+    try:
+        for _, packet in packets:
+            joined.mux_one(packet)
+    except av.FFmpegError as error:
+        known = isinstance(error, OSError) and error.errno and not isinstance(error, av.InvalidDataError | ValueError)
+        if known:
+            raise OSError(error.errno, error.strerror) from error
+        raise CannotHoldError(str(error.strerror)) from error
+
+
+def _film(joined: Any, encoded: Any, original: Any, info: VideoInfo, tick: Fraction) -> Any:
+    """Add the stream of the upscaled video, described as the original."""
+    try:
+        film = joined.add_stream_from_template(encoded, opaque=True)
+    except (pyav().FFmpegError, ValueError) as error:
+        raise CannotHoldError(f"the video stream ({encoded.codec_context.name})") from error
+    film.time_base = tick
+    film.codec_context.framerate = info.frame_rate
+    if info.display_matrix is not None:
+        film.set_display_matrix(scaled_matrix(info.display_matrix, Fraction(encoded.width, info.width)))
+    film.disposition = original.disposition
+    film.metadata.update({k: v for k, v in original.metadata.items() if k in ("language", "title", "handler_name")})
+    if info.alpha:
+        film.metadata["alpha_mode"] = "1"
+    return film
+
+
+def _kept_streams(original: Any, output: Path) -> list[Any]:
+    covers = [] if output.suffix.lower() in (".webm", ".mkv") else _covers(original)
+    return [*copied_streams(original), *covers]
+
+
+def _copied_stream(joined: Any, stream: Any) -> Any:
+    av = pyav()
     try:
         copy = joined.add_stream_from_template(stream)
     except (av.FFmpegError, av.codec.codec.UnknownCodecError, ValueError) as error:
-        raise UsageError(
-            f"{output.suffix} cannot hold the input's {stream.type} stream ({name})",
-            expected="a container that can",
-            next_step="write an .mkv",
-        ) from error
+        raise CannotHoldError(describe(stream)) from error
     copy.metadata.update(stream.metadata)
+    copy.disposition = stream.disposition
     return copy
 
 
-def _film_packets(av: Any, segments: list[Segment], film: Any, time_base: Fraction) -> Iterator[tuple[Fraction, Any]]:
+def describe(stream: Any) -> str:
+    """Return a stream's kind and codec for messages."""
+    name = stream.codec_context.name if stream.codec_context else "unknown"
+    return f"the input's {stream.type} stream ({name})"
+
+
+def _film_packets(
+    segments: Sequence[Segment], film: Any, info: VideoInfo, output: Path
+) -> Iterator[tuple[Fraction, Any]]:
     """Yield (decoding time in seconds, packet). Decoding times are made anew: the sorted timestamps, some places later.
 
     A packet must not be decoded later than it is shown, so the shift is the encoder's longest reordering.
     """
-    delay = max(_reordering(av, segment) for segment in segments)
-    first = segments[0].pts[0]
-    second = next((pts for segment in segments for pts in segment.pts if pts > first), first + 1)
-    waiting = deque(first - (second - first) * place for place in range(delay, 0, -1))
-    for number, segment in enumerate(segments):
-        waiting.extend(segment.pts)
-        following = segments[number + 1].pts[0] if number + 1 < len(segments) else None
-        durations = _durations(segment, following)
-        for packet, pts in _timed_packets(av, segment):
-            packet.time_base = time_base
-            packet.pts, packet.dts, packet.duration = pts, waiting.popleft(), durations[pts]
+    tick = container_tick(output, info.time_base)
+    times = [pts for segment in segments for pts in segment.pts]
+    placed = place_on_ticks(times, info.time_base, tick, output)
+    ends = [*placed[1:], placed[-1] + _last_duration(segments[-1], info, tick)]
+    delay = max(_reordering(segment) for segment in segments)
+    step = max(1, min(ends[0] - placed[0], round(1 / info.frame_rate / tick)))
+    waiting = deque(placed[0] - step * place for place in range(delay, 0, -1))
+    begin = 0
+    for segment in segments:
+        waiting.extend(placed[begin : begin + len(segment.pts)])
+        for packet, rank in ranked_packets(segment):
+            packet.time_base = tick
+            packet.pts, packet.dts = placed[begin + rank], waiting.popleft()
+            packet.duration = ends[begin + rank] - placed[begin + rank]
             packet.stream = film
-            yield packet.dts * time_base, packet
+            yield packet.dts * tick, packet
+        begin += len(segment.pts)
 
 
-def _durations(segment: Segment, following: int | None) -> dict[int, int]:
-    """Return how long each frame is shown, by its timestamp; `following` is the next segment's first."""
+def _last_duration(segment: Segment, info: VideoInfo, tick: Fraction) -> int:
     pts = segment.pts
-    last = segment.last_duration or (pts[-1] - pts[-2] if len(pts) > 1 else 1)
-    ends = [*pts[1:], following if following is not None else pts[-1] + last]
-    return {begin: end - begin for begin, end in zip(pts, ends, strict=True)}
+    last = segment.last_duration or (pts[-1] - pts[-2] if len(pts) > 1 else 0)
+    return max(1, round(last * info.time_base / tick if last else 1 / info.frame_rate / tick))
 
 
-def _timed_packets(av: Any, segment: Segment) -> list[tuple[Any, int]]:
-    """Return a segment's packets in decoding order, each with its frame's timestamp."""
-    with av.open(str(segment.path)) as container:
+def ranked_packets(segment: Segment) -> list[tuple[Any, int]]:
+    """Return a segment's packets in decoding order, each with the place of its frame in order of presentation."""
+    with open_media(segment.path) as container:
         packets = [packet for packet in container.demux(video=0) if packet.size]
     if len(packets) != len(segment.pts) or any(packet.pts is None for packet in packets):
         raise RuntimeError(f"{segment.path} holds {len(packets)} packets for {len(segment.pts)} frames")
     ranks = {index: rank for rank, index in enumerate(sorted(range(len(packets)), key=lambda i: packets[i].pts))}
-    return [(packet, segment.pts[ranks[index]]) for index, packet in enumerate(packets)]
+    return [(packet, ranks[index]) for index, packet in enumerate(packets)]
 
 
-def _reordering(av: Any, segment: Segment) -> int:
+def _reordering(segment: Segment) -> int:
     """Return by how many places a packet of the segment is shown earlier than it is decoded, at most."""
-    shown = {pts: place for place, pts in enumerate(segment.pts)}
-    return max(place - shown[pts] for place, (_, pts) in enumerate(_timed_packets(av, segment)))
+    return max(place - rank for place, (_, rank) in enumerate(ranked_packets(segment)))
 
 
-def _copied_packets(original: Any, copied: dict[int, Any]) -> Iterator[tuple[Fraction, Any]]:
-    streams = [original.streams[index] for index in copied]
-    if not streams:
-        return
-    for packet in original.demux(streams):
+def _is_hidden(packet: Any) -> bool:
+    """Return True if an edit list hides a packet that decoders do not need to start with the shown part."""
+    if not packet.is_discard or packet.pts is None:
+        return False
+    return bool((packet.pts + (packet.duration or 0)) * packet.time_base < -_PREROLL)
+
+
+def _copied_packets(
+    original: Any, video: Any, copied: dict[int, Any], source_packets: int | None
+) -> Iterator[tuple[Fraction, Any]]:
+    """Yield (time in seconds, packet) of the copied streams, on the corrected clock, decoding times increasing."""
+    clock = PacketClock.of(original, video)
+    last: dict[int, int] = {}
+    clocked = {video.index, *(stream.index for stream in copied_streams(original))}
+    streams = [stream for stream in original.streams if stream.index in clocked | set(copied)]
+    for packet in itertools.islice(original.demux(streams), source_packets):
+        index = packet.stream.index
+        if not packet.size:
+            continue
+        if index in clocked:
+            clock.correct(packet)
+        elif packet.pts is None:  # a cover picture is shown at no time
+            packet.pts = packet.dts = 0
         if packet.dts is None and packet.pts is None:
             continue
-        when = (packet.dts if packet.dts is not None else packet.pts) * packet.time_base
-        packet.stream = copied[packet.stream_index]
+        if index not in copied or _is_hidden(packet):
+            continue
+        dts = packet.dts if packet.dts is not None else packet.pts
+        if index in last and dts <= last[index]:
+            dts = last[index] + 1
+        last[index] = packet.dts = dts
+        packet.pts = dts if packet.pts is None else max(packet.pts, dts)
+        when = dts * packet.time_base
+        packet.stream = copied[index]
         yield when, packet

@@ -1,7 +1,8 @@
 """The finished segments of a video, in OUTPUT.parts/, with a journal of their content and origin."""
 
+import contextlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,20 @@ class Segment:
     path: Path
     pts: tuple[int, ...]
     last_duration: int
+
+
+def adopt_parts(folder: Path, others: Iterable[Path], key: str) -> None:
+    """Take over the first of the other folders that holds segments made with the same key, if `folder` is absent.
+
+    The same video written to another container: segments do not depend on it.
+    """
+    if folder.exists():
+        return
+    for other in others:
+        with contextlib.suppress(OSError):
+            if key in (other / _JOURNAL).read_text(encoding="utf-8", errors="replace"):
+                other.rename(folder)
+                return
 
 
 class Parts:

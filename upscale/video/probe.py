@@ -1,19 +1,26 @@
-"""What a video file is and says about itself."""
+"""What a video file is, and what it says about itself."""
 
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from srdeploy.core.extras import import_extra, is_installed
+from srdeploy.core.errors import InputError
+from srdeploy.core.extras import is_installed
 from srdeploy.core.imaging.read import is_picture
+from srdeploy.upscale.video.color import BT709, JPEG, MPEG, SMPTE170M, SWSCALE_MATRIX
+from srdeploy.upscale.video.media import is_cover, open_media, pyav
+from srdeploy.upscale.video.side_data import Mastering, display_matrix, mastering, not_kept
 
-SUFFIXES = (".mp4", ".m4v", ".mkv", ".mov", ".webm", ".avi", ".ts", ".m2ts", ".mpg", ".mpeg", ".nut", ".y4m", ".flv")
+SUFFIXES = (
+    ".mp4", ".m4v", ".mkv", ".mov", ".webm", ".avi", ".ts", ".m2ts", ".mts", ".mpg", ".mpeg", ".vob", ".nut", ".y4m",
+    ".flv", ".wmv", ".3gp", ".ogv", ".mxf", ".h264", ".264", ".h265", ".hevc", ".265", ".obu", ".ivf",
+)  # fmt: skip
 """Names that count as videos."""
 
-
-HD_LINES = 720
-FULL_RANGE_FORMATS = {"yuvj420p": "yuv420p", "yuvj422p": "yuv422p", "yuvj444p": "yuv444p"}
+_HD_LINES = 720
+_FULL_RANGE_FORMATS = {"yuvj420p": "yuv420p", "yuvj422p": "yuv422p", "yuvj444p": "yuv444p"}
+_SQUARE = Fraction(1)
 
 
 @dataclass(frozen=True)
@@ -25,13 +32,15 @@ class VideoInfo:
         pix_fmt: FFmpeg's name of the pixel format, without the old "j" forms.
         bits: per sample, 8 or more.
         rgb: pixels are stored as RGB.
+        alpha: pixels have an alpha channel.
         frame_rate: average frames per second.
         time_base: seconds per tick of the timestamps.
-        frames: as the container declares; 0 when it does not.
         matrix, range, primaries, transfer: H.273 numbers, the matrix never unspecified.
-        matrix_assumed: whether the stream left the matrix open.
+        matrix_assumed: the stream does not state its matrix.
         aspect: of a pixel; None for square or unknown.
-        rotation: degrees counter-clockwise that players turn the picture.
+        display_matrix: nine numbers in FFmpeg's layout; None for a picture that is shown as stored.
+        mastering: HDR10 metadata; None when there is none.
+        not_kept: descriptions of what the output will not have.
     """
 
     width: int
@@ -39,29 +48,90 @@ class VideoInfo:
     pix_fmt: str
     bits: int
     rgb: bool
+    alpha: bool
     frame_rate: Fraction
     time_base: Fraction
-    frames: int
     matrix: int
     range: int
     primaries: int
     transfer: int
     matrix_assumed: bool
     aspect: Fraction | None
-    rotation: int
+    display_matrix: tuple[int, ...] | None
+    mastering: Mastering | None
+    not_kept: tuple[str, ...] = ()
+
+    @property
+    def channels(self) -> int:
+        """Channels of a decoded frame: 3 (RGB) or 4 (RGB and alpha)."""
+        return 4 if self.alpha else 3
 
 
 def is_video(path: Path) -> bool:
-    """Tell whether a file is a video: by content where PyAV is installed, else by name. Animated pictures are not."""
+    """Return True if a file is a video: by content where PyAV is installed, else by name. Pictures never are."""
     if is_picture(path):
         return False
     if path.suffix.lower() in SUFFIXES:
         return True
     if not is_installed("av"):
         return False
-    av: Any = import_extra("av", "video")
     try:
-        with av.open(str(path)) as container:
+        with open_media(path) as container:
             return bool(container.streams.video) and "image2" not in container.format.name
-    except (av.FFmpegError, OSError):
+    except (pyav().FFmpegError, OSError):
         return False
+
+
+def info_of(container: Any, stream: Any, frame: Any) -> VideoInfo:
+    """Describe a stream by what it, its codec and its first decoded frame say.
+
+    Raises:
+        InputError: Bayer pixels, which are no picture yet.
+    """
+    context = stream.codec_context
+    name = str(frame.format.name)
+    form = pyav().VideoFormat(_FULL_RANGE_FORMATS.get(name, name))
+    if form.is_bayer:
+        raise InputError(f"{container.name} holds raw sensor data ({name})", expected="a developed video")
+    rgb = form.is_rgb or form.has_palette
+    matrix = next((m for m in (int(context.colorspace), int(frame.colorspace)) if m in SWSCALE_MATRIX), 0)
+    assumed = not matrix
+    if assumed:
+        matrix = BT709 if frame.height >= _HD_LINES else SMPTE170M
+    full = name in _FULL_RANGE_FORMATS or JPEG in (int(context.color_range), int(frame.color_range))
+    aspect = stream.sample_aspect_ratio
+    rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+    return VideoInfo(
+        width=frame.width,
+        height=frame.height,
+        pix_fmt=form.name,
+        bits=max(component.bits for component in form.components),
+        rgb=rgb,
+        alpha=has_alpha(form),
+        frame_rate=Fraction(rate),
+        time_base=Fraction(stream.time_base),
+        matrix=matrix,
+        range=JPEG if full or rgb else MPEG,
+        primaries=int(context.color_primaries),
+        transfer=int(context.color_trc),
+        matrix_assumed=assumed and not rgb,
+        aspect=None if not aspect or aspect == _SQUARE else Fraction(aspect),
+        display_matrix=display_matrix(frame),
+        mastering=mastering(frame),
+        not_kept=(*not_kept(frame), *_other_streams(container, stream)),
+    )
+
+
+def has_alpha(form: Any) -> bool:
+    """Return True if a pixel format has an alpha channel. Palettes may have one: see `VideoReader`."""
+    return len(form.components) in (2, 4) and not form.is_bayer
+
+
+def _other_streams(container: Any, video: Any) -> list[str]:
+    """Return a description of each stream that is neither upscaled nor copied."""
+    films = [s for s in container.streams.video if s.index != video.index and not is_cover(s)]
+    found = [f"{len(films)} further video streams" if len(films) > 1 else "the second video stream"] if films else []
+    data = list(container.streams.data)
+    if data:
+        found.append("data streams (time codes, sensor data)" if len(data) > 1 else "the data stream")
+    return found

@@ -1,28 +1,33 @@
-"""Decode a video file to RGB frames, through PyAV (FFmpeg's libraries in one wheel; no system ffmpeg).
+"""Decode a video file to RGB frames, each once, in order of presentation, with its time.
 
-Colour: YUV becomes RGB with the matrix and range that the stream states. A stream that states no matrix is taken as
-players take it, BT.601 below 720 lines and BT.709 from there on; the output then states that matrix, because its own
-number of lines would make players guess otherwise. Transfer curve and primaries are passed on as they are.
+Color: YUV becomes RGB with the matrix and range that the stream states. A stream that states no matrix is read as
+players read it, BT.601 below 720 lines and BT.709 from there on; the output then states that matrix, because its own
+number of lines would make players guess another. Transfer curve and primaries are passed on as they are.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from srdeploy.core.errors import InputError
-from srdeploy.core.extras import import_extra
-from srdeploy.upscale.video.color import BT709, JPEG, MPEG, SMPTE170M, SWSCALE_MATRIX, accurate, rgb_from_yuv
-from srdeploy.upscale.video.probe import FULL_RANGE_FORMATS, HD_LINES, VideoInfo
+from srdeploy.core.errors import CapabilityError, InputError
+from srdeploy.upscale.video.color import JPEG, SWSCALE_MATRIX, accurate, rgb_from_yuv
+from srdeploy.upscale.video.media import copied_streams, open_video, pyav
+from srdeploy.upscale.video.probe import VideoInfo, info_of
+from srdeploy.upscale.video.survey import Survey, survey_video
+from srdeploy.upscale.video.timestamps import FrameClock, PacketClock
+
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+"""FFmpeg's own decoders of these drop the alpha that Matroska stores beside the picture."""
 
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """One frame: (H, W, 3) uint8 or uint16 RGB, its timestamp in ticks, and its duration (0 when not stated)."""
+    """A frame: (H, W, 3) RGB or (H, W, 4) RGBA, uint8 or uint16; timestamp and duration in ticks (0: not stated)."""
 
     pixels: NDArray[Any]
     pts: int
@@ -30,166 +35,172 @@ class Frame:
 
 
 class VideoReader:
-    """Decodes the first video stream of a file."""
+    """Decodes the first video stream of a file. It is read once, from start to end: no file needs to be seekable.
 
-    def __init__(self, path: Path) -> None:
-        """Open a file.
+    Attributes:
+        path: the file.
+        survey: what its packets say.
+        info: what its stream and first frame say.
+    """
+
+    def __init__(self, path: Path, *, progressive: bool = False) -> None:
+        """Open a file, read its packets and decode its first frame.
+
+        Args:
+            path: a video file.
+            progressive: take frames that are marked as interlaced for whole ones.
 
         Raises:
-            InputError: empty, truncated beyond reading, or without a video stream that can be decoded.
+            InputError: empty, truncated, damaged, or without a video stream that can be decoded.
+            CapabilityError: the stream has alpha, and the decoder that reads it is missing.
             MissingExtraError: PyAV is not installed.
         """
-        av: Any = import_extra("av", "video")
-        self._av = av
         self.path = path
-        if path.stat().st_size == 0:
-            raise InputError(f"{path} is empty (0 bytes)", expected="a video")
+        self.survey: Survey = survey_video(path)
+        self._progressive = progressive
+        self._container, self._stream = open_video(path)
         try:
-            self.container = av.open(str(path))
-        except av.FFmpegError as error:
-            raise InputError(
-                f"{path} is damaged, truncated or no video ({error.strerror})",
-                next_step="copy the file again from where it came from",
-            ) from error
-        # Cover pictures of music files are video streams too, with this mark.
-        films = [
-            stream
-            for stream in self.container.streams.video
-            if not int(stream.disposition) & int(av.stream.Disposition.attached_pic)
-        ]
-        if not films or films[0].codec_context is None or not films[0].width:
-            self.container.close()
-            raise InputError(f"{path} holds no video stream that can be decoded", expected="a video")
-        self.stream = films[0]
-        self.stream.thread_type = "AUTO"
-        self.first: Any = None
-        self.info = self._info()
+            self._decoded = self._decode()
+            self._first = next(self._decoded, None)
+            if self._first is None:
+                raise InputError(f"{path} holds no frame that can be decoded", expected="a video")
+            self.info: VideoInfo = info_of(self._container, self._stream, self._first)
+        except BaseException:
+            self.close()
+            raise
 
     def frames(self, skip: int = 0) -> Iterator[Frame]:
-        """Decode all frames in order of presentation; the first `skip` are decoded and passed over.
+        """Decode all frames in order of presentation; the first `skip` are decoded and not returned. Call it once.
 
         Raises:
-            InputError: damaged, truncated, interlaced or changing in size.
+            InputError: damaged, interlaced or changing in size.
         """
-        number = 0
-        for frame in self._decoded():
+        info = self.info
+        step = max(1, round(1 / info.frame_rate / info.time_base))
+        clock = FrameClock(step, self.survey.times if self.survey.in_decoding_order else ())
+        first, self._first = self._first, None
+        for number, frame in enumerate(itertools.chain([first], self._decoded)):
             self._check(frame, number)
+            duration = int(frame.duration or 0)
+            pts = clock.time_of(frame.pts, duration)
             if number >= skip:
-                pts = frame.pts if frame.pts is not None else round(number / self.info.frame_rate / self.info.time_base)
-                yield Frame(self._rgb(frame), pts, int(getattr(frame, "duration", 0) or 0))
-            number += 1
-        if number < self.info.frames:
-            raise InputError(
-                f"{self.path} ends after {number} of {self.info.frames} frames",
-                next_step="the file is truncated: copy it again from where it came from",
-            )
+                yield Frame(self._pixels(frame), pts, duration)
 
     def close(self) -> None:
         """Close the file."""
-        self.container.close()
+        self._container.close()
 
-    def _decoded(self) -> Iterator[Any]:
-        try:
-            yield from self.container.decode(self.stream)
-        except self._av.FFmpegError as error:
-            raise InputError(
-                f"{self.path} is damaged or truncated ({error.strerror})",
-                next_step="copy the file again from where it came from",
-            ) from error
+    def _decode(self) -> Iterator[Any]:
+        """Decode packets with corrected timestamps. What comes before the first decodable frame is skipped."""
+        decoder = decoder_of(self._stream, self.path)
+        clock = PacketClock.of(self._container, self._stream)
+        decoded = 0
+        packets = self._container.demux([self._stream, *copied_streams(self._container)])
+        while True:
+            try:
+                packet = next(packets)
+                clock.correct(packet)
+                if packet.stream.index != self._stream.index:
+                    continue
+                frames = decoder.decode(packet)
+            except StopIteration:
+                return
+            except pyav().FFmpegError as error:
+                if not decoded and isinstance(error, pyav().InvalidDataError):
+                    continue  # a recording that begins between key frames
+                raise InputError(
+                    f"{self.path} is damaged after {decoded} frames ({error.strerror})",
+                    next_step="download or copy it again",
+                ) from error
+            yield from frames
+            decoded += len(frames)
 
     def _check(self, frame: Any, number: int) -> None:
         info = self.info
         if frame.is_corrupt:
-            raise InputError(f"{self.path}: frame {number} is damaged", next_step="copy the file again")
+            raise InputError(f"{self.path}: frame {number} is damaged", next_step="download or copy the file again")
         if (frame.width, frame.height) != (info.width, info.height):
             raise InputError(
                 f"{self.path} changes its size at frame {number}, to {frame.width}x{frame.height}",
                 expected="one size throughout",
                 next_step="split it there",
             )
-        if frame.interlaced_frame:
+        if frame.interlaced_frame and not self._progressive:
             raise InputError(
-                f"{self.path} is interlaced",
+                f"{self.path} is marked as interlaced at frame {number}",
                 expected="progressive frames: a network would enlarge the comb of two fields",
-                next_step="deinterlace it first",
+                next_step="deinterlace it first, or pass --progressive if the mark is wrong",
             )
 
-    def _rgb(self, frame: Any) -> NDArray[Any]:
+    def _pixels(self, frame: Any) -> NDArray[Any]:
         info = self.info
         wide = info.bits > 8
         if wide and not info.rgb:
-            return rgb_from_yuv(self._yuv(frame), info.matrix, full_range=info.range == JPEG, bits=info.bits)
+            return self._from_wide_yuv(frame)
+        palette = frame.format.has_palette
+        form = ("rgba64le" if wide else "rgba") if info.alpha or palette else ("rgb48le" if wide else "rgb24")
         converted = frame.reformat(
-            format="rgb48le" if wide else "rgb24",
+            format=form,
             src_colorspace=SWSCALE_MATRIX[info.matrix],
             src_color_range=info.range,
             dst_color_range=JPEG,
-            interpolation=accurate(self._av),
+            interpolation=accurate(pyav()),
             threads=1,
         )
         pixels: NDArray[Any] = converted.to_ndarray()
+        if palette:
+            if pixels[..., 3].min() < 255:
+                raise InputError(
+                    f"{self.path} has transparent entries in its palette",
+                    expected="an opaque palette, or a format with an alpha channel",
+                    next_step="convert it to one, such as PNG in .mov (rgba)",
+                )
+            pixels = np.ascontiguousarray(pixels[..., :3])
         return pixels
 
-    def _yuv(self, frame: Any) -> NDArray[np.uint16]:
-        """Return a frame of more than 8 bits as (3, H, W) planes of its own depth, chroma at full resolution."""
+    def _from_wide_yuv(self, frame: Any) -> NDArray[np.uint16]:
+        """Convert a frame of more than 8 bits through YUV planes of its own depth, chroma at full resolution."""
         info = self.info
         matrix = SWSCALE_MATRIX[info.matrix]
         converted = frame.reformat(
-            format=f"yuv444p{info.bits}le",
+            format=f"yuva444p{info.bits}le" if info.alpha else f"yuv444p{info.bits}le",
             src_colorspace=matrix,
             dst_colorspace=matrix,
             src_color_range=info.range,
             dst_color_range=info.range,
-            interpolation=accurate(self._av),
+            interpolation=accurate(pyav()),
             threads=1,
         )
-        planes = [
-            np.frombuffer(plane, np.uint16).reshape(-1, plane.line_size // 2)[: info.height, : info.width]
-            for plane in converted.planes
-        ]
-        return np.stack(planes)
-
-    def _info(self) -> VideoInfo:
-        stream, context = self.stream, self.stream.codec_context
-        name = str(context.pix_fmt)
-        form = self._av.VideoFormat(FULL_RANGE_FORMATS.get(name, name))
-        if len(form.components) in (2, 4) and not form.is_rgb and form.name.startswith(("yuva", "ya")):
-            raise InputError(f"{self.path} has an alpha channel ({name})", expected="an opaque video")
-        matrix = int(context.colorspace)
-        assumed = matrix not in SWSCALE_MATRIX
-        if assumed:
-            matrix = BT709 if context.height >= HD_LINES else SMPTE170M
-        full = name in FULL_RANGE_FORMATS or int(context.color_range) == JPEG
-        aspect = stream.sample_aspect_ratio
-        rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-        return VideoInfo(
-            width=context.width,
-            height=context.height,
-            pix_fmt=form.name,
-            bits=max(component.bits for component in form.components),
-            rgb=form.is_rgb,
-            frame_rate=Fraction(rate),
-            time_base=Fraction(stream.time_base),
-            frames=int(stream.frames),
-            matrix=matrix,
-            range=JPEG if full or form.is_rgb else MPEG,
-            primaries=int(context.color_primaries),
-            transfer=int(context.color_trc),
-            matrix_assumed=assumed and not form.is_rgb,
-            aspect=None if not aspect or aspect == 1 else Fraction(aspect),
-            rotation=self._rotation(),
+        planes = np.stack(
+            [
+                np.frombuffer(plane, np.uint16).reshape(-1, plane.line_size // 2)[: info.height, : info.width]
+                for plane in converted.planes
+            ]
         )
+        rgb = rgb_from_yuv(planes[:3], info.matrix, full_range=info.range == JPEG, bits=info.bits)
+        if not info.alpha:
+            return rgb
+        alpha = np.rint(planes[3] * np.float32(65535 / (2**info.bits - 1))).astype(np.uint16)
+        return np.dstack([rgb, alpha])
 
-    def _rotation(self) -> int:
-        """Return the display rotation; it travels with the first decoded frame."""
-        try:
-            frame = next(self.container.decode(self.stream), None)
-            self.container.seek(0)
-        except self._av.FFmpegError as error:
-            raise InputError(
-                f"{self.path} is damaged or truncated ({error.strerror})",
-                next_step="copy the file again from where it came from",
-            ) from error
-        if frame is None:
-            raise InputError(f"{self.path} holds no frame that can be decoded", expected="a video")
-        return int(frame.rotation)
+
+def decoder_of(stream: Any, path: Path) -> Any:
+    """Return the decoder for a stream: FFmpeg's own, or the codec's library where only that reads alpha.
+
+    Raises:
+        CapabilityError: the stream has alpha, and the decoder that reads it is missing.
+    """
+    context = stream.codec_context
+    context.thread_type = "AUTO"
+    mode = next((value for key, value in stream.metadata.items() if key.lower() == "alpha_mode"), "0")
+    if mode != "1" or context.name not in _ALPHA_DECODERS:
+        return context
+    av = pyav()
+    name = _ALPHA_DECODERS[context.name]
+    try:
+        return av.CodecContext.create(name, "r")
+    except (av.FFmpegError, ValueError) as error:
+        raise CapabilityError(
+            f"{path} has an alpha channel, and this PyAV has no decoder {name} that reads it",
+            next_step="install PyAV's wheel: pip install --force-reinstall --no-deps av",
+        ) from error

@@ -342,8 +342,8 @@ def _interlaced(path: Path) -> Path:
     ("make", "words"),
     [
         (lambda path: path.touch(), "is empty"),
-        (lambda path: path.write_text("no video"), "damaged, truncated or no video"),
-        (lambda path: path.write_bytes(clip(path, frames=30).read_bytes()[:2000]), "damaged, truncated or no video"),
+        (lambda path: path.write_text("no video"), "damaged or not a video"),
+        (lambda path: path.write_bytes(clip(path, frames=30).read_bytes()[:2000]), "is truncated: 2000 bytes"),
         (_interlaced, "interlaced"),
     ],
     ids=["zero bytes", "text", "cut", "interlaced"],

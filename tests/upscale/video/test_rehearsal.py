@@ -1,0 +1,107 @@
+"""What a container or an encoder cannot take is found out before the first frame is computed."""
+
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from srdeploy.core.errors import UsageError
+from srdeploy.upscale.upscaler import Upscaler
+from srdeploy.upscale.video.job import VideoOptions, upscale_video
+
+av = pytest.importorskip("av")
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the frames that are computed."""
+    frames: list[int] = []
+    upscale = Upscaler.upscale
+
+    def counted(self: Upscaler, *args: Any, **kwargs: Any) -> Any:
+        frames.append(1)
+        return upscale(self, *args, **kwargs)
+
+    monkeypatch.setattr(Upscaler, "upscale", counted)
+    return frames
+
+
+def _with_subtitles(clips: Any, folder: Path) -> Path:
+    made: Path = clips.remux([clips.make(folder / "v.mp4"), clips.subtitles(folder / "s.srt")], folder / "a.mkv")
+    return made
+
+
+def _with_sound(clips: Any, folder: Path) -> Path:
+    made: Path = clips.make(folder / "a.mkv", sound=True)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("make", "output", "message"),
+    [
+        (_with_subtitles, "out.mp4", r"\.mp4 cannot hold the input's subtitle stream \(.*\); expected .* \.mkv"),
+        (_with_sound, "out.webm", r"\.webm cannot hold the input's audio stream \(.*\); expected .*\.mp4.* \.mkv"),
+    ],
+    ids=["SubRip into MP4", "MP2 into WebM"],
+)
+def test_container_that_can_is_named_and_takes_it(
+    make: Callable[[Any, Path], Path], output: str, message: str, up: Upscaler, clips: Any, tmp_path: Path,
+    computed: list[int],
+) -> None:  # fmt: skip
+    source = make(clips, tmp_path)
+    before = sorted(tmp_path.iterdir())
+
+    with pytest.raises(UsageError, match=message):
+        upscale_video(up, source, tmp_path / output)
+    assert not computed
+    assert sorted(tmp_path.iterdir()) == before
+    upscale_video(up, source, tmp_path / "out.mkv")
+
+    with av.open(str(source)) as one, av.open(str(tmp_path / "out.mkv")) as other:
+        assert [stream.type for stream in other.streams] == [stream.type for stream in one.streams]
+
+
+@pytest.mark.parametrize(
+    ("codec", "output", "message"),
+    [
+        ("prores_ks", "out.webm", r"\.webm cannot hold the video stream \(prores\); expected .*\.mkv"),
+        ("hap", "out.mov", "hap"),
+        ("mpeg4", "out.mp4", "mpeg4 does not encode .* clock of 1/90000"),
+    ],
+    ids=["codec in container", "pixel format", "clock"],
+)
+def test_encoders_are_tried(
+    codec: str, output: str, message: str, up: Upscaler, clips: Any, tmp_path: Path, computed: list[int]
+) -> None:
+    source = clips.make(tmp_path / "a.mp4", range(2), pts=[0, 3600], time_base=Fraction(1, 90_000))
+
+    with pytest.raises(UsageError, match=message):
+        upscale_video(up, source, tmp_path / output, VideoOptions(codec=codec))
+
+    assert not computed
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_frames_made_for_one_container_are_reused_for_another(
+    up: Upscaler, clips: Any, tmp_path: Path, computed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = clips.make(tmp_path / "a.mp4", range(20))
+    options = VideoOptions(segment_frames=5)
+    with monkeypatch.context() as patch:
+        patch.setattr("srdeploy.upscale.video.job.join_segments", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            upscale_video(up, source, tmp_path / "out.mp4", options)
+    assert len(computed) == 20
+
+    report = upscale_video(up, source, tmp_path / "out.mkv", options)
+
+    assert report.resumed == 20
+    assert len(computed) == 20
+    assert clips.shown(tmp_path / "out.mkv").numbers == list(range(20))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "out.mkv"]
+
+
+def _interrupt(*args: object, **kwargs: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,218 @@
+"""Every frame that a player shows is there once, in order, with its time, whatever wrote the file."""
+
+import itertools
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from srdeploy.core.errors import InputError, UsageError
+from srdeploy.upscale.upscaler import Upscaler
+from srdeploy.upscale.video.job import VideoOptions, upscale_video
+from srdeploy.upscale.video.reader import VideoReader
+from srdeploy.upscale.video.survey import survey_video
+
+av = pytest.importorskip("av")
+FRAME = Fraction(1, 25)
+REORDERED = {"crf": "10", "bf": "2", "b-adapt": "0", "g": "100"}
+NONE_MOVED = VideoOptions(segment_frames=7)
+
+
+def _cut(clips: Any, folder: Path) -> Path:
+    """Cut without encoding: an edit list hides the 15 frames between the key frame and the cut."""
+    clips.make(folder / "whole.mp4", range(40), options=REORDERED)
+
+    def earlier(packet: Any) -> bool:
+        shift = int(15 * FRAME / packet.time_base)
+        packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+        return True
+
+    return clips.remux(
+        [folder / "whole.mp4"], folder / "a.mp4", container={"avoid_negative_ts": "disabled"}, change=earlier
+    )
+
+
+def _joined(clips: Any, folder: Path) -> Path:
+    one, two = (
+        clips.make(folder / f"{n}.ts", range(20 * n, 20 * n + 20), form="mpegts", options=REORDERED, sound=True)
+        for n in (0, 1)
+    )
+    (folder / "a.ts").write_bytes(one.read_bytes() + two.read_bytes())
+    return folder / "a.ts"
+
+
+def _without_start(clips: Any, folder: Path) -> Path:
+    """A broadcast that was switched on between two key frames."""
+    whole = clips.make(
+        folder / "whole.ts", range(30), form="mpegts", options={"crf": "10", "bf": "0", "g": "10", "sc_threshold": "0"}
+    )
+    data = whole.read_bytes()
+    (folder / "a.ts").write_bytes(data[188 * 24 :])
+    return folder / "a.ts"
+
+
+def _in_mkv_as_in_avi(clips: Any, folder: Path) -> Path:
+    clips.make(folder / "a.avi", options=REORDERED)
+    return clips.remux([folder / "a.avi"], folder / "a.mkv")
+
+
+CASES: dict[str, tuple[Callable[[Any, Path], Path], list[int], list[int] | None]] = {
+    "edit list": (_cut, list(range(15, 40)), None),
+    "H.264 with B-frames in AVI": (lambda c, f: c.make(f / "a.avi", options=REORDERED), list(range(10)), None),
+    "MPEG-4 with B-frames in AVI": (
+        lambda c, f: c.make(f / "a.avi", codec="mpeg4", options={"bf": "2"}), list(range(10)), None,
+    ),
+    "empty chunks in AVI": (
+        lambda c, f: c.make(f / "a.avi", range(6), options={"crf": "10", "bf": "0"}, pts=[0, 1, 2, 6, 7, 8]),
+        list(range(6)), [1, 1, 4, 1, 1],
+    ),
+    "times of AVI in Matroska": (_in_mkv_as_in_avi, list(range(10)), None),
+    "raw H.264": (lambda c, f: c.make(f / "a.h264", form="h264", options=REORDERED), list(range(10)), None),
+    "raw HEVC": (
+        lambda c, f: c.make(f / "a.hevc", codec="libx265", form="hevc", options={"x265-params": "log-level=none"}),
+        list(range(10)), None,
+    ),
+    "raw MPEG-2": (
+        lambda c, f: c.make(f / "a.m2v", codec="mpeg2video", form="mpeg2video", options={"bf": "2"}),
+        list(range(10)), None,
+    ),
+    "clock starts again": (_joined, list(range(40)), None),
+    "clock wraps": (
+        lambda c, f: c.make(f / "a.ts", form="mpegts", container={"output_ts_offset": "95443.5"}),
+        list(range(10)), None,
+    ),
+    "starts between key frames": (_without_start, list(range(10, 30)), None),
+    "variable rate": (
+        lambda c, f: c.make(f / "a.mkv", range(5), pts=[0, 2, 3, 30, 31], options=REORDERED), list(range(5)),
+        [2, 1, 27, 1],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "numbers", "steps"), CASES.values(), ids=CASES.keys())
+def test_shown_frames_come_out_once_in_order_with_their_times(
+    make: Callable[[Any, Path], Path],
+    numbers: list[int],
+    steps: list[int] | None,
+    up: Upscaler,
+    clips: Any,
+    tmp_path: Path,
+) -> None:
+    source = make(clips, tmp_path)
+
+    report = upscale_video(up, source, tmp_path / "out.mp4", NONE_MOVED)
+
+    shown = clips.shown(tmp_path / "out.mp4")
+    assert shown.numbers == numbers
+    assert report.frames == len(numbers)
+    assert 0 <= shown.times[0] < 2
+    expected = [FRAME * step for step in steps or [1] * (len(numbers) - 1)]
+    # where a clock starts again, the new part begins when the longer of sound and picture of the old one ended
+    slack = Fraction(1, 10) if source.name == "a.ts" else Fraction(1, 1000)
+    assert all(abs(step - right) <= slack for step, right in zip(shown.steps, expected, strict=True))
+    assert sum(step == right for step, right in zip(shown.steps, expected, strict=True)) >= len(expected) - 1
+
+
+def test_sound_stays_with_the_picture_where_the_clock_starts_again(up: Upscaler, clips: Any, tmp_path: Path) -> None:
+    source = _joined(clips, tmp_path)
+
+    upscale_video(up, source, tmp_path / "out.mkv", NONE_MOVED)
+
+    shown = clips.shown(tmp_path / "out.mkv")
+    with av.open(str(tmp_path / "out.mkv")) as file:
+        sound = [packet.pts * packet.time_base for packet in file.demux(audio=0) if packet.size]
+    with av.open(str(tmp_path / "0.ts")) as part:
+        offset = part.streams.video[0].start_time * part.streams.video[0].time_base
+        offset -= part.streams.audio[0].start_time * part.streams.audio[0].time_base
+    steps = [later - earlier for earlier, later in itertools.pairwise(sound)]
+    gap = max(range(len(steps)), key=lambda place: steps[place])
+    # both parts began with the same distance between sound and picture
+    assert abs((shown.times[20] - sound[gap + 1]) - (shown.times[0] - sound[0])) < Fraction(1, 100)
+    assert abs(shown.times[0] - sound[0] - offset) < Fraction(1, 100)
+    assert all(step > 0 for step in steps)
+
+
+def test_clock_that_goes_on_is_not_corrected(clips: Any, tmp_path: Path) -> None:
+    """A pause in a file whose format has a continuous clock is a pause."""
+    source = clips.make(tmp_path / "a.mkv", range(3), pts=[0, 1, 1000])
+
+    survey = survey_video(source)
+
+    assert survey.clock_jumps == 0
+    assert list(survey.times) == [0, 40, 40_000]
+
+
+class TestTimesOfTheContainer:
+    """Matroska counts milliseconds."""
+
+    def test_two_frames_within_a_tick_are_moved_by_one(self, up: Upscaler, clips: Any, tmp_path: Path) -> None:
+        base = Fraction(1, 90_000)
+        source = clips.make(tmp_path / "a.mp4", range(4), pts=[0, 30, 3600, 7200], time_base=base)
+
+        upscale_video(up, source, tmp_path / "out.mkv")
+        upscale_video(up, source, tmp_path / "out.mov")
+
+        assert clips.shown(tmp_path / "out.mkv").times == [0, Fraction(1, 1000), FRAME, 2 * FRAME]
+        assert clips.shown(tmp_path / "out.mkv").numbers == [0, 1, 2, 3]
+        assert clips.shown(tmp_path / "out.mov").times == [0, Fraction(30, 90_000), FRAME, 2 * FRAME]
+
+    def test_faster_frames_are_refused_before_the_first_is_computed(
+        self, up: Upscaler, clips: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source = clips.make(tmp_path / "a.mp4", pts=range(10), time_base=Fraction(1, 4000))
+        monkeypatch.setattr(Upscaler, "upscale", _must_not_run)
+
+        with pytest.raises(UsageError, match=r"steps of 1 ms.*expected an output .mov or .mp4"):
+            upscale_video(up, source, tmp_path / "out.mkv")
+
+        monkeypatch.undo()
+        upscale_video(up, source, tmp_path / "out.mp4")
+        assert clips.shown(tmp_path / "out.mp4").steps == [Fraction(1, 4000)] * 9
+
+
+def _must_not_run(*args: object, **kwargs: object) -> None:
+    raise AssertionError("a frame was computed")
+
+
+def _cut_off(path: Path, part: float) -> Path:
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * part)])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "container"),
+    [("a.mp4", {"movflags": "faststart"}), ("b.mp4", {}), ("a.mkv", {}), ("a.avi", {}), ("a.mov", {})],
+    ids=["mp4 with its index in front", "mp4", "mkv", "avi", "mov"],
+)
+def test_missing_bytes_are_noticed_before_the_first_frame_is_computed(
+    name: str, container: dict[str, str], up: Upscaler, clips: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = clips.make(tmp_path / name, range(20), container=container)
+    survey_video(whole)  # not refused
+    monkeypatch.setattr(Upscaler, "upscale", _must_not_run)
+
+    with pytest.raises(InputError, match="is truncated: "):
+        upscale_video(up, _cut_off(whole, 0.8), tmp_path / "out.mkv")
+
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    ("name", "container"),
+    [("a.mkv", {"live": "1"}), ("a.mp4", {"movflags": "frag_keyframe+empty_moov"}), ("a.ts", {})],
+    ids=["live mkv", "fragmented mp4", "transport stream"],
+)
+def test_formats_without_a_stated_end_are_read_to_their_end(
+    name: str, container: dict[str, str], clips: Any, tmp_path: Path
+) -> None:
+    source = clips.make(tmp_path / name, container=container)
+
+    reader = VideoReader(source)
+    frames = [frame.pts for frame in reader.frames()]
+    reader.close()
+
+    assert len(frames) == 10
+    assert reader.survey.packets == 10
