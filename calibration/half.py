@@ -11,7 +11,6 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from srdeploy.calibration.observe import Observation
 from srdeploy.core.errors import InputError
 from srdeploy.core.onnx_graph import GLOBAL_POOLS, Graph, opset_of
 from srdeploy.core.precision import Precision
@@ -34,13 +33,13 @@ class Island:
     reason: str
 
 
-def find_islands(graph: Graph, precision: Precision, seen: Mapping[str, Observation] | None) -> tuple[Island, ...]:
+def find_islands(graph: Graph, precision: Precision, largest: Mapping[str, float] | None) -> tuple[Island, ...]:
     """Find the nodes that have to stay FP32.
 
     Args:
         graph: the FP32 graph.
         precision: FP16 or BF16.
-        seen: what flowed through the graph, of as many tensors as possible; None when no images were given.
+        largest: the largest magnitude of as many tensors as possible; None when no images were given.
     """
     found: dict[str, str] = {}
     for node in graph.model.graph.node:
@@ -48,15 +47,10 @@ def find_islands(graph: Graph, precision: Precision, seen: Mapping[str, Observat
             found[node.name] = "a mean over the whole image adds up more than 16-bit sums can hold"
     if precision == Precision.FP16:
         for node in graph.model.graph.node:
-            reason = _overflow(graph, node, seen or {})
+            reason = _overflow(graph, node, largest or {})
             if reason:
                 found.setdefault(node.name, reason)
     return tuple(Island(name, reason) for name, reason in found.items())
-
-
-def float_tensors(graph: Graph) -> list[str]:
-    """Return the activations whose size decides about islands: what nodes write at the resolution of the image."""
-    return [name for node in graph.model.graph.node for name in node.output if graph.resolution.get(name, 0.0) > 0.0]
 
 
 def convert_to_half(model: onnx.ModelProto, precision: Precision, islands: Iterable[Island]) -> onnx.ModelProto:
@@ -203,18 +197,16 @@ def _converted(tensor: onnx.TensorProto, kind: int, name: str) -> onnx.TensorPro
     return numpy_helper.from_array(values.astype(np.float32), name)
 
 
-def _overflow(graph: Graph, node: onnx.NodeProto, seen: Mapping[str, Observation]) -> str | None:
+def _overflow(graph: Graph, node: onnx.NodeProto, largest: Mapping[str, float]) -> str | None:
     for name in (*node.input, *node.output):
-        if name in seen:
-            low, high = seen[name].range
-            largest = max(-low, high)
-            if largest * HEADROOM > FP16_MAX:
-                what = "reads" if name in node.input else "writes"
-                return f"{what} {name}, which reaches {largest:.4g} (FP16 ends at {FP16_MAX:.0f})"
+        reached = largest.get(name, 0.0)
+        if reached * HEADROOM > FP16_MAX:
+            what = "reads" if name in node.input else "writes"
+            return f"{what} {name}, which reaches {reached:.4g} (FP16 ends at {FP16_MAX:.0f})"
     for name in node.input:
         tensor = graph.initializers.get(name)
         if tensor is not None and tensor.data_type == _FLOAT:
-            largest = float(np.abs(graph.array(name)).max(initial=0.0))
-            if largest > FP16_MAX:
-                return f"weights {name} reach {largest:.4g} (FP16 ends at {FP16_MAX:.0f})"
+            reached = float(np.abs(graph.array(name)).max(initial=0.0))
+            if reached > FP16_MAX:
+                return f"weights {name} reach {reached:.4g} (FP16 ends at {FP16_MAX:.0f})"
     return None

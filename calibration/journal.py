@@ -61,7 +61,8 @@ class Journal:
                         total=arrays[f"{index}.total"],
                         counts=arrays[f"{index}.counts"],
                         images=int(arrays[f"{index}.images"]),
-                        limit=float(arrays[f"{index}.limit"]),
+                        limit=arrays[f"{index}.limit"],
+                        zeros=int(arrays[f"{index}.zeros"]),
                     )
                     for index, name in enumerate(names)
                 }
@@ -69,7 +70,7 @@ class Journal:
             seen = collect()
         content: dict[str, Any] = {"names": np.array(json.dumps(list(seen)))}
         for index, entry in enumerate(seen.values()):
-            for field in ("low", "high", "total", "counts", "images", "limit"):
+            for field in ("low", "high", "total", "counts", "images", "limit", "zeros"):
                 content[f"{index}.{field}"] = np.asarray(getattr(entry, field))
         with contextlib.suppress(OutputError), atomic_file(path, force=True) as temporary:
             np.savez_compressed(temporary, **content)

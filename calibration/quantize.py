@@ -9,13 +9,13 @@ from typing import Any
 import onnx
 
 from srdeploy.calibration.fp32 import read_fp32_graph
-from srdeploy.calibration.half import Island, convert_to_half, emulate_half, find_islands, float_tensors
+from srdeploy.calibration.half import Island, convert_to_half, emulate_half, find_islands
 from srdeploy.calibration.images.dataset import CalibrationSet
 from srdeploy.calibration.int8.builder import GraphBuilder
 from srdeploy.calibration.int8.placement import RECIPES, macs_share_of
 from srdeploy.calibration.int8.ranges import Ranges, read_ranges
 from srdeploy.calibration.journal import Journal
-from srdeploy.calibration.observe import observe
+from srdeploy.calibration.observe import observe_magnitudes
 from srdeploy.calibration.options import QuantizeOptions
 from srdeploy.calibration.rewrites.deconvolution import rewrite_deconvolutions
 from srdeploy.calibration.rewrites.streams import add_reader_scales
@@ -216,12 +216,12 @@ def _make_half(
         if rewritten:
             notes.append(f"{rewritten} deconvolutions became 2x2 convolutions: TensorRT has no BF16 deconvolution")
     graph = Graph(model)
-    seen = None
+    largest = None
     if calibration is not None:
-        seen = observe(graph, float_tensors(graph), calibration, count=len(calibration), progress=progress)
+        largest = observe_magnitudes(graph, calibration, count=len(calibration), progress=progress)
     else:
         notes.append("no images were given: that no activation overflows was not checked")
-    islands = find_islands(graph, precision, seen)
+    islands = find_islands(graph, precision, largest)
     typed = convert_to_half(model, precision, islands)
     quality = None
     if calibration is not None:
@@ -299,7 +299,7 @@ def _quantize_graph(
         islands = find_islands(
             builder.equalized(choice.decisions.strength)[0],
             Precision.FP16,
-            builder.scaled_seen(choice.decisions.strength),
+            builder.magnitudes(choice.decisions.strength),
         )
         emulated = emulate_half(quantized, Precision.FP16, islands)
         quantized = convert_to_half(quantized, Precision.FP16, islands)

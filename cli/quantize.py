@@ -65,8 +65,11 @@ class QuantizeVerbOptions:
         default=False,
         help="The images are high resolution: inputs are made from them, and they are the ground truth.",
     )
-    crops: int = option(
-        "--crops", type=int, default=64, show_default=True, help="Number of crops that ranges are taken from."
+    crops: int | None = option(
+        "--crops",
+        type=int,
+        default=None,
+        help="Number of crops that ranges are taken from; default: 64, fewer for networks of full size.",
     )
     crop_size: int = option(
         "--crop-size", type=int, default=64, show_default=True, help="Their height and width in LR pixels."

@@ -54,6 +54,10 @@ def cpu_session(
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if optimized_path is not None:
         options.optimized_model_filepath = str(optimized_path)
+    if arithmetic == "float":
+        # By default nodes that nothing waits for run last, so what they read (every tensor that is observed) stays in
+        # memory: 7 GB instead of 0.7 GB for RCAN of full size at 128x128.
+        options.execution_order = runtime.ExecutionOrder.PRIORITY_BASED
     if arithmetic == "literal":
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model

@@ -2,11 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import UsageError
+from srdeploy.core.memory import bytes_per_pixel, default_memory
 from srdeploy.core.shapes import ShapeProfile, format_shape
 from srdeploy.core.sizes import format_bytes
 from srdeploy.upscale.tiles import TilePlan, plan_tiles
@@ -17,12 +17,8 @@ DEFAULT_OVERLAP = 16
 """Overlap on each side where no overlap is exact (channel attention); measured, see docs/upscaling.md."""
 MAX_SIDE = 1024
 """Longest tile side chosen without being asked: larger ones save little and make progress and Ctrl-C coarse."""
-LIVE_TENSORS = 5.0
-"""Tensors of the largest size alive at once, at the peak of a run, rounded up: measured 3.2 for RCAN and 4.5 for
-SRDenseNet (its deconvolutions need columns) with ONNX Runtime, 3.3 and 2.6 with OpenVINO."""
 INDEX_LIMIT = 2**31 - 1
 """Most elements of a tensor that convolution kernels can index."""
-_DEFAULT_SHARE = 0.5
 _SHARE_OF_STRIPS = 0.5
 _STRIP_COPIES = 3  # the outputs, the part that waits for the next row of tiles, and temporaries
 
@@ -68,22 +64,6 @@ class Decision:
     lock_step: bool
     reason: str
     maps_in_memory: bool = True
-
-
-def default_memory() -> int:
-    """Return half of the memory that is free now, within the container's limit if there is one."""
-    import psutil
-
-    free: int = psutil.virtual_memory().available
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # no such control group, or "max": no limit
-            continue
-    return max(int(free * _DEFAULT_SHARE), 256 << 20)
 
 
 def decide(
@@ -178,7 +158,7 @@ class _Bounds:
         budget = settings.memory_bytes or default_memory()
         elements = max(1, contract.largest_tensor_per_pixel)
         index_pixels = INDEX_LIMIT // elements
-        pixels = min(index_pixels, int(budget / (4 * elements * LIVE_TENSORS)))
+        pixels = min(index_pixels, int(budget / max(bytes_per_pixel(contract), 1.0)))
         if profile is None:
             endless = (1 << 30, 1 << 30)
             return cls((1, 1), endless, None, pixels, (1, 1 << 30), budget, index_pixels)

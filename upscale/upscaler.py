@@ -23,11 +23,12 @@ from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import InputError, UsageError
 from srdeploy.core.imaging.read import quantized
 from srdeploy.core.manifest import manifest_path
+from srdeploy.core.memory import default_memory
 from srdeploy.core.precision import Precision
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.runner import Runner, RunnerInfo, run_image
 from srdeploy.upscale.alpha import SpreadSource
-from srdeploy.upscale.budget import Decision, TileSettings, decide, default_memory, needs_tiles
+from srdeploy.upscale.budget import Decision, TileSettings, decide, needs_tiles
 from srdeploy.upscale.guards import Guard, Tally, check_input, check_rows
 from srdeploy.upscale.lock_step import LockStep, lock_step_of
 from srdeploy.upscale.planes import ArraySource, Chroma, Conversion, Floats, PixelSource

@@ -1,25 +1,28 @@
-"""The calibration set: real images, what was taken from them, and what was kept aside to judge the result.
+"""The calibration set: windows of real images, of which some are held out to evaluate the result.
 
-Every fourth image is kept for judging, never for calibrating, so that the decibels that quantization promises are
-measured on images whose ranges it has not seen.
+Every fourth image is held out and never calibrated with, so the decibels that quantization reports are measured on
+images whose ranges it has not seen. Images are decoded one at a time, twice: once to choose windows, once to cut them.
+Only the windows are kept, so memory depends neither on the size nor on the number of the images.
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from srdeploy.calibration.images.sampling import Crop, choose_crops, coverage
-from srdeploy.calibration.images.sources import Photo, read_photos
+from srdeploy.calibration.images.effort import WindowPlan, plan_windows
+from srdeploy.calibration.images.sampling import Candidate, Crop, choose_crops, list_candidates, measure_coverage
+from srdeploy.calibration.images.sources import Photo, PhotoSource
 from srdeploy.core.artifact import atomic_file, sha256_of_bytes
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import InputError, UsageError
 from srdeploy.core.imaging.read import network_input
 from srdeploy.core.imaging.resize import imresize
+from srdeploy.core.memory import default_memory
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.samples import Sample
 
@@ -27,11 +30,8 @@ MIN_IMAGES = 3
 MIN_PIXELS = 2 * 32 * 32
 HELD_OUT_EVERY = 4
 MAX_HELD_OUT = 8
-WHOLE_PIXELS = 256 * 256
-"""A whole image is cut to about this many LR pixels in its middle: enough for channel attention, bounded in time."""
-
-HELD_OUT_PIXELS = 160 * 160
-"""An image to judge on is cut likewise: a search evaluates many graphs on all of them."""
+_BAND_ROWS = 256
+"""Rows of an image that are looked at together: what is computed of a large image stays small."""
 
 
 @dataclass(frozen=True)
@@ -79,159 +79,261 @@ def make_calibration_set(
     *,
     contract: ModelContract,
     hr: bool = False,
-    count: int = 64,
+    count: int | None = None,
     crop: int = 64,
     whole: int = 4,
     seed: int = 0,
     skip_bad: bool = False,
+    memory_bytes: int | None = None,
     progress: Progress = SILENT,
 ) -> CalibrationSet:
     """Make a calibration set from real images.
 
     Args:
         images: folder, image, pattern, zip, list file or video.
-        contract: of the network: scale, colours and least input size.
+        contract: of the network: scale, colors, minimum input size, cost and memory per pixel.
         hr: the images are high resolution; they are shrunk by the network's scale (MATLAB's bicubic) to be its input,
             and are themselves the truth that a drop in PSNR is measured against.
-        count: crops that ranges are taken from.
+        count: crops that ranges are taken from; None takes 64, fewer for networks of more than a million
+            multiply-adds per pixel.
         crop: their height and width in LR pixels.
-        whole: images taken whole besides, since channel attention sees how large its input is.
+        whole: images taken whole in addition, since channel attention depends on the size of its input; of an image
+            above the budget, the largest centered window that fits.
         seed: for the choice of crops.
         skip_bad: use the rest when some files cannot be used, instead of refusing.
+        memory_bytes: budget of everything that is computed with this set; None takes half of the free memory.
         progress: where to report.
 
     Raises:
-        InputError: no images, too few, unreadable, constant or random ones, or grey ones for a colour network.
+        InputError: no images, too few, unreadable, constant or random ones, or gray ones for a color network.
         UsageError: a count or size that makes no sense.
+        CapabilityError: the memory does not suffice for one crop.
     """
-    if count < 1 or crop < max(8, contract.min_size) or whole < 0:
+    if (count is not None and count < 1) or crop < max(8, contract.min_size) or whole < 0:
         raise UsageError(
             f"{count} crops of {crop}x{crop} and {whole} whole images",
             expected=f"at least one crop, of at least {max(8, contract.min_size)} pixels",
         )
+    memory_bytes = memory_bytes or default_memory()
+    plan = plan_windows(contract, memory_bytes=memory_bytes, count=count, crop=crop, whole=whole)
+    progress.note(plan.summary())
     bad: list[tuple[str, str]] = []
-    photos = _read_usable_photos(images, bad, progress)
-    _refuse_bad(images, bad, photos, skip_bad)
-    if contract.colours == "rgb" and all(_is_grey(photo.pixels) for photo in photos):
-        raise InputError(f"{images} holds only grey images", expected="colour images for an RGB network")
-    photos = sorted(photos, key=lambda photo: photo.sha256)  # an order that does not depend on names
-    lows = [_shrink(photo.pixels, contract.scale) if hr else photo.pixels for photo in photos]
-    kept_aside = [index for index in range(len(photos)) if index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1][:MAX_HELD_OUT]
-    if not kept_aside:
-        kept_aside = [len(photos) - 1]
-    used = [index for index in range(len(photos)) if index not in kept_aside]
-    crops = choose_crops([lows[index] for index in used], count=count, size=crop, seed=seed)
-    crops = [Crop(used[c.image], c.top, c.left, c.height, c.width, c.reason) for c in crops]
-    crops += [_center_crop(index, lows[index], WHOLE_PIXELS, "whole") for index in used[:whole]]
-    held_out = [_center_crop(index, lows[index], HELD_OUT_PIXELS, "judge") for index in kept_aside]
+    source = PhotoSource(images)
+    shrink = contract.scale if hr else 1
+    surveyed = _survey(source, plan, shrink, crop, seed, bad, progress)
+    _refuse_bad(images, bad, surveyed, skip_bad)
+    if contract.colours == "rgb" and all(photo.gray for photo in surveyed):
+        raise InputError(f"{images} holds only gray images", expected="color images for an RGB network")
+    held_out = [index for index in range(len(surveyed)) if index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1][:MAX_HELD_OUT]
+    if not held_out:
+        held_out = [len(surveyed) - 1]
+    used = [index for index in range(len(surveyed)) if index not in held_out]
+    candidates = [candidate for index in used for candidate in surveyed[index].candidates_of(index)]
+    crops = choose_crops(candidates, count=plan.count, seed=seed)
+    crops += [_center_crop(index, surveyed[index].low_size, plan.whole_pixels, "whole") for index in used[:whole]]
+    evaluated = [_center_crop(index, surveyed[index].low_size, plan.held_out_pixels, "judge") for index in held_out]
     total = sum(entry.height * entry.width for entry in crops)
     if total < MIN_PIXELS:
-        raise InputError(f"{images} gives {total} LR pixels to calibrate with", expected=f"at least {MIN_PIXELS}")
+        raise InputError(f"{images} has {total} LR pixels to calibrate with", expected=f"at least {MIN_PIXELS}")
+    windows = _cut(source, surveyed, plan, [*crops, *evaluated], shrink, progress)
+    document = _document(images, source, surveyed, crops, evaluated, bad, hr=hr, count=plan.count, crop=crop, seed=seed)
+    document["coverage"] = measure_coverage(low for low, _ in windows[: len(crops)])
+    samples = [
+        Sample(surveyed[entry.image].name, network_input(low, contract.colours), high if hr else None)
+        for entry, (low, high) in zip([*crops, *evaluated], windows, strict=True)
+    ]
     return CalibrationSet(
-        samples=tuple(_sample(entry, photos, lows, contract, hr=False) for entry in crops),
-        held_out=tuple(_sample(entry, photos, lows, contract, hr=hr) for entry in held_out),
-        document=_document(images, photos, lows, crops, held_out, bad, hr=hr, count=count, crop=crop, seed=seed),
+        samples=tuple(replace(sample, truth=None) for sample in samples[: len(crops)]),
+        held_out=tuple(samples[len(crops) :]),
+        document=document,
     )
 
 
-def _read_usable_photos(images: Path, bad: list[tuple[str, str]], progress: Progress) -> list[Photo]:
-    photos: dict[str, Photo] = {}
-    with progress.task(f"reading images from {images.name}") as advance:
-        for photo in read_photos(images, bad=bad):
+@dataclass(frozen=True)
+class _Surveyed:
+    """What is remembered of an image between the two passes.
+
+    Attributes:
+        name: as in `Photo`.
+        sha256: as in `Photo`.
+        size: (height, width) of the file.
+        window: of the file, that is used: (top, left, height, width).
+        low_size: (height, width) of the LR image made from the window.
+        gray: all three channels are equal.
+        cut: the window is not the whole image.
+        candidates: windows of the LR image.
+    """
+
+    name: str
+    sha256: str
+    size: tuple[int, int]
+    window: tuple[int, int, int, int]
+    low_size: tuple[int, int]
+    gray: bool
+    cut: bool
+    candidates: tuple[Candidate, ...]
+
+    def candidates_of(self, index: int) -> list[Candidate]:
+        """Return the candidates as windows of image `index`."""
+        return [replace(entry, crop=replace(entry.crop, image=index)) for entry in self.candidates]
+
+
+def _survey(
+    source: PhotoSource,
+    plan: WindowPlan,
+    shrink: int,
+    crop: int,
+    seed: int,
+    bad: list[tuple[str, str]],
+    progress: Progress,
+) -> list[_Surveyed]:
+    """Look at every image once; return them in an order that depends on contents alone."""
+    surveyed: dict[str, _Surveyed] = {}
+    with progress.task("reading images", total=min(source.found, source.limit)) as advance:
+        for photo in source.photos(bad=bad):
+            advance(note=photo.name)
             reason = _rejection_reason(photo.pixels)
             if reason:
                 bad.append((photo.name, reason))
-            else:
-                photos.setdefault(photo.sha256, photo)  # the same picture twice is one picture
+            elif photo.sha256 not in surveyed:  # the same picture twice is one picture
+                surveyed[photo.sha256] = _survey_photo(photo, plan, shrink, crop, seed)
+    return sorted(surveyed.values(), key=lambda entry: entry.sha256)
+
+
+def _survey_photo(photo: Photo, plan: WindowPlan, shrink: int, crop: int, seed: int) -> _Surveyed:
+    height, width = photo.pixels.shape[:2]
+    window = plan.image_window(height, width, shrink)
+    low = _low_resolution(photo.pixels, window, shrink)
+    return _Surveyed(
+        name=photo.name,
+        sha256=photo.sha256,
+        size=(height, width),
+        window=window,
+        low_size=low.shape[:2],
+        gray=_is_gray(photo.pixels),
+        cut=window[2:] != (height - height % shrink, width - width % shrink),
+        candidates=tuple(list_candidates(low, size=crop, seed=(seed, int(photo.sha256[:8], 16)))),
+    )
+
+
+def _cut(
+    source: PhotoSource,
+    surveyed: Sequence[_Surveyed],
+    plan: WindowPlan,
+    crops: Sequence[Crop],
+    shrink: int,
+    progress: Progress,
+) -> list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+    """Decode the images that crops are taken from again; return the LR and HR pixels of each crop."""
+    needed: Collection[str] = {surveyed[crop.image].sha256 for crop in crops}
+    found: dict[Crop, tuple[NDArray[np.uint8], NDArray[np.uint8]]] = {}
+    indices = {entry.sha256: index for index, entry in enumerate(surveyed)}
+    with progress.task("cutting windows", total=len(needed)) as advance:
+        for photo in source.photos(bad=[], only=needed):
+            index = indices[photo.sha256]
+            top, left = surveyed[index].window[:2]
+            low = _low_resolution(photo.pixels, surveyed[index].window, shrink)
+            for crop in (entry for entry in crops if entry.image == index):
+                high = Crop(
+                    index,
+                    top + crop.top * shrink,
+                    left + crop.left * shrink,
+                    crop.height * shrink,
+                    crop.width * shrink,
+                    "",
+                )
+                found[crop] = crop.cut(low).copy(), high.cut(photo.pixels).copy()
             advance(note=photo.name)
-    return list(photos.values())
+    missing = next((surveyed[crop.image].name for crop in crops if crop not in found), None)
+    if missing is not None:
+        raise InputError(f"{missing} changed while it was read", next_step="run the command again")
+    return [found[crop] for crop in crops]
 
 
-def _refuse_bad(images: Path, bad: Sequence[tuple[str, str]], photos: Sequence[Photo], skip_bad: bool) -> None:
+def _refuse_bad(images: Path, bad: Sequence[tuple[str, str]], surveyed: Sequence[_Surveyed], skip_bad: bool) -> None:
     if bad and not skip_bad:
         name, reason = bad[0]
         others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise InputError(
-            f"{len(bad)} of {len(bad) + len(photos)} images cannot be used: {name} ({reason}){others}",
+            f"{len(bad)} of {len(bad) + len(surveyed)} images cannot be used: {name} ({reason}){others}",
             expected="real images",
-            next_step="remove them, or let srdeploy quantize use the rest with --skip-bad",
+            next_step="remove them, or use the rest with --skip-bad",
         )
-    if len(photos) < MIN_IMAGES:
+    if len(surveyed) < MIN_IMAGES:
         raise InputError(
-            f"{images} gives {len(photos)} usable images",
+            f"{images} has {len(surveyed)} usable images",
             expected=f"at least {MIN_IMAGES} different ones (50 or more give better ranges)",
         )
 
 
 def _rejection_reason(pixels: NDArray[np.uint8]) -> str | None:
-    """Tell why an image says nothing about real activations, None when it looks like a picture."""
-    if min(pixels.shape[:2]) < 8:
-        return f"{pixels.shape[1]}x{pixels.shape[0]} pixels are too few"
-    luma = pixels.astype(np.float32).mean(axis=2)
-    if luma.std() < 1.0:
+    """Return why an image says nothing about real activations, None if it looks like a picture."""
+    height, width = pixels.shape[:2]
+    if min(height, width) < 8:
+        return f"{width}x{height} pixels are too few"
+    mean = float(pixels.mean(dtype=np.float64))
+    energy = along = down = 0.0
+    for top in range(0, height, _BAND_ROWS):
+        # One more row, so that neighbors across the bands count too.
+        luma = pixels[top : top + _BAND_ROWS + 1].astype(np.float32).mean(axis=2) - np.float32(mean)
+        own = luma[:_BAND_ROWS]
+        energy += float((own**2).sum(dtype=np.float64))
+        along += float((own[:, 1:] * own[:, :-1]).sum(dtype=np.float64))
+        down += float((luma[1:] * luma[:-1]).sum(dtype=np.float64))
+    energy /= height * width
+    if energy < 1.0:
         return "it is constant"
-    centred = luma - luma.mean()
-    energy = float((centred**2).mean())
-    along = float((centred[:, 1:] * centred[:, :-1]).mean()) / energy
-    down = float((centred[1:] * centred[:-1]).mean()) / energy
-    # Neighbouring pixels of photographs, drawings and text agree (0.8 and more); those of white noise do not.
+    along, down = along / (height * (width - 1)) / energy, down / ((height - 1) * width) / energy
+    # Neighboring pixels of photographs, drawings and text correlate (0.8 and more); those of white noise do not.
     return "it is random noise" if max(along, down) < 0.2 else None
 
 
-def _is_grey(pixels: NDArray[np.uint8]) -> bool:
+def _is_gray(pixels: NDArray[np.uint8]) -> bool:
     return bool((pixels[..., 0] == pixels[..., 1]).all() and (pixels[..., 1] == pixels[..., 2]).all())
 
 
-def _shrink(pixels: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
-    height, width = (size - size % scale for size in pixels.shape[:2])
-    return imresize(pixels[:height, :width], scale=1 / scale)
+def _low_resolution(pixels: NDArray[np.uint8], window: tuple[int, int, int, int], shrink: int) -> NDArray[np.uint8]:
+    """Return the LR image of a window (top, left, height, width) of a photo."""
+    top, left, height, width = window
+    inside = pixels[top : top + height, left : left + width]
+    return imresize(inside, scale=1 / shrink) if shrink > 1 else inside
 
 
-def _center_crop(index: int, pixels: NDArray[np.uint8], most: int, reason: str) -> Crop:
-    height, width = pixels.shape[:2]
-    shrink = min(1.0, (most / (height * width)) ** 0.5)
-    tall, wide = max(8, int(height * shrink)), max(8, int(width * shrink))
+def _center_crop(index: int, size: tuple[int, int], max_pixels: int, reason: str) -> Crop:
+    height, width = size
+    shrink = min(1.0, (max_pixels / (height * width)) ** 0.5)
+    tall, wide = min(height, max(8, int(height * shrink))), min(width, max(8, int(width * shrink)))
     return Crop(index, (height - tall) // 2, (width - wide) // 2, tall, wide, reason)
-
-
-def _sample(
-    crop: Crop, photos: Sequence[Photo], lows: Sequence[NDArray[np.uint8]], contract: ModelContract, *, hr: bool
-) -> Sample:
-    truth = None
-    if hr:
-        scale = contract.scale
-        high = Crop(crop.image, crop.top * scale, crop.left * scale, crop.height * scale, crop.width * scale, "")
-        truth = high.cut(photos[crop.image].pixels)
-    return Sample(photos[crop.image].name, network_input(crop.cut(lows[crop.image]), contract.colours), truth)
 
 
 def _document(
     images: Path,
-    photos: Sequence[Photo],
-    lows: Sequence[NDArray[np.uint8]],
+    source: PhotoSource,
+    surveyed: Sequence[_Surveyed],
     crops: Sequence[Crop],
     held_out: Sequence[Crop],
     bad: Sequence[tuple[str, str]],
     **recipe: Any,
 ) -> dict[str, Any]:
     kept_aside = {crop.image for crop in held_out}
-    return {
+    files = []
+    for index, photo in enumerate(surveyed):
+        height, width = photo.size
+        entry = {"name": photo.name, "sha256": photo.sha256, "height": height, "width": width}
+        entry["use"] = "judging" if index in kept_aside else "calibration"
+        if photo.cut:
+            entry["window"] = list(photo.window)
+        files.append(entry)
+    document = {
         "schema": 1,
         "source": images.name,
         "recipe": recipe,
-        "files": [
-            {
-                "name": photo.name,
-                "sha256": photo.sha256,
-                "height": int(photo.pixels.shape[0]),
-                "width": int(photo.pixels.shape[1]),
-                "use": "judging" if index in kept_aside else "calibration",
-            }
-            for index, photo in enumerate(photos)
-        ],
+        "files": files,
         "passed_over": [{"name": name, "reason": reason} for name, reason in bad],
-        "crops": [{**asdict(crop), "image": photos[crop.image].name} for crop in crops],
-        "judges": [{**asdict(crop), "image": photos[crop.image].name} for crop in held_out],
-        "coverage": coverage(lows, crops),
+        "crops": [{**asdict(crop), "image": surveyed[crop.image].name} for crop in crops],
+        "judges": [{**asdict(crop), "image": surveyed[crop.image].name} for crop in held_out],
         "lr_pixels": sum(crop.height * crop.width for crop in crops),
     }
+    if source.found > source.limit:
+        document["files_found"] = source.found
+    return document

@@ -1,12 +1,12 @@
-"""Which crops of which images: deterministic, spread over texture, brightness and saturation, extremes always in.
+"""Sampling of crops: deterministic, spread over texture, brightness and saturation, extremes included.
 
-Ranges are set by what is rare. Sixty crops taken at random miss the one saturated red that a later user's photograph is
-full of, and a range that clips it shifts colours visibly. So the blackest, the whitest and the most saturated crop of
-each hue are taken first, and the rest is spread evenly over strata instead of following what most images look like.
+Rare pixels decide ranges. Sixty crops taken at random miss the one saturated red that a later photograph is full of,
+and a range that clips it shifts colors visibly. So the blackest, the whitest and the most saturated crop of each hue
+are taken first, and the rest is spread evenly over strata.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,31 +40,58 @@ class Crop:
 
 
 @dataclass(frozen=True)
-class _Candidate:
+class Candidate:
+    """A window that may become a crop, and what decides about it.
+
+    Attributes:
+        crop: the window.
+        texture: mean absolute difference of neighboring pixels' luma, 0..1.
+        brightness: mean luma, 0..1.
+        saturation: mean of largest minus smallest channel, 0..1.
+        reach: per extreme (black, white, then the hues) how close the window's closest pixel comes to it, up to 1.
+    """
+
     crop: Crop
     texture: float
     brightness: float
     saturation: float
-    reach: tuple[float, ...]  # black, white, then the hues
+    reach: tuple[float, ...]
 
 
-def choose_crops(images: Sequence[NDArray[np.uint8]], *, count: int, size: int, seed: int) -> list[Crop]:
-    """Choose crops of LR images.
+def list_candidates(pixels: NDArray[np.uint8], *, size: int, seed: Sequence[int]) -> list[Candidate]:
+    """Return windows of one image, half overlapping, at most MAX_CANDIDATES_PER_IMAGE of them.
 
     Args:
-        images: (H, W, 3) uint8.
-        count: how many crops; fewer come back when the images have not that many windows.
-        size: their height and width; smaller images are taken whole.
-        seed: decides among equals, and where windows lie.
+        pixels: (H, W, 3) uint8, an LR image. Crops refer to it as image 0.
+        size: height and width of the windows; a smaller image is one window.
+        seed: for the choice among too many windows.
+    """
+    height, width = pixels.shape[:2]
+    tall, wide = min(size, height), min(size, width)
+    tops, lefts = (np.arange(0, whole - part + 1, max(part // 2, 1)) for whole, part in ((height, tall), (width, wide)))
+    windows = [(int(top), int(left)) for top in tops for left in lefts]
+    if len(windows) > MAX_CANDIDATES_PER_IMAGE:
+        random = np.random.default_rng(seed)
+        picks = np.sort(random.choice(len(windows), MAX_CANDIDATES_PER_IMAGE, replace=False))
+        windows = [windows[pick] for pick in picks]
+    return [_describe_crop(Crop(0, top, left, tall, wide, "stratum"), pixels) for top, left in windows]
+
+
+def choose_crops(candidates: Sequence[Candidate], *, count: int, seed: int) -> list[Crop]:
+    """Choose crops: first the extremes (blackest, whitest, most saturated of each hue), then evenly over strata.
+
+    Args:
+        candidates: windows of all images.
+        count: how many crops; fewer are returned when there are fewer candidates.
+        seed: decides among equals.
     """
     random = np.random.default_rng(seed)
-    candidates = [entry for index, pixels in enumerate(images) for entry in _candidates(index, pixels, size, random)]
     chosen: dict[Crop, None] = {}
     for position, name in enumerate(("black", "white", *_HUES)):
         best = max(candidates, key=lambda entry: entry.reach[position])
         key = next((crop for crop in chosen if _same(crop, best.crop)), None)
         if key is None and len(chosen) < count:
-            chosen[_named(best.crop, f"extreme: {name}")] = None
+            chosen[replace(best.crop, reason=f"extreme: {name}")] = None
     strata = _strata(candidates)
     for members in strata:
         random.shuffle(members)
@@ -77,34 +104,23 @@ def choose_crops(images: Sequence[NDArray[np.uint8]], *, count: int, size: int, 
     return list(chosen)
 
 
-def coverage(images: Sequence[NDArray[np.uint8]], crops: Sequence[Crop]) -> dict[str, float]:
-    """Return how far the crops reach: 0..1 for black, white and each hue (1 is a fully saturated pixel)."""
+def measure_coverage(windows: Iterable[NDArray[np.uint8]]) -> dict[str, float]:
+    """Return how close some windows come to black, white and each hue: 1 is a fully saturated pixel."""
     figures = dict.fromkeys(("black", "white", *_HUES), 0.0)
-    for crop in crops:
-        for name, value in zip(figures, _reach(crop.cut(images[crop.image])), strict=True):
+    for window in windows:
+        for name, value in zip(figures, _reach(window), strict=True):
             figures[name] = max(figures[name], round(float(value), 3))
     return figures
 
 
-def _candidates(index: int, pixels: NDArray[np.uint8], size: int, random: np.random.Generator) -> list[_Candidate]:
-    height, width = pixels.shape[:2]
-    tall, wide = min(size, height), min(size, width)
-    tops, lefts = (np.arange(0, whole - part + 1, max(part // 2, 1)) for whole, part in ((height, tall), (width, wide)))
-    windows = [(int(top), int(left)) for top in tops for left in lefts]
-    if len(windows) > MAX_CANDIDATES_PER_IMAGE:
-        picks = np.sort(random.choice(len(windows), MAX_CANDIDATES_PER_IMAGE, replace=False))
-        windows = [windows[pick] for pick in picks]
-    return [_describe_crop(Crop(index, top, left, tall, wide, "stratum"), pixels) for top, left in windows]
-
-
-def _describe_crop(crop: Crop, pixels: NDArray[np.uint8]) -> _Candidate:
+def _describe_crop(crop: Crop, pixels: NDArray[np.uint8]) -> Candidate:
     window = crop.cut(pixels).astype(np.float32) / 255
     luma = window.mean(axis=2)
     texture = (
         float(np.abs(np.diff(luma, axis=0)).mean() + np.abs(np.diff(luma, axis=1)).mean()) if luma.size > 3 else 0.0
     )
     saturation = float((window.max(axis=2) - window.min(axis=2)).mean())
-    return _Candidate(crop, texture, float(luma.mean()), saturation, _reach(crop.cut(pixels)))
+    return Candidate(crop, texture, float(luma.mean()), saturation, _reach(crop.cut(pixels)))
 
 
 def _reach(window: NDArray[np.uint8]) -> tuple[float, ...]:
@@ -118,7 +134,7 @@ def _reach(window: NDArray[np.uint8]) -> tuple[float, ...]:
     return (float(1 - luma.min()), float(luma.max()), *hues)
 
 
-def _strata(candidates: Sequence[_Candidate]) -> list[list[_Candidate]]:
+def _strata(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
     """Split by quartile of texture, and by halves of brightness and saturation: 16 strata."""
     texture, brightness, saturation = (
         np.array([getattr(entry, name) for entry in candidates]) for name in ("texture", "brightness", "saturation")
@@ -135,7 +151,3 @@ def _strata(candidates: Sequence[_Candidate]) -> list[list[_Candidate]]:
 
 def _same(one: Crop, two: Crop) -> bool:
     return (one.image, one.top, one.left) == (two.image, two.top, two.left)
-
-
-def _named(crop: Crop, reason: str) -> Crop:
-    return Crop(crop.image, crop.top, crop.left, crop.height, crop.width, reason)

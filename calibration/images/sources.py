@@ -1,19 +1,20 @@
-"""Where calibration images come from: a folder, one image, a pattern, a zip, a list file or a video."""
+"""Sources of calibration images: a folder, an image, a pattern, a zip, a list file or a video, one image at a time."""
 
 import glob
 import hashlib
-import io
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from srdeploy.core.artifact import sha256_of_file
+from srdeploy.core.artifact import sha256_of_bytes, sha256_of_file
 from srdeploy.core.errors import InputError
 from srdeploy.core.extras import import_extra
 from srdeploy.core.imaging.read import EXTENSIONS, find_images, read_image, rgb8
@@ -21,9 +22,11 @@ from srdeploy.core.sizes import format_bytes
 
 VIDEO_EXTENSIONS = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".y4m")
 MAX_ZIP_ENTRY_BYTES = 512 * 1024**2
-"""Of one image in a zip: beyond, it is no image but a bomb."""
+"""Larger entries of a zip are refused as decompression bombs."""
 VIDEO_FRAMES = 64
-"""Frames taken from a video, evenly over its length: neighbours tell nothing new."""
+"""Frames taken from a video, evenly over its length: neighboring frames add nothing."""
+MAX_IMAGES = 256
+"""Images decoded from one source. Ranges stop changing long before; more only cost time."""
 
 
 @dataclass(frozen=True)
@@ -41,26 +44,95 @@ class Photo:
     pixels: NDArray[np.uint8]
 
 
-def read_photos(source: Path, *, bad: list[tuple[str, str]]) -> Iterator[Photo]:
-    """Decode all images of a source in a fixed order.
+class PhotoSource:
+    """The images of a source. They are decoded one at a time and not kept; iterate again to see them again.
+
+    Of a source with more than MAX_IMAGES images, those with the smallest SHA-256 are taken: a choice that depends on
+    contents, not on names or order.
 
     Args:
-        source: folder, image, pattern with "*", zip, text file with one path per line, or video.
-        bad: undecodable files are added here as (name, reason); deciding about them is the caller's business.
+        path: folder, image, pattern with "*", zip, text file with one path per line, or video.
 
     Raises:
-        InputError: the source does not exist, or holds no images.
+        InputError: the source does not exist, cannot be read, or holds no images.
     """
-    suffix = source.suffix.lower()
-    if suffix == ".zip" and source.is_file():
-        yield from _from_zip(source, bad)
-    elif suffix in VIDEO_EXTENSIONS and source.is_file():
-        yield from _from_video(source)
-    else:
-        for path in _paths(source):
-            photo = _decode(path, path.name, bad)
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        suffix = path.suffix.lower()
+        self._kind = "files"
+        self._hashes: dict[str, str] = {}
+        self._paths: dict[str, Path] = {}
+        if suffix == ".zip" and path.is_file():
+            self._kind = "zip"
+            with _open_zip(path) as archive:
+                names = _image_names(archive, path)
+                self.found = len(names)
+                large = {name for name in names if archive.getinfo(name).file_size > MAX_ZIP_ENTRY_BYTES}
+                hashes = {name: "" if name in large else sha256_of_bytes(archive.read(name)) for name in names}
+            self._hashes = _smallest(hashes)
+        elif suffix in VIDEO_EXTENSIONS and path.is_file():
+            self._kind = "video"
+            self.found = _frame_count(path)
+        else:
+            paths = _paths(path)
+            self.found = len(paths)
+            self._paths = {str(index): entry for index, entry in enumerate(paths)}
+            self._hashes = _smallest({name: _hash_or_empty(entry) for name, entry in self._paths.items()})
+
+    @property
+    def limit(self) -> int:
+        """The number of images that are decoded at most."""
+        return VIDEO_FRAMES if self._kind == "video" else MAX_IMAGES
+
+    def photos(self, *, bad: list[tuple[str, str]], only: Collection[str] | None = None) -> Iterator[Photo]:
+        """Decode the images in a fixed order.
+
+        Args:
+            bad: images that cannot be decoded are appended as (name, reason).
+            only: SHA-256 of the images to decode; None decodes all.
+        """
+        if self._kind == "video":
+            yield from (photo for photo in _frames(self._path) if only is None or photo.sha256 in only)
+            return
+        wanted = [(name, digest) for name, digest in self._hashes.items() if only is None or digest in only]
+        if self._kind == "zip":
+            yield from self._unzipped(wanted, bad)
+            return
+        for name, digest in wanted:
+            path = self._paths[name]
+            photo = _decode(path, path.name, digest, bad)
             if photo is not None:
                 yield photo
+
+    def _unzipped(self, wanted: Sequence[tuple[str, str]], bad: list[tuple[str, str]]) -> Iterator[Photo]:
+        with _open_zip(self._path) as archive, TemporaryDirectory() as folder:
+            for name, digest in wanted:
+                size = archive.getinfo(name).file_size
+                if size > MAX_ZIP_ENTRY_BYTES:
+                    bad.append((name, f"it has {format_bytes(size)}"))
+                    continue
+                # A name of our own: the archive's own paths are not trusted.
+                path = Path(folder) / f"image{PurePosixPath(name).suffix.lower()}"
+                path.write_bytes(archive.read(name))
+                photo = _decode(path, name, digest, bad)
+                if photo is not None:
+                    yield photo
+
+
+def _smallest(hashes: dict[str, str]) -> dict[str, str]:
+    """Return the entries with the MAX_IMAGES smallest hashes, in their order."""
+    if len(hashes) <= MAX_IMAGES:
+        return hashes
+    kept = set(sorted(hashes, key=lambda name: hashes[name])[:MAX_IMAGES])
+    return {name: digest for name, digest in hashes.items() if name in kept}
+
+
+def _hash_or_empty(path: Path) -> str:
+    try:
+        return sha256_of_file(path)
+    except OSError:  # decoding reports it
+        return ""
 
 
 def _paths(source: Path) -> list[Path]:
@@ -78,48 +150,52 @@ def _paths(source: Path) -> list[Path]:
     return find_images(source)
 
 
-def _decode(path: Path, name: str, bad: list[tuple[str, str]]) -> Photo | None:
+def _decode(path: Path, name: str, digest: str, bad: list[tuple[str, str]]) -> Photo | None:
     try:
-        return Photo(name, sha256_of_file(path), rgb8(read_image(path)))
+        return Photo(name, digest, rgb8(read_image(path)))
     except (InputError, OSError) as error:
         bad.append((name, error.found if isinstance(error, InputError) else str(error)))
         return None
 
 
-def _from_zip(source: Path, bad: list[tuple[str, str]]) -> Iterator[Photo]:
+@contextmanager
+def _open_zip(source: Path) -> Iterator[zipfile.ZipFile]:
     try:
-        with zipfile.ZipFile(source) as archive, TemporaryDirectory() as folder:
-            entries = {entry.filename: entry for entry in archive.infolist()}
-            names = sorted(name for name in entries if PurePosixPath(name).suffix.lower() in EXTENSIONS)
-            if not names:
-                raise InputError(f"{source} contains no images", expected=f"files named {', '.join(EXTENSIONS)}")
-            for name in names:
-                if entries[name].file_size > MAX_ZIP_ENTRY_BYTES:
-                    bad.append((name, f"it has {format_bytes(entries[name].file_size)}"))
-                    continue
-                # A name of our own: the archive's own paths are not trusted.
-                path = Path(folder) / f"image{PurePosixPath(name).suffix.lower()}"
-                path.write_bytes(archive.read(name))
-                photo = _decode(path, name, bad)
-                if photo is not None:
-                    yield photo
+        with zipfile.ZipFile(source) as archive:
+            yield archive
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        # damaged, truncated, packed in an unusual way, or encrypted: zipfile has an exception for each
+        # zipfile has an exception each for damaged, truncated, unusually packed and encrypted archives
         raise InputError(f"{source} is not a readable zip file ({error})") from error
 
 
-def _from_video(source: Path) -> Iterator[Photo]:
+def _image_names(archive: zipfile.ZipFile, source: Path) -> list[str]:
+    names = sorted({name for name in archive.namelist() if PurePosixPath(name).suffix.lower() in EXTENSIONS})
+    if not names:
+        raise InputError(f"{source} contains no images", expected=f"files named {', '.join(EXTENSIONS)}")
+    return names
+
+
+@contextmanager
+def _open_video(source: Path) -> Iterator[Any]:
     av = import_extra("av", "video")
     try:
         with av.open(str(source)) as container:
-            stream = container.streams.video[0]
-            total = stream.frames or sum(1 for _ in container.decode(stream))
-        wanted = set(np.linspace(0, max(total - 1, 0), min(VIDEO_FRAMES, max(total, 1))).round().astype(int).tolist())
-        with av.open(str(source)) as container:
-            for index, frame in enumerate(container.decode(container.streams.video[0])):
-                if index in wanted:
-                    pixels = frame.to_ndarray(format="rgb24")
-                    digest = hashlib.sha256(io.BytesIO(pixels.tobytes()).getbuffer()).hexdigest()
-                    yield Photo(f"{source.name} frame {index}", digest, pixels)
+            yield container
     except (av.error.FFmpegError, IndexError) as error:
         raise InputError(f"{source} is not a readable video ({error})") from error
+
+
+def _frame_count(source: Path) -> int:
+    with _open_video(source) as container:
+        stream = container.streams.video[0]
+        return int(stream.frames or sum(1 for _ in container.decode(stream)))
+
+
+def _frames(source: Path) -> Iterator[Photo]:
+    total = _frame_count(source)
+    wanted = set(np.linspace(0, max(total - 1, 0), min(VIDEO_FRAMES, max(total, 1))).round().astype(int).tolist())
+    with _open_video(source) as container:
+        for index, frame in enumerate(container.decode(container.streams.video[0])):
+            if index in wanted:
+                pixels = frame.to_ndarray(format="rgb24")
+                yield Photo(f"{source.name} frame {index}", hashlib.sha256(pixels.tobytes()).hexdigest(), pixels)

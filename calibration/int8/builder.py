@@ -97,7 +97,6 @@ class GraphBuilder:
         self.stored = stored
         self._journal = journal
         self._equalized: dict[float, tuple[Graph, dict[str, NDArray[np.float64]]]] = {}
-        self._seen: dict[float, dict[str, Observation]] = {}
         self._ranges: dict[tuple[float, Method], dict[str, tuple[float, float]]] = {}
         self._codes: dict[tuple[float, str], QuantWeight] = {}
         self._compensated: dict[tuple[float, Method], dict[str, QuantWeight]] = {}
@@ -111,26 +110,16 @@ class GraphBuilder:
         sites = (*deep.sites, *wide.sites, *split.sites)
         return tuple(dict.fromkeys(site.tensor for site in sites if not self._is_concat(site.tensor)))
 
-    @property
+    @cached_property
     def seen(self) -> dict[str, Observation]:
-        """What flowed through the graph as it was given."""
-        return self.seen_at(0.0)
+        """What was observed of `tensors` in the graph as it was given: one pass over the images."""
+        if self.stored is not None:
+            return self._remembered()
+        return self._journal.observations("0.0", self._observe) if self._journal else self._observe()
 
-    def seen_at(self, strength: float) -> dict[str, Observation]:
-        """What flowed through the graph after equalization; each strength costs one pass over the images."""
-        if strength not in self._seen and self.stored is not None and strength == 0.0:
-            self._seen[strength] = self._remembered()
-        if strength not in self._seen:
-            self._seen[strength] = (
-                self._journal.observations(str(strength), lambda: self._observe(strength))
-                if self._journal
-                else self._observe(strength)
-            )
-        return self._seen[strength]
-
-    def _observe(self, strength: float) -> dict[str, Observation]:
-        graph, _ = self.equalized(strength)
-        return observe(graph, self.tensors, self._calibration, count=len(self._calibration), progress=self._progress)
+    def _observe(self) -> dict[str, Observation]:
+        count = len(self._calibration)
+        return observe(self.graph, self.tensors, self._calibration, count=count, progress=self._progress)
 
     def equalized(self, strength: float) -> tuple[Graph, dict[str, NDArray[np.float64]]]:
         """Return the equalized graph, and the factor of each channel by tensor."""
@@ -200,10 +189,14 @@ class GraphBuilder:
             },
         )
 
-    def scaled_seen(self, strength: float) -> dict[str, Observation]:
-        """Return extremes and means of the equalized graph, as they follow from the pass over the graph as given."""
-        factors = self.equalized(strength)[1]
-        return {tensor: seen.scaled(factors.get(tensor, np.ones(1))) for tensor, seen in self.seen.items()}
+    def observation(self, tensor: str, strength: float) -> Observation:
+        """Return what would be observed in the equalized graph, as it follows from the graph as given."""
+        return self.seen[tensor].scaled(self.equalized(strength)[1].get(tensor, np.ones(1)))
+
+    def magnitudes(self, strength: float) -> dict[str, float]:
+        """Return the largest magnitude of each of `tensors` in the equalized graph."""
+        ranges = {tensor: self.observation(tensor, strength).range for tensor in self.seen}
+        return {tensor: max(-low, high) for tensor, (low, high) in ranges.items()}
 
     def _remembered(self) -> dict[str, Observation]:
         assert self.stored is not None
@@ -223,14 +216,8 @@ class GraphBuilder:
             return stored.ranges[tensor]
         table = self._ranges.setdefault((decisions.strength, decisions.method), {})
         if tensor not in table:
-            if decisions.method == "minmax":  # follows from the first pass: no second one is needed
-                factors = self.equalized(decisions.strength)[1].get(tensor, np.ones(1))
-                low, high = self.seen[tensor].scaled(factors).range
-                table[tensor] = (min(low, 0.0), max(high, 0.0))
-            else:
-                table[tensor] = compute_range(
-                    self.seen_at(decisions.strength)[tensor], decisions.method, self.recipe.kind
-                )
+            observation = self.observation(tensor, decisions.strength)
+            table[tensor] = compute_range(observation, decisions.method, self.recipe.kind)
         return table[tensor]
 
     def mean(self, tensor: str, strength: float) -> NDArray[np.float64] | None:
@@ -241,7 +228,7 @@ class GraphBuilder:
             return np.concatenate(known) if len(known) == len(parts) else None
         if tensor not in self.seen:
             return None
-        return self.seen[tensor].mean * self.equalized(strength)[1].get(tensor, np.ones(1))
+        return self.observation(tensor, strength).mean
 
     def _weight(self, decisions: Decisions, name: str, axis: int) -> QuantWeight:
         if decisions.compensate:

@@ -37,10 +37,10 @@ def compute_range(seen: Observation, method: Method, kind: Kind) -> tuple[float,
     """
     low, high = seen.range
     low, high = min(low, 0.0), max(high, 0.0)
-    filled = seen.counts > 0
-    values: NDArray[np.float64] = seen.bin_centers()[filled]
-    counts: NDArray[np.float64] = seen.counts[filled].astype(np.float64)
-    if method == "minmax" or values.size < 2:
+    if method == "minmax" or seen.counts is None:
+        return low, high
+    values, counts = seen.histogram()
+    if values.size < 2:
         return low, high
     if method == "percentile":
         cumulative = np.cumsum(counts) / counts.sum()

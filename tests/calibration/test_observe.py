@@ -11,7 +11,7 @@ from onnx import numpy_helper
 from srdeploy.calibration.images.dataset import CalibrationSet
 from srdeploy.calibration.int8.arithmetic import fake_quantize, params_for_range
 from srdeploy.calibration.int8.ranges import METHODS, compute_range, read_ranges
-from srdeploy.calibration.observe import Observation, observe, run_outputs
+from srdeploy.calibration.observe import CHANNEL_BINS, Observation, observe, observe_magnitudes, run_outputs
 from srdeploy.core.errors import InputError, UsageError
 from srdeploy.core.onnx_graph import Graph
 
@@ -19,7 +19,7 @@ Networks = dict[str, Callable[..., onnx.ModelProto]]
 
 
 def observed(values: np.ndarray, chunks: int = 1) -> Observation:
-    seen = Observation(np.full(1, np.inf), np.full(1, -np.inf), np.zeros(1))
+    seen = Observation.empty(1)
     for part in np.array_split(values, chunks):
         seen.add(np.array([part.min()]), np.array([part.max()]), np.array([part.mean()]), part)
     return seen
@@ -43,12 +43,55 @@ def test_what_is_observed_is_what_flows(networks: Networks, calibrations: dict[s
 
 def test_a_growing_histogram_loses_no_value() -> None:
     values = np.random.default_rng(0).normal(size=20000) * np.geomspace(1e-4, 30, 20000)
+    values[::10] = 0.0
 
     seen = observed(values, chunks=13)
 
-    direct = np.histogram(values, bins=seen.counts.size, range=(-seen.limit, seen.limit))[0]
-    assert seen.counts.sum() == values.size
+    assert seen.counts is not None
+    limit = float(seen.limit[0])
+    direct = np.histogram(values[values != 0], bins=CHANNEL_BINS, range=(-limit, limit))[0]
+    assert seen.zeros == 2000
+    assert seen.counts.sum() == values.size - 2000
     assert np.abs(np.cumsum(seen.counts) - np.cumsum(direct)).max() <= 25  # merged bins round at their edges
+
+
+def test_a_histogram_of_scaled_channels_is_that_of_the_scaled_tensor() -> None:
+    random = np.random.default_rng(1)
+    values = np.maximum(random.normal(size=(1, 3, 60, 60)), 0) * np.array([1.0, 4.0, 0.1]).reshape(1, 3, 1, 1)
+    factors = np.array([2.0, -0.5, 3.0])
+
+    def observe_values(tensor: np.ndarray) -> Observation:
+        seen = Observation.empty(3)
+        seen.add(tensor.min(axis=(0, 2, 3)), tensor.max(axis=(0, 2, 3)), tensor.mean(axis=(0, 2, 3)), tensor)
+        return seen
+
+    followed, direct = observe_values(values).scaled(factors), observe_values(values * factors.reshape(1, 3, 1, 1))
+
+    assert followed.range == pytest.approx(direct.range)
+    assert followed.mean == pytest.approx(direct.mean)
+    for position in (0.001, 0.1, 0.5, 0.9, 0.999):  # quantiles agree within a bin of the widest channel
+        one, two = (
+            float(centers[np.searchsorted(np.cumsum(counts) / counts.sum(), position)])
+            for centers, counts in (followed.histogram(), direct.histogram())
+        )
+        assert one == pytest.approx(two, abs=2 * float(direct.limit.max()) / CHANNEL_BINS)
+
+
+def test_magnitudes_are_those_of_the_tensors_or_bound_them(
+    networks: Networks, calibrations: dict[str, CalibrationSet]
+) -> None:
+    graph = Graph(networks["residual"]())
+    names = [name for node in graph.model.graph.node for name in node.output if graph.resolution.get(name, 0) > 0]
+    batches = list(calibrations["residual"])[:3]
+
+    largest = observe_magnitudes(graph, batches)
+
+    truth = list(run_outputs(graph.model, names, batches))
+    for name in names:
+        expected = max(float(np.abs(entry[name]).max()) for entry in truth)
+        if graph.producer[name].op_type in ("Conv", "Add"):
+            assert largest[name] == pytest.approx(expected, rel=1e-5)
+        assert largest[name] >= expected * (1 - 1e-5)
 
 
 def test_an_activation_that_is_not_finite_names_its_layer(networks: Networks) -> None:

@@ -1,8 +1,10 @@
 """Calibration sets: what is taken, in which order, and what is refused."""
 
 import json
+import tracemalloc
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +12,10 @@ import pytest
 from PIL import Image
 
 from srdeploy.calibration.images.dataset import CalibrationSet, make_calibration_set
-from srdeploy.calibration.images.sampling import choose_crops
+from srdeploy.calibration.images.effort import RANGE_MACS, plan_windows
+from srdeploy.calibration.images.sampling import Candidate, choose_crops, list_candidates
 from srdeploy.core.contract import ModelContract
-from srdeploy.core.errors import InputError, UsageError
+from srdeploy.core.errors import CapabilityError, InputError, UsageError
 from srdeploy.core.imaging.resize import imresize
 
 Paint = Callable[..., np.ndarray]
@@ -72,11 +75,19 @@ def test_a_luma_network_gets_one_channel(calibrations: dict[str, CalibrationSet]
     assert batch.max() <= 235 / 255 + 1e-6
 
 
+def candidates_of(images: list[np.ndarray]) -> list[Candidate]:
+    return [
+        replace(entry, crop=replace(entry.crop, image=index))
+        for index, pixels in enumerate(images)
+        for entry in list_candidates(pixels, size=16, seed=(index,))
+    ]
+
+
 def test_the_one_saturated_corner_is_always_taken(paint: Paint) -> None:
     images = [np.full((64, 64, 3), 90, np.uint8) + paint(seed, 64, 64) // 8 for seed in range(4)]
     images[2][40:48, 8:16] = (255, 0, 0)
 
-    crops = choose_crops(images, count=8, size=16, seed=0)
+    crops = choose_crops(candidates_of(images), count=8, seed=0)
 
     red = [crop for crop in crops if (crop.cut(images[crop.image]) == (255, 0, 0)).all(axis=2).any()]
     assert red
@@ -86,7 +97,7 @@ def test_the_one_saturated_corner_is_always_taken(paint: Paint) -> None:
 def test_crops_are_distinct_and_inside(paint: Paint) -> None:
     images = [paint(seed, 40, 56) for seed in range(3)]
 
-    crops = choose_crops(images, count=40, size=16, seed=3)
+    crops = choose_crops(candidates_of(images), count=40, seed=3)
 
     assert len({(crop.image, crop.top, crop.left) for crop in crops}) == len(crops)
     assert all(crop.cut(images[crop.image]).shape == (16, 16, 3) for crop in crops)
@@ -190,7 +201,7 @@ def test_useless_images_are_named_and_only_passed_over_when_asked(
     assert len(made.document["passed_over"]) == 1
 
 
-def test_too_few_grey_or_no_images_are_refused(paint: Paint, contracts: Contracts, tmp_path: Path) -> None:
+def test_too_few_gray_or_no_images_are_refused(paint: Paint, contracts: Contracts, tmp_path: Path) -> None:
     with pytest.raises(InputError):
         make_calibration_set(tmp_path, contract=contracts["residual"])
     Image.fromarray(paint(0)).save(tmp_path / "0.png")
@@ -200,7 +211,7 @@ def test_too_few_grey_or_no_images_are_refused(paint: Paint, contracts: Contract
     for seed in range(4):
         Image.fromarray(paint(seed)).convert("L").save(tmp_path / f"{seed}.png")
     (tmp_path / "copy.png").unlink()
-    with pytest.raises(InputError, match="grey"):
+    with pytest.raises(InputError, match="gray"):
         make_calibration_set(tmp_path, contract=contracts["residual"], count=4, crop=16)
     assert make_calibration_set(tmp_path, contract=contracts["dense"], count=4, crop=16)
 
@@ -208,3 +219,75 @@ def test_too_few_grey_or_no_images_are_refused(paint: Paint, contracts: Contract
 def test_a_crop_smaller_than_sense_is_a_usage_error(photos: Path, contracts: Contracts) -> None:
     with pytest.raises(UsageError):
         make_calibration_set(photos, contract=contracts["residual"], crop=4)
+
+
+def peak_bytes(folder: Path, contract: ModelContract) -> int:
+    tracemalloc.start()
+    try:
+        make_calibration_set(folder, contract=contract, count=4, crop=100, whole=1)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_does_not_grow_with_the_number_of_pictures(paint: Paint, contracts: Contracts, tmp_path: Path) -> None:
+    pictures = {"few": 32, "many": 64}  # eight are held out of both
+    for name, count in pictures.items():
+        (tmp_path / name).mkdir()
+        for seed in range(count):
+            Image.fromarray(paint(seed, 200, 200)).save(tmp_path / name / f"{seed}.png")
+    peak_bytes(tmp_path / "few", contracts["residual"])  # imports and caches
+
+    few, many = (peak_bytes(tmp_path / name, contracts["residual"]) for name in pictures)
+
+    # 32 more decoded pictures would be 3.8 MB; what is remembered of each is some kilobytes.
+    assert many < few + 1_000_000
+
+
+def test_windows_do_not_grow_with_the_pictures(paint: Paint, contracts: Contracts, tmp_path: Path) -> None:
+    for seed in range(4):
+        Image.fromarray(paint(seed, 700, 900)).save(tmp_path / f"{seed}.png")
+
+    made = make_calibration_set(tmp_path, contract=contracts["residual"], count=4, crop=16, whole=1)
+
+    windows = [sample.image.shape[2:] for sample in (*made.samples[4:], *made.held_out)]
+    assert windows[0][0] * windows[0][1] <= 256 * 256
+    assert all(height * width <= 160 * 160 for height, width in windows[1:])
+    assert all(abs(width / height - 9 / 7) < 0.03 for height, width in windows)  # the middle, in the picture's shape
+
+
+def test_an_expensive_network_sees_fewer_pixels(contracts: Contracts) -> None:
+    small = replace(contracts["residual"], macs_per_pixel=0.3e6)
+    full = replace(contracts["residual"], macs_per_pixel=16e6, largest_tensor_per_pixel=1024)
+
+    asked = {"memory_bytes": 8 << 30, "crop": 64, "whole": 4}
+    plain, limited = plan_windows(small, count=None, **asked), plan_windows(full, count=None, **asked)
+
+    assert (plain.count, plain.whole_pixels, plain.held_out_pixels) == (64, 256**2, 160**2)
+    assert limited.limited
+    pixels = limited.count * 64 * 64 + 4 * limited.whole_pixels
+    assert pixels * 16e6 <= 2 * RANGE_MACS
+    assert plan_windows(full, count=50, **asked).count == 50  # a number that the user gives is kept
+
+
+def test_a_small_budget_cuts_windows_and_a_smaller_one_is_refused(contracts: Contracts) -> None:
+    contract = replace(contracts["residual"], macs_per_pixel=16e6, largest_tensor_per_pixel=1024)
+
+    plan = plan_windows(contract, memory_bytes=1 << 30, count=None, crop=32, whole=0)
+
+    assert 32 * 32 <= plan.whole_pixels < 128 * 128
+    with pytest.raises(CapabilityError) as caught:
+        plan_windows(contract, memory_bytes=600 << 20, count=None, crop=32, whole=0)
+    assert "--memory" in str(caught.value)
+    assert "at least 9" in str(caught.value)  # 900 and some MiB
+
+
+def test_of_a_picture_above_the_budget_the_middle_is_used(contracts: Contracts) -> None:
+    plan = plan_windows(contracts["residual"], memory_bytes=1 << 30, count=None, crop=16, whole=1)
+
+    top, left, height, width = plan.image_window(6000, 4001, 2)
+
+    assert height * width <= plan.image_pixels < 6000 * 4001
+    assert all(number % 2 == 0 for number in (top, left, height, width))
+    assert abs(top + height / 2 - 3000) <= 2
+    assert plan.image_window(99, 101, 2) == (0, 0, 98, 100)
