@@ -29,7 +29,8 @@ from srdeploy.core.environment import cpu_count
 from srdeploy.core.shapes import Shape, format_shape, parse_shape
 from srdeploy.runtime.bench.conditions import conditions
 from srdeploy.runtime.bench.inputs import bench_image
-from srdeploy.runtime.bench.latency import Effort, bench
+from srdeploy.runtime.bench.latency import bench
+from srdeploy.runtime.bench.turns import Effort
 from srdeploy.runtime.engines.registry import open_engine
 
 LIMIT = 0.10

@@ -47,7 +47,9 @@ from srdeploy.models.networks.rcan import rcan_x4
 from srdeploy.models.networks.spec import NetworkConfig, network_of, spec_of
 from srdeploy.models.networks.srdensenet import srdensenet_all
 from srdeploy.runtime.bench.baselines import ON_GPU
-from srdeploy.runtime.bench.latency import Effort, bench, named
+from srdeploy.runtime.bench.latency import bench
+from srdeploy.runtime.bench.naming import named
+from srdeploy.runtime.bench.turns import Effort
 from srdeploy.runtime.engines.eager import open_eager
 from srdeploy.runtime.engines.gpu import why_no_gpu
 from srdeploy.runtime.engines.options import BuildOptions

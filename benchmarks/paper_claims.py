@@ -45,7 +45,7 @@ from srdeploy.models.networks.srdensenet import (
 )
 from srdeploy.runtime.bench.conditions import conditions
 from srdeploy.runtime.bench.inputs import bench_image
-from srdeploy.runtime.bench.latency import Effort, measure, statistics_of, why_unstable
+from srdeploy.runtime.bench.turns import Effort, measure, statistics_of, why_unstable
 from srdeploy.runtime.engines.eager import open_eager
 from srdeploy.runtime.engines.registry import open_engine
 from srdeploy.runtime.engines.timer import timed

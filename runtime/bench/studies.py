@@ -13,7 +13,8 @@ from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.runner import Runner
 from srdeploy.core.shapes import Shape
 from srdeploy.runtime.bench.inputs import bench_image
-from srdeploy.runtime.bench.latency import Effort, bench, measure
+from srdeploy.runtime.bench.latency import bench
+from srdeploy.runtime.bench.turns import Effort, measure
 from srdeploy.runtime.engines.timer import timed
 
 

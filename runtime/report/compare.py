@@ -1,4 +1,4 @@
-"""Two reports side by side: what got better, what got worse, and what got worse by more than is allowed."""
+"""Two reports side by side: what improved, what got worse, and what got worse by more than is allowed."""
 
 import math
 from collections.abc import Mapping
@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from srdeploy.core.sizes import format_bytes
+from srdeploy.runtime.bench.ratios import ratio_label
 
 Document = Mapping[str, Any]
 
@@ -15,12 +16,13 @@ class Tolerances:
     """How much worse the second report may be before it counts as a regression.
 
     Attributes:
-        fidelity_db: loss of fidelity, where it lies below `fidelity_ceiling_db`.
+        fidelity_db: loss of fidelity, where it is below `fidelity_ceiling_db`.
         psnr_db: loss of the Y PSNR change against ground truth.
-        latency: share by which a median may rise; only stable medians of one shape and machine are compared.
+        latency: share by which a duration may rise: a stable median, and the duration relative to the eager network.
+            A rise within the confidence intervals is no regression. Only one shape and machine are compared.
         size: share by which a file may grow.
         memory: share by which the memory of a run may grow.
-        fidelity_ceiling_db: above it fidelity is rounding noise, 120 dB or 130 dB tell nothing.
+        fidelity_ceiling_db: above it fidelity is rounding noise; 120 dB and 130 dB do not differ in quality.
     """
 
     fidelity_db: float = 0.5
@@ -38,8 +40,8 @@ class Change:
     Attributes:
         engine: its name; "(all)" for what concerns the whole report.
         what: which figure.
-        before, after: as words.
-        change: as words; empty where there is no difference to state.
+        before, after: both values, as text.
+        change: the difference, as text; empty where there is none to report.
         regression: worse by more than the tolerance.
     """
 
@@ -70,8 +72,8 @@ class Comparison:
 def compare(before: Document, after: Document, tolerances: Tolerances | None = None) -> Comparison:
     """Compare two reports, engine by engine, by name.
 
-    An engine that is missing from the second report, or stands worse there (passed, then failed), is a regression
-    whatever the tolerances say. An engine that is new in it is listed and never one.
+    An engine that is missing from the second report, or has a worse status there (passed, then failed), is a
+    regression whatever the tolerances are. An engine that is new in it is listed and never one.
     """
     tolerances = tolerances or Tolerances()
     old = {line["name"]: line for line in before["engines"]}
@@ -112,15 +114,32 @@ def _engine_changes(
             )
     for kind in ("end-to-end", "compute"):
         old, new = before["latency"].get(kind), after["latency"].get(kind)
-        if comparable and old and new and old["stable"]:
-            if not new["stable"]:
-                changes.append(Change(name, f"latency {kind}", _ms(old), "unstable", "", True))
-                continue
-            rise = new["median_ms"] / old["median_ms"] - 1.0
-            changes.append(
-                Change(name, f"latency {kind}", _ms(old), _ms(new), f"{rise:+.1%}", rise > tolerances.latency)
-            )
+        if comparable and old and new:
+            changes += _speed_changes(name, kind, old, new, tolerances.latency)
     return changes
+
+
+def _speed_changes(
+    name: str, kind: str, old: Mapping[str, Any], new: Mapping[str, Any], allowed: float
+) -> list[Change]:
+    """Compare the speed-up over the eager network, by the intervals of both sides, and the median in milliseconds."""
+    changes = []
+    intervals = all(latency.get("ratio_low") for latency in (old, new))
+    if intervals:
+        reach = math.hypot(*(math.log(entry["ratio_high"] / entry["ratio_low"]) / 2 for entry in (old, new)))
+        change = math.log(new["ratio"] / old["ratio"])
+        known = f"{math.expm1(change):+.1%}, {math.expm1(change - reach):+.1%} to {math.expm1(change + reach):+.1%}"
+        slower = -change > reach and math.expm1(-change) > allowed  # certainly slower, and by more than allowed
+        changes.append(Change(name, f"speed-up {kind}", _ratio(old), _ratio(new), known, slower))
+    if not old["stable"]:
+        return changes
+    if not new["stable"]:
+        changes.append(Change(name, f"latency {kind}", _ms(old), "unstable", "", not intervals))
+        return changes
+    rise = new["median_ms"] / old["median_ms"] - 1.0
+    doubt = math.hypot(*(entry.get("ci_share", 0.0) for entry in (old, new)))
+    worse = rise > max(allowed, doubt)
+    return [*changes, Change(name, f"latency {kind}", _ms(old), _ms(new), f"{rise:+.1%}", worse)]
 
 
 def _decibels(name: str, before: Mapping[str, Any], after: Mapping[str, Any], tolerances: Tolerances) -> list[Change]:
@@ -141,7 +160,7 @@ def _decibels(name: str, before: Mapping[str, Any], after: Mapping[str, Any], to
 
 
 def _newly_nan(before: float | str, after: float | str) -> bool:
-    """Outputs that were numbers and are not any more; what was broken before is no regression."""
+    """Return True if outputs were numbers and are not any more; what was broken before is no regression."""
     return math.isnan(float(after)) and not math.isnan(float(before))
 
 
@@ -150,7 +169,7 @@ def _shape(document: Document) -> str:
 
 
 def _machine(document: Document) -> str:
-    """Processor, number of cores and GPUs, as far as the bench states them."""
+    """Return processor, number of cores and GPUs, as far as the bench recorded them."""
     stated = document["bench"][0]["environment"]
     gpus = [str(gpu.get("name")) for gpu in stated.get("gpus") or ()]
     cores = [f"{stated['cpus']} cores"] if "cpus" in stated else []
@@ -159,6 +178,10 @@ def _machine(document: Document) -> str:
 
 def _db(value: float | str, digits: int = 1) -> str:
     return f"{float(value):.{digits}f} dB"
+
+
+def _ratio(latency: Mapping[str, Any]) -> str:
+    return ratio_label(latency["ratio"], latency["ratio_low"], latency["ratio_high"])
 
 
 def _ms(latency: Mapping[str, Any]) -> str:

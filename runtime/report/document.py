@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.precision import Precision
 from srdeploy.runtime.bench.conditions import conditions
-from srdeploy.runtime.bench.latency import NOT_MEASURED, BenchResult, Row
+from srdeploy.runtime.bench.latency import NOT_MEASURED, BenchResult, Fastest, Row, ratio_json
 from srdeploy.runtime.report.crops import Pictures, image_entries
 from srdeploy.runtime.verify.parity import VerifyResult
 
@@ -199,8 +199,9 @@ def _latency(row: Row, bench: BenchResult) -> dict[str, Any]:
         "p99_ms": statistics.p99_ms,
         "n": statistics.n,
         "cov": statistics.cov,
+        "ci_share": statistics.ci_share,
         "stable": row.stable,
-        "ratio": bench.ratio(row),
+        **ratio_json(bench.ratio(row)),
     }
 
 
@@ -210,47 +211,41 @@ def _verdict(lines: Sequence[Mapping[str, Any]], benches: Sequence[BenchResult])
         status = "failed" if counts["failed"] else "not-verified"
     else:
         status = "partial" if counts["left-out"] else "passed"
-    best, unsettled = _quickest(lines, "passed")
-    measured, unsettled_too = _quickest(lines, "measured") if best is None and not unsettled else (None, [])
-    tally = {"failed": "failed", "left-out": "left out", "not-run": "not run here", "measured": "measured, not judged"}
-    others = [f"{counts[key]} {words}" for key, words in tally.items() if counts[key]]
+    tally = {
+        "failed": "failed", "left-out": "excluded", "not-run": "not run here", "measured": "measured, not verified"
+    }  # fmt: skip
+    others = [f"{counts[key]} {label}" for key, label in tally.items() if counts[key]]
     sentences = [", ".join([f"{counts['passed']} of {len(lines)} engines passed", *others])]
-    if names := ", ".join(unsettled or unsettled_too):
-        sentences.append(f"No quickest is named, since the time of {names} did not settle: measure again with bench")
-    elif quickest := best or measured:
-        latency = quickest["latency"]["end-to-end"]
-        group = "them" if best else "those measured"
-        sentence = f"Quickest of {group}: {quickest['name']}, {latency['median_ms']:.3g} ms"
-        if latency["ratio"] is not None:
-            sentence += f", {latency['ratio']:.2f}x {benches[0].rows[0].runner.name}"
-        if best:
-            sentence += f", fidelity {best['fidelity_min_db']:.1f} dB"
-            if best["psnr_drop_db"] is not None:
-                sentence += f", PSNR change {-best['psnr_drop_db']:+.3f} dB"
-        sentences.append(sentence)
-    elif any(line["latency"] for line in lines) and not _settled(lines):
-        sentences.append("No latency settled on this machine while it was measured, so none is stated")
+    fastest = _fastest(lines, benches, "passed")
+    if compared := fastest or _fastest(lines, benches, "measured"):
+        sentences.append(_speed_sentence(compared, lines, benches[0]))
     return {
         "status": status,
         "headline": ". ".join(sentences) + ".",
-        "best": None if best is None else best["name"],
+        "best": None if fastest is None else fastest.name,
+        "equally_fast": [] if fastest is None else list(fastest.equals),
         "reasons": [f"{line['name']}: {reason}" for line in lines for reason in line["reasons"]],
     }
 
 
-def _settled(lines: Sequence[Mapping[str, Any]]) -> bool:
-    return any(latency["stable"] for line in lines for latency in line["latency"].values())
+def _fastest(lines: Sequence[Mapping[str, Any]], benches: Sequence[BenchResult], status: Status) -> Fastest | None:
+    return benches[0].fastest([line["name"] for line in lines if line["status"] == status]) if benches else None
 
 
-def _quickest(lines: Sequence[Mapping[str, Any]], status: Status) -> tuple[Mapping[str, Any] | None, list[str]]:
-    """Return the quickest engine of a status, or the names of those that may be quicker and whose time is unknown."""
-    timed = [line for line in lines if line["status"] == status and "end-to-end" in line["latency"]]
-    timed.sort(key=lambda line: float(line["latency"]["end-to-end"]["median_ms"]))
-    stable = [line["latency"]["end-to-end"]["stable"] for line in timed]
-    if not any(stable):
-        return None, []
-    first = stable.index(True)
-    return (None, [line["name"] for line in timed[:first]]) if first else (timed[0], [])
+def _speed_sentence(fastest: Fastest, lines: Sequence[Mapping[str, Any]], bench: BenchResult) -> str:
+    """Return what was found about speed: who is fastest, and by how much; with the quality of a verified engine."""
+    line = next(line for line in lines if line["name"] == fastest.name)
+    row = bench.row(fastest.name, "end-to-end")
+    base = bench.rows[0].runner.name
+    details = []
+    if row is not None and (ratio := bench.ratio(row)) is not None and fastest.name != base:
+        details.append(f"{ratio.label} the speed of {base}")
+    if line["fidelity_min_db"] is not None:
+        details.append(f"fidelity {line['fidelity_min_db']:.1f} dB")
+    if line["psnr_drop_db"] is not None:
+        details.append(f"PSNR change {-line['psnr_drop_db']:+.3f} dB")
+    subject = f"{fastest.name}: " if fastest.equals else ""
+    return fastest.sentence + (f" ({subject}{', '.join(details)})" if details else "")
 
 
 def _model(contract: ModelContract, checkpoint: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from srdeploy.core.extras import import_extra
 from srdeploy.core.sizes import format_bytes
 from srdeploy.runtime.bench.memory import LOWER_BOUND, ON_CPU
+from srdeploy.runtime.bench.ratios import listed, median_label, ratio_label
 from srdeploy.runtime.report import plots
 from srdeploy.runtime.report.crops import RAMP_CSS
 
@@ -19,20 +20,22 @@ _HERE = Path(__file__).parent
 _STATUS_WORDS = {
     "passed": "passed",
     "failed": "failed",
-    "measured": "not judged",
+    "measured": "not verified",
     "not-run": "not run here",
-    "left-out": "left out",
+    "left-out": "excluded",
 }
 _VERDICTS = {
     "passed": ("passed", "Passed"),
-    "partial": ("partial", "Passed, with engines left out"),
+    "partial": ("partial", "Passed, with engines excluded"),
     "failed": ("failed", "Failed"),
     "not-verified": ("partial", "Nothing verified"),
 }
 
 
-_NO_MEMORY = {"memory_bytes": None, "memory_note": "", "device_memory_bytes": None, "device_memory_note": ""}
-"""What a row of a report lacks that was written before these figures were kept."""
+_NEWER = {
+    "memory_bytes": None, "memory_note": "", "device_memory_bytes": None, "device_memory_note": "", "first_run_ms": None
+}  # fmt: skip
+"""What a row lacks in a report that was written before these figures were kept."""
 
 
 def page(document: Document, pictures: Mapping[str, bytes]) -> str:
@@ -71,7 +74,7 @@ def page(document: Document, pictures: Mapping[str, bytes]) -> str:
 
 def _values(document: Document, sources: Mapping[str, str], markup: Any) -> dict[str, Any]:
     verdict_class, verdict_words = _VERDICTS[document["verdict"]["status"]]
-    pareto = [plots.pareto_fidelity(document), plots.pareto_psnr(document)]
+    pareto = [plots.fidelity_over_speed(document), plots.psnr_over_speed(document)]
     drawn = [markup(drawing) for drawing in pareto if drawing]
     sensitivity = plots.sensitivity_bars(document)
     values: dict[str, Any] = {
@@ -144,10 +147,13 @@ def _figures(document: Document) -> list[tuple[str, str, str]]:
     if best is None:
         return []
     latency = best["latency"]["end-to-end"]
-    figures = [("Quickest engine", best["precision"].upper(), best["engine"])]
-    figures.append(("Latency, median", *_split(ms_words(latency["median_ms"]))))
+    equals = document["verdict"].get("equally_fast", ())
+    label = f"Fastest, with {listed(list(equals))}" if equals else "Fastest engine"
+    figures = [(label, best["precision"].upper(), best["engine"])]
     if latency["ratio"] is not None:
-        figures.append(("Speed", ratio_words(latency["ratio"]), document["bench"][0]["rows"][0]["runner"]["name"]))
+        value, _, interval = ratio_words(latency).partition(", ")
+        figures.append((f"Times {document['bench'][0]['rows'][0]['runner']['name']}", value, interval))
+    figures.append(("Latency, median", *_split(median_words(latency))))
     figures.append(("Fidelity", *_split(db_words(best["fidelity_min_db"]))))
     if best["psnr_drop_db"] is not None:
         figures.append(("Y PSNR change", *_split(change_words(best["psnr_drop_db"]))))
@@ -181,7 +187,7 @@ def _engines_caption(document: Document) -> str:
         return "No latency was measured."
     bench = document["bench"][0]
     base = bench["rows"][0]["runner"]["name"]
-    return f"Latency at {bench['shape']}; ratios to {base} in the same run, above 1 is faster."
+    return f"Measured at {bench['shape']}; speed-up over {base} in the same rounds, with the 95 % interval."
 
 
 def _memory_words(document: Document) -> str:
@@ -263,14 +269,16 @@ def _heat_words(engine: Mapping[str, Any]) -> str:
 
 def _bench(bench: Mapping[str, Any], markup: Any) -> dict[str, Any]:
     effort = bench["effort"]
-    drawings = [plots.latency_strips(bench, kind) for kind in ("end-to-end", "compute")]
+    kinds = ("end-to-end", "compute")
+    drawings = [draw(bench, kind) for draw in (plots.speedup_bars, plots.latency_strips) for kind in kinds]
     return {
         **bench,
-        "rows": [{**_NO_MEMORY, **row, "lower_bound": row.get("memory_note") == LOWER_BOUND} for row in bench["rows"]],
+        "rows": [{**_NEWER, **row, "lower_bound": row.get("memory_note") == LOWER_BOUND} for row in bench["rows"]],
         "plots": [markup(drawing) for drawing in drawings if drawing],
         "caption": (
-            f"Milliseconds per run; runners took turns, after {effort['warmup_runs']} or more warm-up runs and "
-            f"{effort['warmup_seconds']:g} s each. Ratio: {bench['rows'][0]['runner']['name']} over the row, same kind."
+            f"Runners took turns, after {effort['warmup_runs']} or more warm-up runs and "
+            f"{effort['warmup_seconds']:g} s each. Speed-up: how many times faster than "
+            f"{bench['rows'][0]['runner']['name']} in the same round, same kind: median over the rounds, 95 % interval."
         ),
     }
 
@@ -406,15 +414,21 @@ def ms_words(value: float) -> str:
 
 
 def median_words(latency: Mapping[str, Any] | None) -> str:
-    """Write a median, or why there is none."""
+    """Write a median; one that is not stable carries its uncertainty."""
     if not latency:
         return "–"
-    return ms_words(latency["median_ms"]) if latency["stable"] else "unstable"
+    if latency["stable"]:
+        return ms_words(latency["median_ms"])
+    if "ci_share" not in latency:  # written before intervals were kept
+        return "unstable"
+    return median_label(latency["median_ms"], latency["ci_share"], stable=False)
 
 
-def ratio_words(value: float | None) -> str:
-    """Write how many times faster."""
-    return "–" if value is None else f"{value:.2f}×"
+def ratio_words(latency: Mapping[str, Any] | None) -> str:
+    """Write how many times faster, with the interval: "5.1×, 4.9 to 5.3"."""
+    if not latency or latency["ratio"] is None:
+        return "–"
+    return ratio_label(latency["ratio"], latency.get("ratio_low"), latency.get("ratio_high")).replace("x", "×")
 
 
 def percent_words(value: float | str) -> str:

@@ -14,15 +14,9 @@ from srdeploy.core.errors import UnstableError, UsageError
 from srdeploy.core.precision import Precision
 from srdeploy.core.runner import RunnerInfo, TimedRunner
 from srdeploy.runtime.bench.inputs import bench_image
-from srdeploy.runtime.bench.latency import (
-    BenchResult,
-    Effort,
-    Row,
-    bench,
-    measure,
-    statistics_of,
-    why_unstable,
-)
+from srdeploy.runtime.bench.latency import BenchResult, Row, bench
+from srdeploy.runtime.bench.naming import ReopenedRunner, named
+from srdeploy.runtime.bench.turns import Effort, measure, statistics_of, why_unstable
 from srdeploy.runtime.engines.timer import timed
 
 SHORT = Effort(warmup_runs=1, warmup_seconds=0.0, min_runs=8, max_runs=12, seconds=0.3, tolerance=0.5, drift=0.5)
@@ -92,8 +86,9 @@ def test_compute_and_end_to_end_are_two_rows_with_their_own_ratios() -> None:
     assert isinstance(PreparedRunner("a", 0.0), TimedRunner)
     assert not isinstance(SleepingRunner("c", 0.0), TimedRunner)
     ratios = [result.ratio(row) for row in result.rows]
-    assert ratios[:2] == [1.0, 1.0]
-    assert ratios[2] == pytest.approx(2.0)
+    assert [ratio and ratio.value for ratio in ratios[:2]] == [1.0, 1.0]
+    assert ratios[2] is not None
+    assert ratios[2].value == pytest.approx(2.0)
 
 
 def test_candidates_take_turns() -> None:
@@ -106,6 +101,58 @@ def test_candidates_take_turns() -> None:
 
     assert calls == ["a", "b", *("abbaabbaabba"[:10])]
     assert [len(times) for times in durations] == [5, 5]
+
+
+def test_engines_that_can_be_opened_again_are_opened_several_times() -> None:
+    opened: list[SleepingRunner] = []
+
+    def opener() -> SleepingRunner:
+        opened.append(PreparedRunner("engine", 0.001))
+        return opened[-1]
+
+    effort = Effort(warmup_runs=1, warmup_seconds=0.0, min_runs=16, max_runs=16, seconds=0.0)
+    with ReopenedRunner(opener, "again") as runner:
+        result = bench([SleepingRunner("base", 0.002), runner], shape=SHAPE, effort=effort)
+
+    assert len(opened) == 8, "one opening per visit of two rounds"
+    assert [row.runner.name for row in result.rows] == ["base", "again", "again"]
+    assert [row["openings"] for row in result.to_json()["rows"]] == [1, 8, 8]
+    assert all(row.statistics.n == 16 for row in result.rows)
+    assert all(0 < result.first_run_ms[name] < 1e4 for name in ("base", "again"))
+    assert all(len(runner.slept_ms) >= 2 for runner in opened), "every opening was warmed up and measured"
+
+
+def test_engines_that_take_long_to_open_are_opened_once() -> None:
+    opened: list[SleepingRunner] = []
+
+    def opener() -> SleepingRunner:
+        time.sleep(0.2)
+        opened.append(PreparedRunner("engine", 0.0001))
+        return opened[-1]
+
+    with ReopenedRunner(opener) as runner:
+        bench([runner], shape=SHAPE, effort=Effort(1, 0.0, min_runs=16, max_runs=16, seconds=0.0))
+
+    assert len(opened) == 1
+
+
+def test_a_reopened_engine_is_closed_before_it_is_opened_again() -> None:
+    events: list[str] = []
+
+    class Noting(SleepingRunner):
+        def __exit__(self, *_: object) -> None:
+            events.append("closed")
+
+    def opener() -> Noting:
+        events.append("opened")
+        return Noting("engine", 0.0)
+
+    with named(ReopenedRunner(opener), "another name") as runner:
+        assert isinstance(runner, ReopenedRunner)
+        runner.reopen()
+        assert runner.info.name == "another name"
+
+    assert events == ["opened", "closed", "opened", "closed"]
 
 
 def test_measuring_ends_early_when_all_is_known() -> None:
@@ -182,7 +229,9 @@ def test_stable_rows_do_not_raise() -> None:
 
     result.require_stable()
     assert result.unstable == ()
-    assert result.ratio(row) == 1.0
+    ratio = result.ratio(row)
+    assert ratio is not None
+    assert ratio.label == "1.00x, 1.00 to 1.00"
     assert result.to_json()["rows"][0]["images_per_second"] == pytest.approx(100.0)
 
 

@@ -10,7 +10,7 @@ import pytest
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.precision import Precision
 from srdeploy.core.runner import MeteredRunner, RunnerInfo
-from srdeploy.runtime.bench.latency import Effort, bench, with_process_memory
+from srdeploy.runtime.bench.latency import bench, with_process_memory
 from srdeploy.runtime.bench.memory import (
     ALLOCATOR,
     LOWER_BOUND,
@@ -23,6 +23,7 @@ from srdeploy.runtime.bench.memory import (
     process_memory,
     run_memory,
 )
+from srdeploy.runtime.bench.turns import Effort
 from srdeploy.runtime.engines.eager import allocator_peak
 
 SHAPE = (1, 3, 4, 4)

@@ -8,8 +8,9 @@ from srdeploy.core.runner import RunnerInfo
 from srdeploy.core.shapes import ShapeProfile
 from srdeploy.models.checkpoint.load import LoadedCheckpoint, load_checkpoint
 from srdeploy.runtime.bench.conditions import conditions
-from srdeploy.runtime.bench.latency import Effort, named
+from srdeploy.runtime.bench.naming import named
 from srdeploy.runtime.bench.studies import machine_peak, scaling, stream_throughput, throughput
+from srdeploy.runtime.bench.turns import Effort
 from srdeploy.runtime.engines.eager import open_eager
 
 RCAN = Path(__file__).parents[2] / "data" / "checkpoints" / "yulunzhang_rcan_x2" / "RCAN_BIX2.pt"

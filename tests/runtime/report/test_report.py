@@ -5,7 +5,8 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,15 @@ from srdeploy.core.precision import Precision
 from srdeploy.core.runner import RunnerInfo
 from srdeploy.core.samples import Sample
 from srdeploy.core.sizes import format_bytes
-from srdeploy.runtime.bench.latency import BenchResult, Effort, Row, statistics_of
+from srdeploy.runtime.bench.latency import BenchResult, Row
 from srdeploy.runtime.bench.memory import Memory
+from srdeploy.runtime.bench.turns import Effort, statistics_of, why_unstable
 from srdeploy.runtime.report import plots
 from srdeploy.runtime.report.compare import Tolerances, compare
 from srdeploy.runtime.report.crops import Pictures, heat_map, heat_peak
 from srdeploy.runtime.report.document import EngineEntry, jsonable, report_document
-from srdeploy.runtime.report.page import change_words, db_words, difference_words, size_words
-from srdeploy.runtime.report.svg import Axis, Plot, linear_ticks, log_ticks, number
+from srdeploy.runtime.report.figure import label_points, new_figure, series_color, svg_of, tick_label
+from srdeploy.runtime.report.page import change_words, db_words, difference_words, median_words, ratio_words, size_words
 from srdeploy.runtime.report.write import read_report, schema, write_report
 from srdeploy.runtime.verify.parity import Gates, VerifyResult, verify
 
@@ -71,6 +73,14 @@ def judged(engine: Enlarger, gates: Gates | None = None) -> VerifyResult:
         truth = np.repeat(np.repeat(picture[0].transpose(1, 2, 0), 2, 0), 2, 1) * 254
         samples.append(Sample(name, picture, np.rint(truth).astype(np.uint8)))
     return verify(engine, Enlarger("eager fp32"), samples, gates=gates, keep_views=2)
+
+
+def spread(name: str, times: NDArray[np.float64]) -> Row:
+    """A row of stated durations, with its own verdict on the median."""
+    found = row(name, 1.0)
+    statistics = statistics_of(list(times))
+    reason = why_unstable(statistics, Effort())
+    return replace(found, statistics=statistics, times_ms=tuple(times), stable=reason is None, why_unstable=reason)
 
 
 def row(name: str, median: float, *, stable: bool = True) -> Row:
@@ -135,7 +145,10 @@ def test_the_document_says_what_was_found(document: dict[str, Any]) -> None:
 
     assert document["verdict"]["status"] == "partial"
     assert document["verdict"]["best"] == "openvino int8"
-    assert "2 of 4 engines passed, 1 left out, 1 not run here" in document["verdict"]["headline"]
+    assert document["verdict"]["headline"].startswith(
+        "2 of 4 engines passed, 1 excluded, 1 not run here. openvino int8 is the fastest ("
+    )
+    assert document["verdict"]["equally_fast"] == []
     assert lines["openvino fp32"]["status"] == "passed"
     assert lines["openvino fp32"]["latency"]["end-to-end"]["ratio"] == pytest.approx(3.0, rel=0.05)
     assert lines["onnxruntime int8"]["fidelity_min_db"] == "nan"
@@ -167,50 +180,44 @@ def test_what_was_only_measured_is_not_called_not_run() -> None:
 
     assert document["engines"][0]["status"] == "measured"
     assert document["verdict"]["status"] == "not-verified"
-    headline = document["verdict"]["headline"]
-    assert headline.startswith(
-        "0 of 1 engines passed, 1 measured, not judged. Quickest of those measured: openvino fp32"
+    assert document["verdict"]["headline"].startswith(
+        "0 of 1 engines passed, 1 measured, not verified. openvino fp32 is the fastest ("
     )
     assert document["verdict"]["best"] is None
 
 
-def test_of_engines_only_measured_none_is_called_the_quickest_either_beside_one_that_did_not_settle() -> None:
+def verified(bench: BenchResult, names: Sequence[str]) -> dict[str, Any]:
+    entries = [EngineEntry(name, name.split()[0], Precision.FP32, verify=judged(Enlarger(name))) for name in names]
+    return report_document(title="t", contract=contract(), engines=entries, bench=bench)
+
+
+def test_engines_that_cannot_be_told_apart_are_named_together() -> None:
     names = ("openvino fp32", "onnxruntime fp32")
-    entries = [EngineEntry(name, name.split()[0], Precision.FP32, measured=True) for name in names]
-    rows = (row("eager fp32", 90.0), row(names[0], 30.0, stable=False), row(names[1], 50.0))
-
-    verdict = report_document(
-        title="t", contract=contract(), engines=entries, bench=BenchResult((1, 3, 60, 80), Effort(), rows)
-    )["verdict"]
-
-    assert "No quickest is named, since the time of openvino fp32" in verdict["headline"]
-
-
-def test_a_machine_too_busy_to_measure_is_said_first() -> None:
-    entry = EngineEntry("openvino fp32", "openvino", Precision.FP32, verify=judged(Enlarger("openvino fp32")))
-    rows = (row("eager fp32", 90.0, stable=False), row("openvino fp32", 30.0, stable=False))
-
-    document = report_document(
-        title="t", contract=contract(), engines=[entry], bench=BenchResult((1, 3, 60, 80), Effort(), rows)
+    noise = np.random.default_rng(3).uniform(0.8, 1.25, (2, 30))
+    rows = (
+        row("eager fp32", 90.0),
+        *(spread(name, 30.0 * factors) for name, factors in zip(names, noise, strict=True)),
     )
 
-    assert "1 of 1 engines passed. No latency settled on this machine" in document["verdict"]["headline"]
+    verdict = verified(BenchResult((1, 3, 60, 80), Effort(), rows), names)["verdict"]
+
+    assert {verdict["best"], *verdict["equally_fast"]} == set(names)
+    assert "are equally fast here (" in verdict["headline"]
 
 
-@pytest.mark.parametrize(("unsettled_ms", "named"), [(30.0, False), (70.0, True)], ids=["quicker", "slower"])
-def test_no_engine_is_called_the_quickest_beside_a_quicker_one_whose_time_did_not_settle(
-    unsettled_ms: float, named: bool
-) -> None:
+def test_a_busy_machine_still_has_a_fastest_engine_and_every_point_with_its_bar() -> None:
     names = ("openvino fp32", "onnxruntime fp32")
-    entries = [EngineEntry(name, name.split()[0], Precision.FP32, verify=judged(Enlarger(name))) for name in names]
-    rows = (row("eager fp32", 90.0), row(names[0], unsettled_ms, stable=False), row(names[1], 50.0))
+    busy = np.exp(np.random.default_rng(4).standard_normal(30) * 0.5)  # slows all runners of a round alike
+    rows = (spread("eager fp32", 90.0 * busy), spread(names[0], 30.0 * busy), spread(names[1], 45.0 * busy))
 
-    verdict = report_document(
-        title="t", contract=contract(), engines=entries, bench=BenchResult((1, 3, 60, 80), Effort(), rows)
-    )["verdict"]
+    document = verified(BenchResult((1, 3, 60, 80), Effort(), rows), names)
 
-    assert (verdict["best"] == "onnxruntime fp32") is named
-    assert ("No quickest is named, since the time of openvino fp32" in verdict["headline"]) is not named
+    assert not any(line["latency"]["end-to-end"]["stable"] for line in document["engines"])
+    assert document["verdict"]["best"] == "openvino fp32"
+    assert "3.00x, 3.00 to 3.00 the speed of eager fp32" in document["verdict"]["headline"]
+    drawing = plots.fidelity_over_speed(document)
+    assert drawing is not None
+    assert all(f'<g id="engine-{index}-fidelity"><title>{name}: ' in drawing for index, name in enumerate(names))
 
 
 def test_the_page_shows_memory_floors_coverage_and_records(document: dict[str, Any], tmp_path: Path) -> None:
@@ -315,7 +322,8 @@ def test_the_page_loads_nothing_and_escapes_names(document: dict[str, Any], tmp_
     assert "street &lt;b&gt;" in html
     assert "street <b>" not in html
     assert "default-src 'none'" in html
-    for forbidden in ("http://", "https://", "url(", "@import", '<link rel="stylesheet'):
+    assert set(re.findall(r"url\((.)", html)) == {"#"}, "clip paths of the page itself"
+    for forbidden in ("http://", "https://", "@import", '<link rel="stylesheet'):
         assert forbidden not in html, forbidden
 
 
@@ -355,12 +363,12 @@ def test_the_page_in_a_browser(document: dict[str, Any], tmp_path: Path, browser
     page.goto(page_file.as_uri())
 
     assert page.locator("h1").text_content() == "rcan_x2.srd"
-    assert page.locator("#verdict .badge").first.text_content() == "Passed, with engines left out"
+    assert page.locator("#verdict .badge").first.text_content() == "Passed, with engines excluded"
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(16, 19, 24)"
     assert dark is (scheme == "dark")
     drawn = [plot.bounding_box() for plot in page.locator("svg.plot").all()]
-    assert len(drawn) == 8  # two trade-offs, latency, scaling, throughput, streams, search, sensitivity
+    assert len(drawn) == 9  # two trade-offs, speed-up, latency, scaling, throughput, streams, search, sensitivity
     assert [row.text_content() for row in page.locator("#search tbody th").all()] == ["1", "2", "3taken"]
     assert all(box is not None and box["width"] > 300 and box["height"] > 100 for box in drawn)
     pictures = page.locator("img").all()
@@ -443,8 +451,9 @@ def _slower(line: dict[str, Any]) -> None:
     line["latency"]["end-to-end"]["median_ms"] *= 1.2
 
 
-def _noisier(line: dict[str, Any]) -> None:
-    line["latency"]["end-to-end"]["stable"] = False
+def _slower_than_eager(line: dict[str, Any]) -> None:
+    for key in ("ratio", "ratio_low", "ratio_high"):
+        line["latency"]["end-to-end"][key] /= 1.2
 
 
 @pytest.mark.parametrize(
@@ -458,9 +467,9 @@ def _noisier(line: dict[str, Any]) -> None:
         (lambda line: line.update(device_memory_bytes=int(line["device_memory_bytes"] * 1.5)), "GPU memory"),
         (lambda line: line.update(status="failed"), "status"),
         (_slower, "latency end-to-end"),
-        (_noisier, "latency end-to-end"),
+        (_slower_than_eager, "speed-up end-to-end"),
     ],
-    ids=["fidelity", "nan", "psnr", "size", "memory", "gpu-memory", "status", "slower", "unstable"],
+    ids=["fidelity", "nan", "psnr", "size", "memory", "gpu-memory", "status", "slower", "slower-than-eager"],
 )
 def test_each_regression_is_seen_and_its_reverse_is_not(document: dict[str, Any], change: Any, what: str) -> None:
     after = copy.deepcopy(document)
@@ -470,6 +479,30 @@ def test_each_regression_is_seen_and_its_reverse_is_not(document: dict[str, Any]
 
     assert [(entry.engine, entry.what) for entry in forward.regressions] == [("openvino int8", what)]
     assert backward.regressions == () or after["engines"][1]["fidelity_min_db"] == "nan"
+
+
+def test_a_change_within_the_intervals_is_no_regression(document: dict[str, Any]) -> None:
+    before = copy.deepcopy(document)
+    before["engines"][1]["latency"]["end-to-end"].update(ratio_low=6.0, ratio_high=11.0, stable=False)
+    after = copy.deepcopy(before)
+    _slower_than_eager(after["engines"][1])
+
+    comparison = compare(before, after)
+
+    assert comparison.regressions == ()
+    changes = [entry for entry in comparison.changes if entry.what == "speed-up end-to-end"]
+    change = next(entry for entry in changes if entry.engine == "openvino int8")
+    assert change.change.startswith("-16.7%, -")
+
+
+def test_a_median_that_became_unstable_is_a_regression_only_without_speed_ups(document: dict[str, Any]) -> None:
+    after = copy.deepcopy(document)
+    after["engines"][1]["latency"]["end-to-end"]["stable"] = False
+    older = copy.deepcopy(document)
+    del older["engines"][1]["latency"]["end-to-end"]["ratio_low"]
+
+    assert compare(document, after).regressions == ()
+    assert [entry.after for entry in compare(older, after).regressions] == ["unstable"]
 
 
 def test_tolerances_are_obeyed(document: dict[str, Any]) -> None:
@@ -519,33 +552,44 @@ def test_latency_of_another_machine_is_not_compared(document: dict[str, Any]) ->
         (difference_words, 2 / 255, "2 levels"), (difference_words, 1 / 255, "1 level"),
         (difference_words, 1e-6, "1.0e-06 of 1"),
         (size_words, 1_234_567, "1.18 MiB"), (size_words, 12, "12 B"), (size_words, None, "–"),
-        (number, 20000.0, "20k"), (number, 0.02, "0.02"), (number, 3e6, "3M"), (number, 0.0, "0"),
+        (tick_label, 20000.0, "20k"), (tick_label, 0.02, "0.02"), (tick_label, 3e6, "3M"), (tick_label, 0.0, "0"),
+        (ratio_words, {"ratio": 5.13, "ratio_low": 4.91, "ratio_high": 5.31}, "5.1×, 4.9 to 5.3"),
+        (ratio_words, {"ratio": 5.13}, "5.13×"), (ratio_words, None, "–"),
+        (median_words, {"median_ms": 24.0, "stable": False, "ci_share": 0.12}, "24 ms ±12 %"),
+        (median_words, {"median_ms": 24.0, "stable": False}, "unstable"),
     ],
 )  # fmt: skip
 def test_numbers_as_words(write: Any, value: Any, words: str) -> None:
     assert write(value) == words
 
 
-def test_ticks_are_round_and_inside() -> None:
-    assert linear_ticks(0, 10) == [0, 2, 4, 6, 8, 10]
-    assert log_ticks(1, 100) == [1, 2, 5, 10, 20, 50, 100]
-    assert log_ticks(1e-1, 1e4) == [0.1, 1, 10, 100, 1000, 10000]
-
-
 def test_the_front_joins_what_nothing_beats() -> None:
-    assert plots._front([(10, 50), (20, 40), (30, 60), (5, 30)]) == [(5, 30), (10, 50), (30, 60)]
+    assert plots._front([(3, 50), (2, 60), (2.5, 40), (5, 30)]) == [(5, 30), (3, 50), (2, 60)]
+
+
+def test_a_drawing_follows_the_theme_and_holds_no_markup_of_names() -> None:
+    figure, axes = new_figure(2)
+    axes.plot([1, 2], [1, 2], "o", color=series_color(9), gid="dot")
+
+    drawing = svg_of(figure, "a <b>", [("dot", "1 < 2")])
+
+    assert re.findall("#[0-9a-f]{6}", drawing) == [], "every color comes from the style sheet"
+    assert "var(--s1)" in drawing
+    assert "<style" not in drawing
+    assert "font-family" not in drawing
+    assert '<g id="dot"><title>1 &lt; 2</title>' in drawing
+    assert drawing.startswith('<svg class="plot" role="img" aria-label="a &lt;b&gt;" viewBox="0 0 518.4 144">')
 
 
 def test_a_label_covers_no_other_dot() -> None:
-    plot = Plot("two near dots", Axis("x", 0, 100), Axis("y", 0, 100))
-    plot.point(50, 50, series=0, label="a long label over the next dot")
-    plot.point(60, 50, series=1, label="b")
+    _, axes = new_figure(4)
+    axes.set(xlim=(0, 100), ylim=(0, 100))
 
-    drawn = plot.svg()
+    label_points(axes, [(50, 50, "a long label over the next dot", "#010101"), (60, 50, "b", "#010101")])
 
-    dot = float(re.search(r'<circle class="dot s1" cx="[\d.]+" cy="([\d.]+)"', drawn)[1])
-    label = float(re.search(r'<text class="label s0" x="[\d.]+" y="([\d.]+)"', drawn)[1])
-    assert label - dot >= 16
+    first, second = (text.xyann[1] for text in axes.texts)
+    assert abs(first) >= 12, "moved below the second dot"
+    assert second == 0
 
 
 def test_heat_maps_show_scale_and_nan() -> None:
