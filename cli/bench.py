@@ -34,7 +34,8 @@ from srdeploy.core.sizes import format_bytes
 
 if TYPE_CHECKING:
     from srdeploy.models.checkpoint.load import LoadedCheckpoint
-    from srdeploy.runtime.bench.latency import BenchResult, Effort, Row
+    from srdeploy.runtime.bench.latency import BenchResult, Row
+    from srdeploy.runtime.bench.turns import Effort
 
 EXAMPLE = example(
     """
@@ -43,7 +44,20 @@ srdeploy bench model.onnx --against rcan_x2.pt --shape 1x3x64x64 --sizes 32,64,1
 """
 )
 
-HEADERS = ("runner", "measured", "median ms", "p90", "p99", "min", "images/s", "ratio", "CoV", "runs", "memory")
+HEADERS = (
+    "runner",
+    "measured",
+    "speed-up",
+    "median",
+    "p90 ms",
+    "p99",
+    "min",
+    "first",
+    "images/s",
+    "CoV",
+    "runs",
+    "memory",
+)
 
 EAGER_BASELINES = ("eager", "channels-last", "half", "autocast", "compile", "aot")
 ENGINE_BASELINES = ("onnxruntime", "openvino-f32", "openvino")
@@ -83,10 +97,10 @@ class BenchOptions:
         default=5.0,
         show_default=True,
         metavar="%",
-        help="Maximum half width of a stable median's confidence interval.",
+        help="Maximum half width of the 95 % interval of a speed-up, and of a stable median.",
     )
     allow_unstable: bool = option(
-        "--allow-unstable", default=False, help="Do not fail on unstable medians; they stay unprinted."
+        "--allow-unstable", default=False, help="Do not fail on speed-ups that are not known to --tolerance."
     )
     batches: tuple[int, ...] | None = option(
         "--batches", type=NUMBERS, default=None, help="Also: throughput over these batch sizes."
@@ -114,7 +128,8 @@ def command(options: BenchOptions) -> None:
 
     The eager network runs on the device of the engines. Every runner is warmed up, then they take turns, so that a
     slow moment of the machine affects all of them. Rows state "compute" (the network alone) or "end-to-end" (numpy to
-    numpy). A median that is not known to --tolerance is not printed, and the command ends with exit code 7.
+    numpy). Speed-ups compare what ran in the same round and carry a 95 % interval; one that is wider than --tolerance
+    ends the command with exit code 7. A median that is not known to --tolerance carries its uncertainty.
     """
     from srdeploy.cli.pipeline.measure import measure_groups, with_process_memories
 
@@ -141,13 +156,13 @@ def command(options: BenchOptions) -> None:
         if not options.allow_unstable:
             result.require_stable()
         for row in result.unstable:
-            warning_line(f"{row.runner.name} ({row.kind}) is unstable: {row.why_unstable}")
+            warning_line(f"median of {row.runner.name} ({row.kind}) is unstable: {row.why_unstable}")
     files_given = map(str, options.candidates)
     next_command("srdeploy", "verify", *files_given, "--against", str(options.checkpoint), "--images", "IMAGES")
 
 
 def _effort(options: BenchOptions) -> "Effort":
-    from srdeploy.runtime.bench.latency import Effort
+    from srdeploy.runtime.bench.turns import Effort
 
     return Effort(
         warmup_seconds=options.warmup_seconds,
@@ -232,7 +247,7 @@ def _engine_baselines(
     from srdeploy.core.extras import is_installed
     from srdeploy.core.onnx_file import read_graph
     from srdeploy.core.precision import Precision
-    from srdeploy.runtime.bench.latency import named
+    from srdeploy.runtime.bench.naming import named
     from srdeploy.runtime.engines.openvino import open_native
     from srdeploy.runtime.engines.registry import open_engine
 
@@ -322,7 +337,10 @@ def _show(results: "Sequence[BenchResult]", studies: dict[str, Any], *, markdown
         headers = [*HEADERS, "GPU memory"] if _on_gpu(result) else list(HEADERS)
         base = result.rows[0].runner
         _print(
-            f"latency at {format_shape(result.shape)}, ratio to {base.name} on {base.device}", headers, rows, markdown
+            f"latency at {format_shape(result.shape)}, speed-up over {base.name} on {base.device}",
+            headers,
+            rows,
+            markdown,
         )
     for name, study in studies.items():
         steps, lines = _study_table(name, study)
@@ -345,12 +363,13 @@ def _row(result: "BenchResult", row: "Row") -> list[str]:
     cells = [
         row.runner.name,
         row.kind,
-        f"{numbers.median_ms:.3g}" if row.stable else "unstable",
+        "" if ratio is None else ratio.label,
+        row.median_label,
         f"{numbers.p90_ms:.3g}",
         f"{numbers.p99_ms:.3g}",
         f"{numbers.min_ms:.3g}",
+        f"{result.first_run_ms[row.runner.name]:.3g}" if row.runner.name in result.first_run_ms else "",
         f"{1000 * result.shape[0] / numbers.median_ms:.3g}" if row.stable else "",
-        f"{ratio:.2f}" if ratio is not None and row.stable else "",
         f"{numbers.cov:.1%}",
         str(numbers.n),
         "" if memory.process_bytes is None else format_bytes(memory.process_bytes),

@@ -115,7 +115,7 @@ def examples_folder(given: Path | None) -> Path:
 def _deploy(examples: Path, bundle: Path, checkpoint: str, progress: Progress) -> "Outcome":
     from srdeploy.cli.pipeline.deploy import deploy
     from srdeploy.cli.pipeline.types import DeployOptions
-    from srdeploy.runtime.bench.latency import Effort
+    from srdeploy.runtime.bench.turns import Effort
 
     options = DeployOptions(
         checkpoint=examples / checkpoint,

@@ -43,15 +43,19 @@ def show(outcome: "Outcome") -> None:
     references = [
         row for result in outcome.benches if (row := result.row(result.rows[0].runner.name, "end-to-end")) is not None
     ]
-    rows = [[_reference_name(row), "reference", "", "", _latency(row), "1.00x"] for row in references]
+    rows = [[_reference_name(row), "reference", "", "", "1.00x", row.median_label] for row in references]
     rows += [_row(engine, outcome) for engine in outcome.engines]
     rows += [[outcome.name_of(left), "left out", "", "", "", ""] for left in outcome.left_out]
     measured = ""
     if references:
         devices = " and ".join("the CPU" if row.runner.device == "cpu" else row.runner.device for row in references)
         measured = f", {format_shape(outcome.benches[0].shape)} on {devices}"
-    headers = ["engine", "verdict", "fidelity dB", "PSNR change dB", "median ms", "speed-up"]
+    headers = ["engine", "verdict", "fidelity dB", "PSNR change dB", "speed-up", "median"]
     table(f"{outcome.bundle}{measured}", headers, rows)
+    names = [f"{engine.engine} {engine.precision}" for engine in outcome.engines]
+    for result in outcome.benches:
+        if (fastest := result.fastest(names)) is not None:
+            console.print(fastest.sentence, markup=False)
     for left in outcome.left_out:
         warning_line(f"{outcome.name_of(left)} was left out ({left.stage}): {left.reason}")
     console.print(f"report: {outcome.bundle / 'report' / 'report.html'}", soft_wrap=True, markup=False)
@@ -97,25 +101,24 @@ def _row(engine: "BundleEngine", outcome: "Outcome") -> list[str]:
         return [name, "built, not run here", checked, "", "", ""]
     drop = _drop(engine, outcome)
     fidelity = "" if engine.fidelity_db is None else f"{engine.fidelity_db:.1f}"
-    speedup = "" if engine.speedup is None else f"{engine.speedup:.2f}x"
-    row = next((row for result in outcome.benches if (row := result.row(name, "end-to-end"))), None)
+    speedup = median = ""
+    for result in outcome.benches:
+        row = result.row(name, "end-to-end")
+        if row is not None and (ratio := result.ratio(row)) is not None:
+            speedup, median = ratio.label, row.median_label
     return [
         name,
         "passed",
         fidelity,
         "" if drop is None else f"{round(-drop, 3) + 0.0:+.3f}",
-        "" if row is None else _latency(row),
         speedup,
+        median,
     ]
 
 
 def _drop(engine: "BundleEngine", outcome: "Outcome") -> float | None:
     result = outcome.verdicts.get(outcome.name_of(engine))
     return None if result is None else result.psnr_drop_db
-
-
-def _latency(row: "Row") -> str:
-    return f"{'' if row.stable else '~'}{row.statistics.median_ms:.2f}"
 
 
 def _reference_name(row: "Row") -> str:

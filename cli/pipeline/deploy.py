@@ -18,7 +18,7 @@ from srdeploy.cli.pipeline.types import DeployOptions, Outcome, Work
 from srdeploy.cli.pipeline.verify import verify_engines
 from srdeploy.core.artifact import atomic_folder
 from srdeploy.core.progress import Progress
-from srdeploy.runtime.bench.latency import Effort
+from srdeploy.runtime.bench.turns import Effort
 
 
 def deploy(options: DeployOptions, progress: Progress, *, effort: Effort | None = None) -> Outcome:

@@ -1,6 +1,7 @@
 """The last stage of `deploy`: remove what failed, and write the report, reproduce.sh and the bundle's manifest."""
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 
 from srdeploy.calibration.images.dataset import CalibrationSet
@@ -47,10 +48,8 @@ def finish(
     kept = [candidate for candidate in candidates if verdicts.accepts(candidate)]
     _drop_failed(work, [candidate for candidate in candidates if candidate not in kept], verdicts)
     _drop_graphs(work, {entry.onnx for entry in kept}, verdicts)
-    ranked = sorted(
-        ((_bundle_engine(entry, verdicts, benches), entry) for entry in kept), key=lambda pair: _rank(pair[0])
-    )
-    engines, kept = [engine for engine, _ in ranked], [entry for _, entry in ranked]
+    kept = sorted(kept, key=partial(_rank, benches=benches))
+    engines = [_bundle_engine(entry, verdicts, benches) for entry in kept]
     versions = package_versions(_DISTRIBUTIONS)
     source = Source("checkpoint", checkpoint.path.name, checkpoint.sha256)
     lines = reproducing_lines(
@@ -116,6 +115,7 @@ def _bundle_engine(candidate: Candidate, verdicts: Verdicts, benches: Sequence[B
     verdict = verdicts.by_name.get(candidate.name)
     measured = [(result, row) for result in benches if (row := result.row(candidate.name, "end-to-end"))]
     bench, row = measured[0] if measured else (None, None)
+    ratio = None if row is None or bench is None else bench.ratio(row)
     return BundleEngine(
         file=candidate.file,
         engine=candidate.engine,
@@ -123,14 +123,18 @@ def _bundle_engine(candidate: Candidate, verdicts: Verdicts, benches: Sequence[B
         verified=verdict is not None,
         fidelity_db=None if verdict is None else verdict.min_fidelity_db,
         latency_ms=None if row is None else round(row.statistics.median_ms, 4),
-        speedup=None if row is None or bench is None else bench.ratio(row),
+        speedup=None if ratio is None else ratio.value,
         device=candidate.device,
     )
 
 
-def _rank(engine: BundleEngine) -> tuple[bool, float]:
+def _rank(candidate: Candidate, benches: Sequence[BenchResult]) -> tuple[bool, float]:
     """Order engines: first those that cannot run here (they are for a faster machine), then the fastest."""
-    return engine.latency_ms is not None, engine.latency_ms or 0.0
+    for bench in benches:
+        row = bench.row(candidate.name, "end-to-end")
+        if row is not None:
+            return True, bench.typical_ms(row)
+    return False, 0.0
 
 
 def _write_report(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from srdeploy.cli.pipeline.engines import threads_for
@@ -13,7 +14,9 @@ from srdeploy.core.shapes import Shape, format_shape
 from srdeploy.models.checkpoint.load import LoadedCheckpoint
 from srdeploy.runtime.bench.baselines import default_baselines, open_baselines
 from srdeploy.runtime.bench.conditions import conditions
-from srdeploy.runtime.bench.latency import BenchResult, Effort, bench, named, with_process_memory
+from srdeploy.runtime.bench.latency import BenchResult, bench, with_process_memory
+from srdeploy.runtime.bench.naming import measured_runner
+from srdeploy.runtime.bench.turns import Effort
 from srdeploy.runtime.engines.registry import open_engine
 
 Baselines = Callable[[str], Sequence[Runner]]
@@ -78,13 +81,14 @@ def measure_engines(
     with ExitStack() as stack:
         runners: list[Runner] = []
         for candidate in candidates:
-            runner = open_engine(
+            opener = partial(
+                open_engine,
                 work.folder / candidate.file,
                 engine=candidate.engine,
                 device=candidate.device,
                 threads=threads_for(candidate.engine, threads),
             )
-            runners.append(named(stack.enter_context(runner), candidate.name))
+            runners.append(stack.enter_context(measured_runner(opener, candidate.name)))
 
         def baselines(device: str) -> Sequence[Runner]:
             # On the CPU the other forms cost minutes and are not faster than the engines; `bench` measures them.
@@ -100,7 +104,6 @@ def measure_engines(
     }
     results = with_process_memories(results, files, threads)
     report.append(f"{sum(map(len, groups))} networks in turns at {format_shape(shape)}")
-    unstable = sum(len(result.unstable) for result in results)
-    if unstable:
-        report.append(f"{unstable} of {sum(len(result.rows) for result in results)} medians are unstable (marked ~)")
+    names = [candidate.name for candidate in candidates]
+    report += [fastest.sentence for result in results if (fastest := result.fastest(names)) is not None]
     return tuple(results)

@@ -10,7 +10,7 @@ from srdeploy.cli.console import warning_line
 from srdeploy.core.errors import InputError
 from srdeploy.core.precision import Target
 from srdeploy.core.runner import Runner
-from srdeploy.runtime.bench.latency import named
+from srdeploy.runtime.bench.naming import measured_runner, named
 from srdeploy.runtime.engines.registry import open_engine
 
 if TYPE_CHECKING:
@@ -38,7 +38,9 @@ def open_candidates(
     contract = loaded.contract()
     runners: list[Runner] = []
     for path in candidates:
-        runner = stack.enter_context(open_engine(path, engine=engine, device=device, threads=threads, parity=parity))
+        opener = partial(open_engine, path, engine=engine, device=device, threads=threads, parity=parity)
+        # A comparison opens an engine once; a measurement may open it several times.
+        runner = stack.enter_context(opener() if parity else measured_runner(opener))
         found = runner.info.contract
         if (found.scale, found.colours, found.trim) != (contract.scale, contract.colours, contract.trim):
             raise InputError(

@@ -18,7 +18,7 @@ from srdeploy.core.precision import Precision
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.runner import Runner
 from srdeploy.core.samples import Sample, SampleFolder
-from srdeploy.runtime.bench.latency import named
+from srdeploy.runtime.bench.naming import named
 from srdeploy.runtime.engines.eager import open_eager
 from srdeploy.runtime.engines.registry import open_engine
 from srdeploy.runtime.verify.parity import Gates, VerifyResult, verify_all

@@ -96,7 +96,6 @@ class BenchResult:
         environment: the machine and its state, see `srdeploy.runtime.bench.conditions`.
         first_run_ms: by runner name, the first run at this shape: allocation, kernel selection, compilation.
         openings: by runner name, how many times it was opened; runners that are not named were opened once.
-        skipped: baselines that could not be measured, with the reason.
     """
 
     shape: Shape
@@ -106,7 +105,6 @@ class BenchResult:
     environment: Mapping[str, Any] = field(default_factory=dict)
     first_run_ms: Mapping[str, float] = field(default_factory=dict)
     openings: Mapping[str, int] = field(default_factory=dict)
-    skipped: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def unstable(self) -> tuple[Row, ...]:
@@ -134,13 +132,21 @@ class BenchResult:
         """Return how many times faster a row is than another of the same kind, round by round."""
         return ratio_of_rounds(base.times_ms, row.times_ms, visit=self.effort.visit)
 
+    def typical_ms(self, row: Row) -> float:
+        """Return the first runner's median divided by the speed-up of a row: the latency to rank engines by.
+
+        A median of its own ranks a row by the moments in which it happened to run; this one by the rounds it shared.
+        """
+        ratio = self.ratio(row)
+        base = self.row(self.rows[0].runner.name, row.kind)
+        return row.statistics.median_ms if ratio is None or base is None else base.statistics.median_ms / ratio.value
+
     def fastest(self, names: Sequence[str], kind: Kind = "end-to-end") -> Fastest | None:
         """Return the fastest of some runners and those that cannot be told from it; None when none was measured."""
         rows = [row for name in names if (row := self.row(name, kind)) is not None]
         if not rows:
             return None
-        base = rows[0]
-        leader = max(rows, key=lambda row: self.compare(row, base).value)
+        leader = min(rows, key=self.typical_ms)
         rivals = [row for row in rows if row is not leader and not self.compare(leader, row).decided]
         return Fastest(leader.runner.name, tuple(row.runner.name for row in rivals))
 
@@ -164,7 +170,6 @@ class BenchResult:
             "shape": format_shape(self.shape),
             "effort": {**asdict(self.effort), "visit": self.effort.visit},
             "rows": [self._row_json(row) for row in self.rows],
-            "skipped": dict(self.skipped),
             "environment": dict(self.environment),
         }
 

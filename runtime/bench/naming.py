@@ -50,6 +50,15 @@ class _NamedTimed(_Named):
         return self._runner.prepare(feeds)
 
 
+def measured_runner(opener: Callable[[], Runner], name: str | None = None) -> Runner:
+    """Open an engine to measure it: a `TimedRunner` on a CPU as `ReopenedRunner`, which may be opened several times.
+
+    Engines on a GPU are opened once: their buffers come from an allocator of their own, and opening takes long.
+    """
+    runner = ReopenedRunner(opener, name)
+    return runner if runner.reopens else runner.settled()
+
+
 class ReopenedRunner:
     """A runner that `bench` may close and open again between visits.
 
@@ -85,8 +94,17 @@ class ReopenedRunner:
 
     def prepare(self, feeds: Mapping[str, NDArray[Any]]) -> Callable[[], float]:
         """Place the inputs and return a function that computes once; see `srdeploy.core.runner.TimedRunner`."""
-        assert isinstance(self._runner, TimedRunner), "every engine family offers it"
+        assert isinstance(self._runner, TimedRunner), "see `reopens`"
         return self._runner.prepare(feeds)
+
+    @property
+    def reopens(self) -> bool:
+        """Whether opening again is worthwhile: the engine computes on a CPU, and can be timed in both ways."""
+        return self.info.device == "cpu" and isinstance(self._runner, TimedRunner)
+
+    def settled(self) -> Runner:
+        """Return the open engine under this name, to be opened no more."""
+        return named(self._runner, self.info.name)
 
     def rename(self, name: str) -> Self:
         """Set the name for tables."""

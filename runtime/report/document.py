@@ -86,9 +86,8 @@ def report_document(
         contract: of the FP32 graph.
         engines: the lines of the table, in the order in which they are shown. Give the reference no line: it appears
             as the baseline of the bench.
-        bench: one result per device or shape; the first that has an engine's name fills its latency columns. Its
-            runner names must be the entries' names (see `srdeploy.runtime.bench.latency.named`); other rows (the
-            baselines) are shown next to them.
+        bench: one result per device or shape; the first one with an engine's name fills its latency columns (see
+            `srdeploy.runtime.bench.naming.named`). Other rows (the baselines) are shown next to them.
         checkpoint: where the weights came from: {"name", "sha256", "dialect", "evidence": JSON of what was assumed}.
         calibration: the calibration set as its `to_json()` gives it, with the coverage of the evaluation images if
             it was measured; shown key by key.
@@ -216,24 +215,37 @@ def _verdict(lines: Sequence[Mapping[str, Any]], benches: Sequence[BenchResult])
     }  # fmt: skip
     others = [f"{counts[key]} {label}" for key, label in tally.items() if counts[key]]
     sentences = [", ".join([f"{counts['passed']} of {len(lines)} engines passed", *others])]
-    fastest = _fastest(lines, benches, "passed")
-    if compared := fastest or _fastest(lines, benches, "measured"):
-        sentences.append(_speed_sentence(compared, lines, benches[0]))
+    verified = _fastest(lines, benches, "passed")
+    for bench, fastest in verified or _fastest(lines, benches, "measured"):
+        where = f" on {bench.rows[0].runner.device}" if len(benches) > 1 else ""
+        sentences.append(_speed_sentence(fastest, lines, bench, where))
+    best = min(verified, key=_typical_ms)[1] if verified else None
     return {
         "status": status,
         "headline": ". ".join(sentences) + ".",
-        "best": None if fastest is None else fastest.name,
-        "equally_fast": [] if fastest is None else list(fastest.equals),
+        "best": None if best is None else best.name,
+        "equally_fast": [] if best is None else list(best.equals),
         "reasons": [f"{line['name']}: {reason}" for line in lines for reason in line["reasons"]],
     }
 
 
-def _fastest(lines: Sequence[Mapping[str, Any]], benches: Sequence[BenchResult], status: Status) -> Fastest | None:
-    return benches[0].fastest([line["name"] for line in lines if line["status"] == status]) if benches else None
+def _fastest(
+    lines: Sequence[Mapping[str, Any]], benches: Sequence[BenchResult], status: Status
+) -> list[tuple[BenchResult, Fastest]]:
+    """Return the fastest engine of a status on each device."""
+    names = [line["name"] for line in lines if line["status"] == status]
+    return [(bench, fastest) for bench in benches if (fastest := bench.fastest(names)) is not None]
 
 
-def _speed_sentence(fastest: Fastest, lines: Sequence[Mapping[str, Any]], bench: BenchResult) -> str:
-    """Return what was found about speed: who is fastest, and by how much; with the quality of a verified engine."""
+def _typical_ms(entry: tuple[BenchResult, Fastest]) -> float:
+    bench, fastest = entry
+    row = bench.row(fastest.name, "end-to-end")
+    assert row is not None, "it was compared in this kind"
+    return bench.typical_ms(row)
+
+
+def _speed_sentence(fastest: Fastest, lines: Sequence[Mapping[str, Any]], bench: BenchResult, where: str) -> str:
+    """Return which engine is fastest, and by how much; with the quality of a verified engine."""
     line = next(line for line in lines if line["name"] == fastest.name)
     row = bench.row(fastest.name, "end-to-end")
     base = bench.rows[0].runner.name
@@ -245,7 +257,7 @@ def _speed_sentence(fastest: Fastest, lines: Sequence[Mapping[str, Any]], bench:
     if line["psnr_drop_db"] is not None:
         details.append(f"PSNR change {-line['psnr_drop_db']:+.3f} dB")
     subject = f"{fastest.name}: " if fastest.equals else ""
-    return fastest.sentence + (f" ({subject}{', '.join(details)})" if details else "")
+    return fastest.sentence + where + (f" ({subject}{', '.join(details)})" if details else "")
 
 
 def _model(contract: ModelContract, checkpoint: Mapping[str, Any] | None) -> dict[str, Any]:

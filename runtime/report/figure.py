@@ -85,7 +85,8 @@ def tick_label(value: float) -> str:
 
 def label_points(axes: "Axes", points: Sequence[tuple[float, float, str, str]]) -> None:
     """Write (x, y, label, color) beside their points, each moved down until it covers no dot and no other label."""
-    figure = axes.figure
+    figure = axes.get_figure(root=True)
+    assert figure is not None
     figure.draw_without_rendering()  # the layout decides where the points are
     pixels = 72.0 / figure.dpi
     right = axes.transAxes.transform((1.0, 0.0))[0] * pixels

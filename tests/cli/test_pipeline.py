@@ -25,7 +25,7 @@ from srdeploy.core.runner import Runner, RunnerInfo
 from srdeploy.core.samples import Sample
 from srdeploy.models.checkpoint.load import LoadedCheckpoint, load_checkpoint
 from srdeploy.runtime.bench import baselines
-from srdeploy.runtime.bench.latency import Effort
+from srdeploy.runtime.bench.turns import Effort
 from srdeploy.runtime.engines.eager import EagerRunner, open_eager
 from srdeploy.runtime.engines.registry import EngineStatus, open_engine
 from srdeploy.runtime.verify.parity import Gates
