@@ -18,7 +18,7 @@ from srdeploy.cli.pipeline.deploy import deploy
 from srdeploy.cli.pipeline.engines import PRECISIONS, checked_placements
 from srdeploy.cli.pipeline.types import DeployOptions, Outcome
 from srdeploy.core.precision import Precision
-from srdeploy.runtime.bench.latency import Effort
+from srdeploy.runtime.bench.turns import Effort
 from srdeploy.runtime.bundle import choose_engine, read_bundle
 from srdeploy.runtime.engines.gpu import gpus
 from srdeploy.runtime.report.write import read_report
