@@ -142,8 +142,18 @@ def _wanted_formats(info: VideoInfo, *, odd: bool) -> list[str]:
     if info.rgb:
         planars = [planar + depth for depth in depths]
         return [*own, planars[0], *packed, *planars[1:], *(yuv[2] + depth for depth in depths)]
-    start = next((place for place, chroma in enumerate(("420", "422", "444")) if chroma in info.pix_fmt), 0)
+    start = _chroma(info.pix_fmt)
     if odd:  # subsampled chroma needs even sizes
         start = 2
         own = own if info.pix_fmt.startswith(("gray", "ya")) else []
     return [*own, *(form + depth for depth in depths for form in yuv[start:])]
+
+
+def _chroma(pix_fmt: str) -> int:
+    """Return which of 4:2:0, 4:2:2 and 4:4:4 (0, 1, 2) keeps all chroma samples of a YUV format."""
+    form = pyav().VideoFormat(pix_fmt, 8, 8)
+    if len(form.components) < 3:
+        return 0
+    if form.chroma_width(8) == 8:
+        return 2
+    return 1 if form.chroma_height(8) == 8 else 0

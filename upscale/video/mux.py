@@ -121,6 +121,8 @@ def _film(joined: Any, encoded: Any, original: Any, info: VideoInfo, tick: Fract
         raise CannotHoldError(f"the video stream ({encoded.codec_context.name})") from error
     film.time_base = tick
     film.codec_context.framerate = info.frame_rate
+    if info.aspect is not None:
+        film.codec_context.sample_aspect_ratio = info.aspect
     if info.display_matrix is not None:
         film.set_display_matrix(scaled_matrix(info.display_matrix, Fraction(encoded.width, info.width)))
     film.disposition = original.disposition

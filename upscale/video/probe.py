@@ -1,5 +1,6 @@
 """What a video file is, and what it says about itself."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +22,12 @@ SUFFIXES = (
 _HD_LINES = 720
 _FULL_RANGE_FORMATS = {"yuvj420p": "yuv420p", "yuvj422p": "yuv422p", "yuvj444p": "yuv444p"}
 _SQUARE = Fraction(1)
+_OTHER_MATRICES = {
+    8: "YCgCo", 10: "BT.2020 with constant luminance", 11: "Y'D'zD'x", 12: "derived from the primaries",
+    13: "derived from the primaries, with constant luminance", 14: "ICtCp", 15: "IPT-C2", 16: "YCgCo-Re",
+    17: "YCgCo-Ro",
+}  # fmt: skip
+"""By H.273 number; read as BT.601 or BT.709, colors would be wrong."""
 
 
 @dataclass(frozen=True)
@@ -86,15 +93,20 @@ def info_of(container: Any, stream: Any, frame: Any) -> VideoInfo:
     """Describe a stream by what it, its codec and its first decoded frame say.
 
     Raises:
-        InputError: Bayer pixels, which are no picture yet.
+        InputError: pixels that cannot be converted to RGB: of a Bayer sensor, or with a matrix other than BT.601,
+            BT.709, BT.2020 and their relatives.
     """
     context = stream.codec_context
     name = str(frame.format.name)
     form = pyav().VideoFormat(_FULL_RANGE_FORMATS.get(name, name))
-    if form.is_bayer:
-        raise InputError(f"{container.name} holds raw sensor data ({name})", expected="a developed video")
+    if form.is_bayer or name.startswith("xyz"):
+        raise InputError(
+            f"{container.name.removeprefix('file:')} holds {name}: raw sensor data, or CIE XYZ",
+            expected="RGB, YUV or gray",
+            next_step="convert it first",
+        )
     rgb = form.is_rgb or form.has_palette
-    matrix = next((m for m in (int(context.colorspace), int(frame.colorspace)) if m in SWSCALE_MATRIX), 0)
+    matrix = _stated_matrix(container, (int(context.colorspace), int(frame.colorspace)))
     assumed = not matrix
     if assumed:
         matrix = BT709 if frame.height >= _HD_LINES else SMPTE170M
@@ -120,6 +132,24 @@ def info_of(container: Any, stream: Any, frame: Any) -> VideoInfo:
         mastering=mastering(frame),
         not_kept=(*not_kept(frame), *_other_streams(container, stream)),
     )
+
+
+def _stated_matrix(container: Any, stated: Iterable[int]) -> int:
+    """Return the first stated matrix that can be converted; 0 if none is stated.
+
+    Raises:
+        InputError: the stated one cannot.
+    """
+    for matrix in stated:
+        if matrix in SWSCALE_MATRIX:
+            return matrix
+        if matrix in _OTHER_MATRICES:
+            raise InputError(
+                f"{container.name.removeprefix('file:')} has the color matrix {_OTHER_MATRICES[matrix]}",
+                expected="BT.601, BT.709 or BT.2020 (non-constant luminance)",
+                next_step="convert it to one of these first",
+            )
+    return 0
 
 
 def has_alpha(form: Any) -> bool:

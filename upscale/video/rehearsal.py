@@ -115,6 +115,11 @@ def _differences(reader: VideoReader, made: Path, output: Path, encoding: Encodi
         )
     if not same_orientation(before.info.display_matrix, after.info.display_matrix):
         raise UsageError(f"{output.suffix} cannot hold the input's display matrix", expected="an output .mp4 or .mov")
+    if before.info.aspect != after.info.aspect:
+        raise UsageError(
+            f"{output.suffix} with {encoding.codec} cannot hold the input's pixel aspect {before.info.aspect}",
+            expected="an output .mp4 or .mov, or --codec libx264 or libx265",
+        )
     notes = []
     if before.info.mastering is not None and not before.info.mastering.equals(after.info.mastering):
         notes.append(f"not kept by {encoding.codec}: HDR10 metadata (--codec libx265 and libsvtav1 keep it)")
@@ -122,7 +127,7 @@ def _differences(reader: VideoReader, made: Path, output: Path, encoding: Encodi
         one, other = getattr(before.info, name), getattr(after.info, name)
         if one != other and before.info.rgb == after.info.rgb:
             notes.append(f"not kept by {encoding.codec} in {output.suffix}: color {name} ({one} in H.273)")
-    if before.dispositions != after.dispositions:
+    if any(one & ~other for one, other in zip(before.dispositions, after.dispositions, strict=True)):
         notes.append(f"not kept by {output.suffix}: flags of streams, such as default or forced")
     lost = sorted(before.tags - after.tags)
     if lost:

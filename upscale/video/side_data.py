@@ -16,7 +16,6 @@ _NOT_KEPT = {
     "STEREO3D": "the stereoscopic (3D) layout",
     "SPHERICAL": "the spherical (360 degree) projection",
     "S12M_TIMECODE": "time codes inside the video stream",
-    "GOP_TIMECODE": "time codes inside the video stream",
     "ICC_PROFILE": "the ICC profile",
     "AMBIENT_VIEWING_ENVIRONMENT": "the ambient viewing environment",
 }

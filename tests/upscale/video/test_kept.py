@@ -1,6 +1,7 @@
 """What a video carries beside its pixels is in the output, or the user is told before anything is computed."""
 
 import struct
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -267,3 +268,71 @@ def test_second_video_stream_is_named(up: Upscaler, clips: Any, tmp_path: Path) 
 
     assert "not kept: the second video stream" in report.notes
     assert clips.shown(tmp_path / "out.mkv").numbers == list(range(10))
+
+
+ASPECT = Fraction(32, 27)
+
+
+@pytest.mark.parametrize(
+    ("output", "codec"),
+    [
+        ("out.mkv", None), ("out.mp4", None), ("out.mov", None), ("out.mp4", "libsvtav1"), ("out.mp4", "libvpx-vp9"),
+        ("out.mov", "prores_ks"), ("out.mkv", "libx265"),
+    ],
+)  # fmt: skip
+def test_pixel_aspect_is_kept(output: str, codec: str | None, up: Upscaler, clips: Any, tmp_path: Path) -> None:
+    """Anamorphic DVDs: some codecs state it in the stream, others rely on the container."""
+    source = clips.make(tmp_path / "a.mp4", range(2), prepare=_anamorphic)
+
+    upscale_video(up, source, tmp_path / output, VideoOptions(codec=codec))
+
+    with av.open(str(tmp_path / output)) as file:
+        next(file.decode(video=0))
+        assert file.streams.video[0].sample_aspect_ratio == ASPECT
+
+
+@pytest.mark.parametrize(("output", "codec"), [("out.webm", None), ("out.mkv", "ffv1")])
+def test_pixel_aspect_is_refused_where_it_would_be_lost(
+    output: str, codec: str | None, up: Upscaler, clips: Any, tmp_path: Path
+) -> None:
+    source = clips.make(tmp_path / "a.mp4", range(2), prepare=_anamorphic)
+
+    with pytest.raises(UsageError, match=r"cannot hold the input's pixel aspect 32/27; expected an output .mp4"):
+        upscale_video(up, source, tmp_path / output, VideoOptions(codec=codec))
+
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def _anamorphic(file: Any, stream: Any) -> None:
+    stream.codec_context.sample_aspect_ratio = ASPECT
+
+
+@pytest.mark.parametrize(
+    ("pix_fmt", "stored"),
+    [
+        ("yuv440p", "yuv444p"),
+        ("yuv411p", "yuv422p"),
+        ("yuyv422", "yuv422p"),
+        ("nv12", "nv12"),
+        ("y210le", "yuv422p10le"),
+    ],
+)
+def test_no_chroma_is_lost(pix_fmt: str, stored: str, up: Upscaler, clips: Any, tmp_path: Path) -> None:
+    source = clips.make(tmp_path / "a.nut", range(3), codec="rawvideo", pix_fmt=pix_fmt)
+
+    report = upscale_video(up, source, tmp_path / "out.mkv")
+
+    assert report.encoding["pix_fmt"] == stored
+    assert clips.shown(tmp_path / "out.mkv").numbers == [0, 1, 2]
+
+
+def test_matrices_that_cannot_be_converted_are_refused(up: Upscaler, clips: Any, tmp_path: Path) -> None:
+    """YCgCo read as BT.709 is green and pink."""
+
+    def ycgco(file: Any, stream: Any) -> None:
+        stream.codec_context.colorspace = 8
+
+    source = clips.make(tmp_path / "a.mkv", range(1), prepare=ycgco)
+
+    with pytest.raises(InputError, match="color matrix YCgCo; expected BT.601"):
+        upscale_video(up, source, tmp_path / "out.mkv")

@@ -38,6 +38,33 @@ def _with_sound(clips: Any, folder: Path) -> Path:
     return made
 
 
+def _with_text_of_mp4(clips: Any, folder: Path) -> Path:
+    """MP4 with subtitles of MP4, which Matroska does not take."""
+    with av.open(str(clips.make(folder / "v.mp4"))) as video, av.open(str(folder / "a.mp4"), "w") as made:
+        film = made.add_stream_from_template(video.streams[0])
+        text = made.add_mux_stream("mov_text")
+        for packet in video.demux():
+            if packet.dts is not None:
+                packet.stream = film
+                made.mux(packet)
+        said = av.Packet(b"\0\5hello")
+        said.stream, said.time_base, said.pts, said.dts, said.duration = text, Fraction(1, 1000), 100, 100, 200
+        made.mux(said)
+    return folder / "a.mp4"
+
+
+def test_subtitles_of_mp4_stay_in_it(up: Upscaler, clips: Any, tmp_path: Path, computed: list[int]) -> None:
+    source = _with_text_of_mp4(clips, tmp_path)
+
+    with pytest.raises(UsageError, match=r"\.mkv cannot hold .*mov_text.*; expected an output ending in \.mp4"):
+        upscale_video(up, source, tmp_path / "out.mkv")
+    assert not computed
+    upscale_video(up, source, tmp_path / "out.mov")
+
+    with av.open(str(tmp_path / "out.mov")) as file:
+        assert b"\0\5hello" in [bytes(packet) for packet in file.demux(subtitles=0)]
+
+
 @pytest.mark.parametrize(
     ("make", "output", "message"),
     [

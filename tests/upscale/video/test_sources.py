@@ -134,6 +134,65 @@ def test_sound_stays_with_the_picture_where_the_clock_starts_again(up: Upscaler,
     assert all(step > 0 for step in steps)
 
 
+def _edited(clips: Any, folder: Path, edit: Callable[[Any, int], None]) -> Path:
+    """Copy a clip with sound; `edit` gets each packet and its place in its stream."""
+    whole = clips.make(folder / "whole.mkv", sound=True, options={"crf": "10", "bf": "0"})
+    with av.open(str(whole)) as source, av.open(str(folder / "a.mkv"), "w") as made:
+        streams = [made.add_stream_from_template(stream) for stream in source.streams]
+        places = [0] * len(streams)
+        for packet in source.demux():
+            if packet.size:
+                index = packet.stream.index
+                edit(packet, places[index])
+                places[index] += 1
+                packet.stream = streams[index]
+                made.mux(packet)
+    return folder / "a.mkv"
+
+
+@pytest.mark.parametrize("output", ["out.mkv", "out.mp4"])
+def test_sound_that_starts_later_does_so_in_the_output(output: str, up: Upscaler, clips: Any, tmp_path: Path) -> None:
+    def later(packet: Any, place: int) -> None:
+        packet.pts += 300 if packet.stream.type == "video" else 700
+        packet.dts = packet.pts
+
+    source = _edited(clips, tmp_path, later)
+
+    upscale_video(up, source, tmp_path / output)
+
+    starts = []
+    for path in (source, tmp_path / output):
+        with av.open(str(path)) as file:
+            first = {packet.stream.type: packet for packet in reversed(list(file.demux())) if packet.size}
+            starts.append({kind: float(packet.pts * packet.time_base) for kind, packet in first.items()})
+    assert starts[1] == pytest.approx(starts[0], abs=1e-3)
+    assert starts[0]["audio"] - starts[0]["video"] > 0.35
+
+
+@pytest.mark.parametrize("output", ["out.mkv", "out.mp4"])
+def test_repeated_timestamps_of_sound_and_picture_do_not_end_the_run(
+    output: str, up: Upscaler, clips: Any, tmp_path: Path
+) -> None:
+    """Web remuxes with a coarse clock; MP4 takes growing times only."""
+
+    def repeat(packet: Any, place: int) -> None:
+        if packet.stream.type == "audio" and place == 5:
+            packet.pts = packet.dts = packet.pts - 24
+        if packet.stream.type == "video" and place == 3:
+            packet.pts = packet.dts = 80
+
+    source = _edited(clips, tmp_path, repeat)
+
+    upscale_video(up, source, tmp_path / output)
+
+    shown = clips.shown(tmp_path / output)
+    assert shown.numbers == list(range(10))
+    assert shown.times == [Fraction(ms, 1000) for ms in (0, 40, 80, 81, 160, 200, 240, 280, 320, 360)]
+    with av.open(str(source)) as one, av.open(str(tmp_path / output)) as other:
+        sounds = [[bytes(p) for p in file.demux(audio=0) if p.size] for file in (one, other)]
+    assert sounds[0] == sounds[1]
+
+
 def test_clock_that_goes_on_is_not_corrected(clips: Any, tmp_path: Path) -> None:
     """A pause in a file whose format has a continuous clock is a pause."""
     source = clips.make(tmp_path / "a.mkv", range(3), pts=[0, 1, 1000])
