@@ -10,15 +10,10 @@ import click
 from srdeploy.cli.console import table, warning_line
 from srdeploy.cli.options import EXISTING, MeanType, arguments, option, option_words
 from srdeploy.core.progress import SILENT, Progress
+from srdeploy.models.choices import ACTIVATIONS, COLOUR_ORDERS, MEANS, VALUE_RANGES, Choices, flag_of, flag_value
 
 if TYPE_CHECKING:
-    from srdeploy.models.checkpoint.load import Choices, LoadedCheckpoint
-
-_ACTIVATIONS = ("relu", "leaky_relu", "elu", "silu", "gelu", "prelu", "identity")
-"""The names of `srdeploy.models.networks.activations`; importing them would import torch (a test compares)."""
-
-_MEANS = {"div2k": (0.4488, 0.4371, 0.4040), "df2k": (0.4690, 0.4490, 0.4036), "none": (0.0, 0.0, 0.0)}
-"""The means of `srdeploy.models.dialects.rcan_common`, for the same reason."""
+    from srdeploy.models.checkpoint.load import LoadedCheckpoint
 
 
 @arguments
@@ -27,7 +22,7 @@ class CheckpointOptions:
 
     value_range: float | None = option(
         "--value-range",
-        type=click.Choice([1, 255]),
+        type=click.Choice([int(value) for value in VALUE_RANGES]),
         default=None,
         help="Largest value of the network's own input, where the file does not say.",
     )
@@ -39,22 +34,26 @@ class CheckpointOptions:
     )
     activation: str | None = option(
         "--activation",
-        type=click.Choice(_ACTIVATIONS),
+        type=click.Choice(ACTIVATIONS),
         default=None,
         help="Activation, where the file does not say.",
     )
     weights: str | None = option(
-        "--weights", type=click.Choice(["raw", "ema"]), default=None, help="Plain weights or their moving average."
+        "--weights",
+        type=str,
+        default=None,
+        metavar="raw|ema|KEYS",
+        help="Which network of a file with several: plain weights, their average, or the keys that lead to it.",
     )
     mean: tuple[float, ...] | None = option(
         "--mean",
-        type=MeanType(_MEANS),
+        type=MeanType(MEANS),
         default=None,
         help="Mean color around the network on 0..1: div2k, df2k, none or numbers (BasicSR).",
     )
     colours: str | None = option(
         "--colours",
-        type=click.Choice(["rgb", "bgr"]),
+        type=click.Choice(COLOUR_ORDERS),
         default=None,
         help="Channel order that the network was trained on.",
     )
@@ -71,10 +70,8 @@ class CheckpointOptions:
         help="Image or folder: try what is still open on real images. Repeatable.",
     )
 
-    def choices(self) -> "Choices":
+    def choices(self) -> Choices:
         """Return the choices for `load_checkpoint`."""
-        from srdeploy.models.checkpoint.load import Choices
-
         return Choices(**{entry.name: getattr(self, entry.name) for entry in fields(Choices)})
 
     def probe_images(self) -> list[Path]:
@@ -109,7 +106,6 @@ def load_from_options(
         InputError, UsageError: as `srdeploy.models.checkpoint.load.load_checkpoint`.
     """
     from srdeploy.models.checkpoint.load import load_checkpoint
-    from srdeploy.models.checkpoint.resolve import flag_of, shown
 
     loaded = load_checkpoint(path, options.choices(), probe_images=options.probe_images(), progress=progress)
     if quiet:
@@ -117,22 +113,20 @@ def load_from_options(
     if loaded.evidence.ranking:
         show_ranking([(entry.values, entry.psnr_db) for entry in loaded.evidence.ranking])
     for decision in loaded.evidence.decisions:
-        setting = f"{flag_of(decision.choice)} {shown(decision.value)}"
+        setting = f"{flag_of(decision.choice)} {flag_value(decision.value)}"
         if decision.by == "probe":
             progress.note(f"{setting}: {decision.reason}")
         elif decision in loaded.evidence.assumptions:
-            candidates = ", ".join(map(shown, decision.candidates))
+            candidates = ", ".join(map(flag_value, decision.candidates))
             warning_line(f"assumed {setting}: {decision.reason} (candidates: {candidates})")
     return loaded
 
 
 def show_ranking(ranking: Sequence[tuple[Mapping[str, Any], float]]) -> None:
     """Print the score of every candidate on real images, best first, with its distance to the best."""
-    from srdeploy.models.checkpoint.resolve import flag_of, shown
-
     rows = [
         (
-            " ".join(f"{flag_of(choice)} {shown(value)}" for choice, value in values.items()),
+            " ".join(f"{flag_of(choice)} {flag_value(value)}" for choice, value in values.items()),
             f"{psnr_db:.2f}",
             f"{psnr_db - ranking[0][1]:.2f}",
         )

@@ -50,8 +50,7 @@ def checkpoint_document(path: Path, options: CheckpointOptions, progress: Progre
     for decision in evidence.decisions:
         if decision.by == "open":  # the configuration holds a placeholder there
             configuration |= dict.fromkeys(decision.fields)
-    weights = next((each.value for each in evidence.decisions if each.choice == "weights"), raw.weights)
-    state = raw.alternatives[weights]
+    state = raw.alternatives[examined.weights]
     return {
         "kind": "checkpoint",
         "file": str(path),

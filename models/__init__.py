@@ -1,1 +1,1 @@
-"""The two networks, what their tensors cannot say, and the reader of public checkpoints."""
+"""The two networks, the families of public checkpoints, the reader of untrusted files, and what users can choose."""

@@ -1,42 +1,34 @@
-"""The zip archives that torch.save writes, read by position and with every claim checked.
+"""Zip archives in untrusted files: the standard library reads the directory, every claim is checked before use.
 
-Python's zipfile believes the archive's own lengths and never minds two entries over the same bytes. An untrusted
-checkpoint gets the reader below: a bounded directory, names that stay inside the archive, sizes inside the file.
+`zipfile` parses the directory and inflates; stored entries are read by position, because PyTorch can write them
+without a valid CRC (`torch.serialization.set_crc32_options(False)`), which `zipfile` refuses to read.
 Format: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT
 """
 
 import struct
+import zipfile
 import zlib
-from dataclasses import dataclass
 
 from srdeploy.core.sizes import format_bytes
 from srdeploy.models.checkpoint.filebytes import FileBytes, RefusedError, shown
 
-MOST_ENTRIES = 100_000
-"""A default-size RCAN with EMA copy and Adam state has 8,200 entries."""
-MOST_INFLATED_BYTES = 256 * 1024**2
+MAX_DIRECTORY_BYTES = 4 * 1024**2
+"""A default-size RCAN with EMA copy and Adam state has 8,200 entries and 0.8 MB of directory."""
+MAX_INFLATED_BYTES = 256 * 1024**2
 """torch.save never compresses; an archive that was packed again may hold this much of compressed data."""
 
-_STORED, _DEFLATED = 0, 8
-_STEEPEST = 1032  # bytes out per byte in, the limit of the deflate format
-_PIECE_BYTES = 1 << 20
-_END = struct.Struct("<4s4H2IH")
-_END64_LOCATOR = struct.Struct("<4sIQI")
-_END64 = struct.Struct("<4sQ2H2I4Q")
-_CENTRAL = struct.Struct("<4s6H3I5H2I")
 _LOCAL = struct.Struct("<4s5H3I2H")
 _AGAIN = "copy or download the file again"
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One file in the archive; sizes in bytes, `offset` of its local header."""
-
-    name: str
-    method: int
-    packed_size: int
-    size: int
-    offset: int
+_DAMAGE = (
+    zipfile.BadZipFile,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+    OverflowError,
+    EOFError,
+    struct.error,
+    zlib.error,
+)
 
 
 class Archive:
@@ -50,150 +42,110 @@ class Archive:
         """
         self._file = file
         self._inflated = 0
-        self.entries = _directory(file)
+        try:
+            # zipfile reads the whole directory at once, however long it claims to be: each read is bounded.
+            self._zip = zipfile.ZipFile(file.stream(MAX_DIRECTORY_BYTES, "zip directory"))
+            directory_start = self._zip.start_dir
+        except _DAMAGE as error:
+            detail = shown(str(error), 80)
+            raise RefusedError(
+                f"is truncated or damaged: its zip directory cannot be read ({detail})", next_step=_AGAIN
+            ) from error
+        self.entries = _checked(self._zip.infolist(), directory_start)
 
-    def read(self, name: str, *, most: int | None = None) -> bytearray:
+    def read(self, name: str, *, limit: int | None = None) -> bytearray:
         """Return an entry's bytes in fresh memory.
 
         Raises:
-            RefusedError: there is no such entry, it is larger than `most`, or its data is damaged.
+            RefusedError: there is no such entry, it is larger than `limit`, or its data is damaged.
         """
+        entry = self._entry(name)
+        if limit is not None and entry.file_size > limit:
+            raise RefusedError(f"has an entry {shown(name)} of {entry.file_size} bytes", expected=f"at most {limit}")
+        if entry.compress_type == zipfile.ZIP_STORED:
+            return self._file.buffer(self._data_start(entry), entry.file_size, f"entry {shown(name)}")
+        return self._inflate(entry)
+
+    def section(self, name: str) -> FileBytes:
+        """Return a stored entry as a file of its own, unread.
+
+        Raises:
+            RefusedError: there is no such entry, or it is compressed.
+        """
+        entry = self._entry(name)
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise RefusedError(f"has a compressed entry {shown(name)}", expected="a stored one", next_step=_AGAIN)
+        return self._file.section(self._data_start(entry), entry.file_size, f"entry {shown(name)}")
+
+    def _entry(self, name: str) -> zipfile.ZipInfo:
         entry = self.entries.get(name)
         if entry is None:
-            raise RefusedError(
-                f"lacks its entry {shown(name)}", expected="a complete torch.save archive", next_step=_AGAIN
-            )
-        if most is not None and entry.size > most:
-            raise RefusedError(f"has an entry {shown(name)} of {entry.size} bytes", expected=f"at most {most}")
-        start = self._data_start(entry)
-        if entry.method == _STORED:
-            return self._file.buffer(start, entry.size, f"entry {shown(name)}")
-        return self._inflate(entry, start)
+            raise RefusedError(f"lacks its entry {shown(name)}", expected="a complete archive", next_step=_AGAIN)
+        return entry
 
-    def _data_start(self, entry: Entry) -> int:
-        header = self._file.read(entry.offset, _LOCAL.size, "zip entry header")
-        fields = _LOCAL.unpack(header)
+    def _data_start(self, entry: zipfile.ZipInfo) -> int:
+        fields = _LOCAL.unpack(self._file.read(entry.header_offset, _LOCAL.size, "zip entry header"))
         if fields[0] != b"PK\x03\x04":
-            raise RefusedError(f"is damaged: entry {shown(entry.name)} has no header", next_step=_AGAIN)
-        name_length: int = fields[9]
-        extra_length: int = fields[10]
-        name = self._file.read(entry.offset + _LOCAL.size, name_length, "zip entry name")
-        if name != entry.name.encode():
-            raise RefusedError(f"is damaged: the directory and the header disagree on the name of {shown(entry.name)}")
-        return entry.offset + _LOCAL.size + name_length + extra_length
+            raise RefusedError(f"is damaged: entry {shown(entry.filename)} has no header", next_step=_AGAIN)
+        return entry.header_offset + _LOCAL.size + int(fields[9]) + int(fields[10])
 
-    def _inflate(self, entry: Entry, start: int) -> bytearray:
-        self._inflated += entry.size
-        if self._inflated > MOST_INFLATED_BYTES:
+    def _inflate(self, entry: zipfile.ZipInfo) -> bytearray:
+        self._inflated += entry.file_size
+        if self._inflated > MAX_INFLATED_BYTES:
             raise RefusedError(
-                f"holds compressed data that grows beyond {format_bytes(MOST_INFLATED_BYTES)}",
+                f"holds compressed data that grows beyond {format_bytes(MAX_INFLATED_BYTES)}",
                 expected="an uncompressed archive, as torch.save writes it",
-                next_step="unpack it and store it without compression, if you trust it",
+                next_step="unpack it and pack it again without compression (zip -0), if you trust it",
             )
-        if entry.size > _STEEPEST * entry.packed_size + 64:
-            raise RefusedError(f"is damaged: entry {shown(entry.name)} claims more than deflate can hold")
-        packed = self._file.read(start, entry.packed_size, f"entry {shown(entry.name)}")
-        data = bytearray(entry.size)
-        done = 0
-        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+        if entry.file_size > 1032 * entry.compress_size + 64:  # the limit of the deflate format
+            raise RefusedError(
+                f"is damaged: entry {shown(entry.filename)} claims more than deflate can hold", next_step=_AGAIN
+            )
+        data = bytearray(entry.file_size)
         try:
-            while piece := inflater.decompress(packed, _PIECE_BYTES):
-                data[done : done + len(piece)] = piece
-                done += len(piece)
-                packed = inflater.unconsumed_tail
-                if done > entry.size:
-                    break
-        except zlib.error:
-            done = -1
-        if done != entry.size:
-            raise RefusedError(f"is damaged: compressed entry {shown(entry.name)} cannot be unpacked", next_step=_AGAIN)
+            with self._zip.open(entry) as stream:
+                view = memoryview(data)
+                done = 0
+                while done < len(data) and (count := stream.readinto(view[done : done + (1 << 20)])):
+                    done += count
+        except _DAMAGE as error:
+            raise RefusedError(
+                f"is damaged: compressed entry {shown(entry.filename)} cannot be unpacked", next_step=_AGAIN
+            ) from error
+        if done != len(data):
+            raise RefusedError(f"is damaged: entry {shown(entry.filename)} is too short", next_step=_AGAIN)
         return data
 
 
-def _directory(file: FileBytes) -> dict[str, Entry]:
-    count, size, offset = _end_of_directory(file)
-    if count > MOST_ENTRIES or size > MOST_ENTRIES * 512:
-        raise RefusedError(f"is a zip archive of {count} entries", expected=f"at most {MOST_ENTRIES}")
-    data = file.read(offset, size, "zip directory")
-    entries: dict[str, Entry] = {}
-    position = 0
-    for _ in range(count):
-        entry, position = _entry(data, position)
-        _check_name(entry.name)
-        if entry.name in entries:
-            raise RefusedError(f"has two entries named {shown(entry.name)}", expected="one", next_step=_AGAIN)
-        entries[entry.name] = entry
-    _check_overlaps(entries, directory_start=offset)
-    return entries
+def _checked(entries: list[zipfile.ZipInfo], directory_start: int) -> dict[str, zipfile.ZipInfo]:
+    """Return the entries by name; refuse what torch.save never writes, and entries that share bytes.
 
-
-def _end_of_directory(file: FileBytes) -> tuple[int, int, int]:
-    """Return number of entries, size and offset of the directory."""
-    tail_length = min(file.size, _END.size + 0xFFFF)
-    tail = file.read(file.size - tail_length, tail_length, "zip directory")
-    at = tail.rfind(b"PK\x05\x06")
-    if at < 0 or len(tail) - at < _END.size:
-        raise RefusedError(
-            "is truncated: it starts as a zip archive, but has no directory at its end", next_step=_AGAIN
-        )
-    _, disk, directory_disk, _, count, size, offset, _ = _END.unpack_from(tail, at)
-    at += file.size - tail_length
-    if at >= _END64_LOCATOR.size:
-        locator = _END64_LOCATOR.unpack(file.read(at - _END64_LOCATOR.size, _END64_LOCATOR.size, "zip directory"))
-        if locator[0] == b"PK\x06\x07":
-            end64 = _END64.unpack(file.read(locator[2], _END64.size, "zip directory"))
-            if end64[0] != b"PK\x06\x06":
-                raise RefusedError("is damaged: its zip directory has no end record", next_step=_AGAIN)
-            disk, directory_disk, count, size, offset = end64[4], end64[5], end64[7], end64[8], end64[9]
-    if disk or directory_disk:
-        raise RefusedError("is one part of a zip archive of several", next_step="join the parts first")
-    return count, size, offset
-
-
-def _entry(data: bytes, position: int) -> tuple[Entry, int]:
-    if position + _CENTRAL.size > len(data):
-        raise RefusedError("is damaged: its zip directory is too short", next_step=_AGAIN)
-    fields = _CENTRAL.unpack_from(data, position)
-    signature, flags, method = fields[0], fields[3], fields[4]
-    packed_size, size = fields[8], fields[9]
-    name_length, extra_length, comment_length = fields[10], fields[11], fields[12]
-    offset = fields[16]
-    position += _CENTRAL.size
-    end = position + name_length + extra_length + comment_length
-    if signature != b"PK\x01\x02" or end > len(data):
-        raise RefusedError("is damaged: its zip directory cannot be read", next_step=_AGAIN)
-    try:
-        name = data[position : position + name_length].decode("utf-8")
-    except UnicodeDecodeError:
-        raise RefusedError("is damaged: a name in its zip directory is not UTF-8", next_step=_AGAIN) from None
-    if flags & 0x41:
-        raise RefusedError(f"has an encrypted entry {shown(name)}", next_step="unpack it with its password first")
-    if method not in (_STORED, _DEFLATED):
-        raise RefusedError(
-            f"has an entry {shown(name)} with compression method {method}", expected="stored or deflated"
-        )
-    extra = data[position + name_length : position + name_length + extra_length]
-    size, packed_size, offset = _wide(extra, size, packed_size, offset)
-    if method == _STORED and size != packed_size:
-        raise RefusedError(f"is damaged: entry {shown(name)} has two sizes", next_step=_AGAIN)
-    return Entry(name, method, packed_size, size, offset), end
-
-
-def _wide(extra: bytes, *values: int) -> list[int]:
-    """Replace 32-bit values of all ones by those of the zip64 extra field, in the order the format gives them."""
-    wide: list[int] = list(values)
-    position = 0
-    while position + 4 <= len(extra):
-        kind, length = struct.unpack_from("<HH", extra, position)
-        if kind == 1:
-            field = extra[position + 4 : position + 4 + length]
-            numbers = [number for (number,) in struct.iter_unpack("<Q", field[: len(field) // 8 * 8])]
-            for index, value in enumerate(wide):
-                if value == 0xFFFFFFFF and numbers:
-                    wide[index] = numbers.pop(0)
-            break
-        position += 4 + length
-    return wide
+    A small file can claim any amount of data with entries that overlap.
+    """
+    by_name: dict[str, zipfile.ZipInfo] = {}
+    end = 0
+    for entry in sorted(entries, key=lambda entry: entry.header_offset):
+        name = entry.filename
+        _check_name(name)
+        if name in by_name:
+            raise RefusedError(f"has two entries named {shown(name)}", expected="one", next_step=_AGAIN)
+        if entry.flag_bits & 0x41:
+            raise RefusedError(f"has an encrypted entry {shown(name)}", next_step="unpack it with its password first")
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise RefusedError(
+                f"has an entry {shown(name)} with compression method {entry.compress_type}",
+                expected="stored or deflated",
+                next_step="unpack it and pack it again without compression (zip -0), if you trust it",
+            )
+        if entry.compress_type == zipfile.ZIP_STORED and entry.file_size != entry.compress_size:
+            raise RefusedError(f"is damaged: entry {shown(name)} has two sizes", next_step=_AGAIN)
+        if entry.header_offset < end:
+            raise RefusedError(f"has a zip entry {shown(name)} that overlaps another", next_step=_AGAIN)
+        end = entry.header_offset + _LOCAL.size + entry.compress_size
+        by_name[name] = entry
+    if end > directory_start:
+        raise RefusedError("is damaged or truncated: a zip entry runs into the directory", next_step=_AGAIN)
+    return by_name
 
 
 def _check_name(name: str) -> None:
@@ -206,14 +158,3 @@ def _check_name(name: str) -> None:
             expected="names that stay inside the archive",
             next_step="nothing was unpacked; get the checkpoint from its authors",
         )
-
-
-def _check_overlaps(entries: dict[str, Entry], directory_start: int) -> None:
-    """Refuse entries that share bytes: a small file can claim any amount of data that way."""
-    end = 0
-    for entry in sorted(entries.values(), key=lambda entry: entry.offset):
-        if entry.offset < end:
-            raise RefusedError(f"has a zip entry {shown(entry.name)} that overlaps another", next_step=_AGAIN)
-        end = entry.offset + _LOCAL.size + len(entry.name.encode()) + entry.packed_size
-    if end > directory_start:
-        raise RefusedError("is damaged or truncated: a zip entry runs into the directory", next_step=_AGAIN)

@@ -1,10 +1,11 @@
 """The bytes of an untrusted file: every read is checked against the file's real size, and nothing is mapped.
 
 Reading by position (instead of mapping the file) gives each tensor its own aligned memory, costs memory only for what
-is asked for, and cannot crash the process when another program shortens the file meanwhile.
+is read, and cannot crash the process when another program shortens the file meanwhile.
 """
 
 import hashlib
+import io
 import os
 import stat
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 from srdeploy.core.errors import InputError
 from srdeploy.core.sizes import format_bytes
 
-LARGEST_FILE_BYTES = 2 * 1024**3
+MAX_FILE_BYTES = 2 * 1024**3
 """A default-size RCAN with its EMA copy and Adam state takes 0.3 GB; more than this is something else."""
 
 _CHUNK_BYTES = 1 << 20
@@ -45,10 +46,11 @@ def shown(text: object, limit: int = 80) -> str:
 
 
 class FileBytes:
-    """A regular file that is read by position."""
+    """A regular file, or a section of one, that is read by position."""
 
-    def __init__(self, descriptor: int, size: int) -> None:
+    def __init__(self, descriptor: int, size: int, start: int = 0) -> None:
         self._descriptor = descriptor
+        self._start = start
         self.size = size
 
     def read(self, offset: int, length: int, what: str) -> bytes:
@@ -58,7 +60,7 @@ class FileBytes:
             RefusedError: they are not all inside the file; `what` names them in the message.
         """
         self._check(offset, length, what)
-        data = os.pread(self._descriptor, length, offset)
+        data = os.pread(self._descriptor, length, self._start + offset)
         return data if len(data) == length else bytes(self.buffer(offset, length, what))
 
     def buffer(self, offset: int, length: int, what: str) -> bytearray:
@@ -72,13 +74,26 @@ class FileBytes:
         view = memoryview(target)
         done = 0
         while done < length:
-            count = os.preadv(self._descriptor, [view[done:]], offset + done)
+            count = os.preadv(self._descriptor, [view[done:]], self._start + offset + done)
             if count == 0:
                 raise RefusedError(
                     f"became shorter while its {what} was read", next_step="wait until it is fully written"
                 )
             done += count
         return target
+
+    def section(self, offset: int, length: int, what: str) -> "FileBytes":
+        """Return a part of the file as a file of its own.
+
+        Raises:
+            RefusedError: it is not inside the file.
+        """
+        self._check(offset, length, what)
+        return FileBytes(self._descriptor, length, self._start + offset)
+
+    def stream(self, limit: int, what: str) -> "BoundedStream":
+        """Return the file as a stream for a library; one read of more than `limit` bytes is refused."""
+        return BoundedStream(self, limit, what)
 
     def sha256(self) -> str:
         """Return the SHA-256 of the whole file as 64 hexadecimal digits."""
@@ -90,10 +105,55 @@ class FileBytes:
     def _check(self, offset: int, length: int, what: str) -> None:
         if offset < 0 or length < 0 or offset + length > self.size:
             raise RefusedError(
-                f"is truncated or damaged: its {what} should lie at bytes {shown(offset)} to {shown(offset + length)}, "
-                f"but the file has {self.size} bytes",
+                f"is truncated or damaged: its {what} is expected at bytes {shown(offset)} to {shown(offset + length)} "
+                f"of {self.size}",
                 next_step="copy or download the file again",
             )
+
+
+class BoundedStream(io.RawIOBase):
+    """A stream over a file whose every read is bounded, so that a library cannot be made to read what a file claims."""
+
+    def __init__(self, file: FileBytes, limit: int, what: str) -> None:
+        super().__init__()
+        self._file = file
+        self._limit = limit
+        self._what = what
+        self._position = 0
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        """Return up to `size` bytes, fewer at the end of the file.
+
+        Raises:
+            RefusedError: more than the limit would be read.
+        """
+        left = max(self._file.size - self._position, 0)
+        size = left if size is None or size < 0 else min(size, left)
+        if size > self._limit:
+            raise RefusedError(f"has a {self._what} of {size} bytes", expected=f"at most {self._limit}")
+        data = self._file.read(self._position, size, self._what) if size else b""
+        self._position += size
+        return data
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move to a position; one before the start is an io.UnsupportedOperation."""
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._file.size}[whence]
+        if base + offset < 0:
+            raise io.UnsupportedOperation("a position before the start of the file")
+        self._position = base + offset
+        return self._position
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._position
 
 
 @contextmanager
@@ -117,10 +177,10 @@ def open_file_bytes(path: Path) -> Iterator[FileBytes]:
             raise InputError(f"{path} is not a regular file", expected="a checkpoint file")
         if status.st_size == 0:
             raise InputError(f"{path} is empty", expected="a checkpoint file", next_step="copy or download it again")
-        if status.st_size > LARGEST_FILE_BYTES:
+        if status.st_size > MAX_FILE_BYTES:
             raise InputError(
                 f"{path} has {format_bytes(status.st_size)}",
-                expected=f"at most {format_bytes(LARGEST_FILE_BYTES)} (the largest known checkpoint has 0.3 GB)",
+                expected=f"at most {format_bytes(MAX_FILE_BYTES)} (the largest known checkpoint has 0.3 GB)",
             )
         yield FileBytes(descriptor, status.st_size)
     finally:

@@ -1,8 +1,8 @@
 """What a checkpoint's pickle is turned into: plain values and inert records that can do nothing.
 
-No class of the file is ever looked up or created. A name is a `Global`, an instance is a `Record`, a tensor is a
-`TensorRecord` that says where its bytes would lie. `rebuilt` is the one place that decides which calls a pickle may
-ask for; each of them is a few lines of ours, below, and none of them imports, opens or executes anything.
+No class of the file is ever looked up or created. A name is a `Global`, an instance or a call is a `Record`, a tensor
+is a `TensorRecord` that describes where its bytes are. `rebuilt` handles the calls that describe tensors and plain
+containers, each in a few lines of ours, and none of them imports, opens or executes anything.
 """
 
 import struct
@@ -13,7 +13,9 @@ from typing import Any
 
 from srdeploy.models.checkpoint.filebytes import RefusedError, shown
 
-_LONGEST_NAME = 512
+_MAX_NAME_LENGTH = 512
+_AGAIN = "copy or download the file again"
+_SAVE_FLOATS = "save the network's float32 state_dict() with torch.save"
 _UNTRUSTED = "nothing in it was run; get the checkpoint from its authors, or ask them for the state_dict as safetensors"
 
 
@@ -30,7 +32,7 @@ class Global:
 
 @dataclass(slots=True, eq=False, repr=False)
 class Record:
-    """An instance of some class: what it was made with and the state it was given, all inert."""
+    """An instance of a class or the result of a call: name, arguments and the state it was given, all inert."""
 
     kind: Global
     arguments: tuple[Any, ...] = ()
@@ -52,6 +54,8 @@ class StorageRecord:
     device: str
     offset: int = 0
     block_count: int = 0
+    inline: bytes | None = None
+    """The bytes themselves, for values that lie inside the pickle (NumPy arrays)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -66,7 +70,7 @@ class TensorRecord:
 
 
 class Opaque:
-    """Stands for a dict key that is not a string or small number; equal to itself alone.
+    """A dict key that is not a string or small number; equal to itself alone.
 
     Hashing such keys is what hostile pickles attack: a tuple nested a million deep, or one whose hash takes hours.
     """
@@ -88,6 +92,12 @@ STORAGE_DTYPES = {
     "CharStorage": "int8",
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
+    # Beside the weights only: tensors of these types are not built.
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
+    "QInt8Storage": "qint8",
+    "QUInt8Storage": "quint8",
+    "QInt32Storage": "qint32",
 }
 ITEM_BYTES = {
     "float64": 8,
@@ -101,13 +111,15 @@ ITEM_BYTES = {
     "uint8": 1,
     "bool": 1,
 }
+"""Bytes of one value of the types that tensors are built of."""
+OTHER_ITEM_BYTES = {"complex64": 8, "complex128": 16, "qint8": 1, "quint8": 1, "qint32": 4}
 
 
 def storage_dtype(kind: Any) -> str | None:
     """Return the dtype of a storage class such as `torch.cuda.FloatStorage`; None for untyped storages.
 
     Raises:
-        RefusedError: it is no storage class, or one of a dtype that no supported network uses.
+        RefusedError: it is no storage class of torch.
     """
     if isinstance(kind, Global) and kind.module in ("torch", "torch.cuda", "torch.storage"):
         if kind.name == "UntypedStorage":
@@ -117,45 +129,49 @@ def storage_dtype(kind: Any) -> str | None:
     raise RefusedError(
         f"holds a tensor storage of kind {_kind_of(kind)}",
         expected="one of " + ", ".join(sorted(set(ITEM_BYTES))),
+        next_step=_SAVE_FLOATS,
     )
 
 
 def named(module: Any, name: Any) -> Global:
     """Return the inert name for a class or function that a pickle mentions.
 
-    Names of the standard library are refused at once unless they are known to be harmless data types: no network
-    class lives there, and the refusal then names what the file was after. Other names stay inert.
-
     Raises:
-        RefusedError: the name is one no checkpoint needs.
+        RefusedError: the name belongs to what runs or loads something (see `is_harmless`).
     """
-    if not isinstance(module, str) or not isinstance(name, str) or max(len(module), len(name)) > _LONGEST_NAME:
-        raise RefusedError(
-            "is damaged: a class in its pickle has no sensible name", next_step="copy or download it again"
-        )
+    if not isinstance(module, str) or not isinstance(name, str) or max(len(module), len(name)) > _MAX_NAME_LENGTH:
+        raise RefusedError("is damaged: a class in its pickle has no valid name", next_step=_AGAIN)
     module = _PYTHON_2_MODULES.get(module, module)
-    root = module.partition(".")[0]
-    if (root in sys.stdlib_module_names or root in _OTHER_BLOCKED) and (module, name) not in _HARMLESS_STDLIB:
-        raise _blocked(Global(module, name))
+    if not is_harmless(module, name):
+        raise RefusedError(
+            f"wants to use {Global(module, name)} while it is read",
+            expected="only tensors, plain values and network modules",
+            next_step=_UNTRUSTED,
+        )
     return Global(module, name)
 
 
 def rebuilt(function: Any, arguments: Any) -> Any:
-    """Return what a pickle's call `function(*arguments)` stands for, without making the call.
+    """Return what a pickle's call `function(*arguments)` describes, without making the call.
+
+    Tensors and plain containers are rebuilt by the functions below; every other call is a `Record` of its name and
+    arguments.
 
     Raises:
-        RefusedError: the function is not on the list of tensor rebuilders and plain containers.
+        RefusedError: the call is not one of a named function, or its arguments make no sense.
     """
+    if isinstance(function, Record):  # an enumeration nested in a class: getattr(Class, "Mode")("fast")
+        return Record(function.kind, (arguments,))
     if not isinstance(function, Global):
         raise RefusedError("asks for a call of something that is not a named function", next_step=_UNTRUSTED)
     if not isinstance(arguments, tuple):
-        raise RefusedError(f"is damaged: the arguments of {function} are not a tuple")
+        raise RefusedError(f"is damaged: the arguments of {function} are not a tuple", next_step=_AGAIN)
     rebuild = _REBUILDERS.get((function.module, function.name))
     if rebuild is not None:
         return rebuild(arguments)
-    if (function.module, function.name) in _INERT_CALLS:
-        return Record(function, arguments)
-    raise _blocked(function)
+    if function.module == "torch._utils" and function.name.startswith("_rebuild_"):
+        return _unreadable(function.name.removeprefix("_rebuild_").replace("_", " "))
+    return Record(function, arguments)
 
 
 def instance(kind: Any, arguments: Any) -> Any:
@@ -167,14 +183,14 @@ def instance(kind: Any, arguments: Any) -> Any:
     if not isinstance(kind, Global):
         raise RefusedError("asks for an instance of something that is not a named class", next_step=_UNTRUSTED)
     if not isinstance(arguments, tuple):
-        raise RefusedError(f"is damaged: the arguments of {kind} are not a tuple")
+        raise RefusedError(f"is damaged: the arguments of {kind} are not a tuple", next_step=_AGAIN)
     if kind.module == "collections" and kind.name in ("OrderedDict", "defaultdict", "Counter"):
         return {}
     return Record(kind, arguments)
 
 
 def dict_key(value: Any) -> Any:
-    """Return a key that is safe and quick to hash: the value itself if it is a string or a small integer."""
+    """Return a key that is safe and fast to hash: the value itself if it is a string or a small integer."""
     if type(value) in (str, bytes, bool, type(None)) or (type(value) is int and -(1 << 60) < value < 1 << 60):
         return value
     return Opaque(value)
@@ -185,18 +201,158 @@ def _kind_of(value: Any) -> str:
     return str(value) if isinstance(value, Global) else type(value).__name__
 
 
-def _blocked(name: Global) -> RefusedError:
-    if name.module == "torch._utils" and name.name.startswith("_rebuild_"):
-        return RefusedError(
-            f"holds a tensor of a special kind ({name})",
-            expected="dense tensors, as RCAN and SRDenseNet have",
-            next_step="save the float32 state_dict",
-        )
-    return RefusedError(
-        f"wants to use {name} while it is read",
-        expected="only tensors, plain values and network modules",
-        next_step=_UNTRUSTED,
-    )
+# ----------------------------------------------------------------------------------------------------------------------
+# Names that a checkpoint may mention. None of them is ever looked up; a refusal only tells that the file is hostile.
+
+
+def is_harmless(module: str, name: str) -> bool:
+    """Return True if a name can belong to a value that training scripts save beside the weights.
+
+    Of the standard library, types of data are; everything else in it is not, `os.system` and `builtins.eval` above
+    all. Of other packages, everything is but what loads or runs something.
+    """
+    root = module.partition(".")[0]
+    if root in sys.stdlib_module_names:
+        plain_name = "." not in name or module in _DATA_MODULES_WITH_METHODS
+        return plain_name and (module in _DATA_MODULES or (module, name) in _DATA_NAMES or _is_exception(module, name))
+    parts = name.split(".")
+    if root in _LOADERS or parts[-1] in _RUNNING_NAMES:
+        return False
+    return not _RUNNING_MODULES.intersection((*module.split(".")[1:], *parts[:-1]))
+
+
+def _is_exception(module: str, name: str) -> bool:
+    return module == "builtins" and name.endswith(("Error", "Exception", "Warning"))
+
+
+_DATA_MODULES = {
+    "argparse",
+    "array",
+    "calendar",
+    "collections",
+    "collections.abc",
+    "copyreg",
+    "dataclasses",
+    "datetime",
+    "decimal",
+    "enum",
+    "fractions",
+    "ipaddress",
+    "itertools",
+    "logging",
+    "math",
+    "numbers",
+    "pathlib",
+    "pathlib._local",
+    "random",
+    "re",
+    "string",
+    "time",
+    "typing",
+    "uuid",
+    "zoneinfo",
+}
+_DATA_MODULES_WITH_METHODS = {"zoneinfo"}  # ZoneInfo._unpickle
+_DATA_NAMES = {
+    *(
+        ("builtins", name)
+        for name in [
+            "object",
+            "list",
+            "dict",
+            "tuple",
+            "set",
+            "frozenset",
+            "int",
+            "float",
+            "complex",
+            "str",
+            "bool",
+            "bytes",
+            "bytearray",
+            "range",
+            "slice",
+            "type",
+            "Ellipsis",
+            "NotImplemented",
+            "getattr",
+            "reversed",
+            "enumerate",
+            "zip",
+            "map",
+            "filter",
+            "iter",
+            "len",
+            "min",
+            "max",
+            "sum",
+            "abs",
+            "round",
+            "sorted",
+            "print",
+        ]
+    ),
+    ("_codecs", "encode"),
+    ("functools", "partial"),
+    ("http", "HTTPStatus"),
+    ("inspect", "_empty"),
+    ("operator", "attrgetter"),
+    ("operator", "itemgetter"),
+    ("operator", "getitem"),
+    ("signal", "Signals"),
+    ("types", "SimpleNamespace"),
+    ("types", "MappingProxyType"),
+    ("types", "GenericAlias"),
+}
+_RUNNING_MODULES = {
+    "os",
+    "posix",
+    "nt",
+    "sys",
+    "subprocess",
+    "builtins",
+    "importlib",
+    "shutil",
+    "socket",
+    "ctypes",
+    "runpy",
+}
+_RUNNING_NAMES = {
+    "system",
+    "popen",
+    "Popen",
+    "exec",
+    "eval",
+    "execfile",
+    "runstring",
+    "check_call",
+    "check_output",
+    "load",
+    "loads",
+    "_load_from_bytes",
+    "load_url",
+    "load_state_dict_from_url",
+    "download_url_to_file",
+    "__import__",
+    "import_module",
+    "load_module",
+    "run_path",
+    "run_module",
+}
+# Modules that are no part of this Python's standard library, but were of another, or that run or load things.
+_LOADERS = {
+    "commands",
+    "popen2",
+    "imp",
+    "distutils",
+    "asyncore",
+    "pip",
+    "setuptools",
+    "pkg_resources",
+    "dill",
+    "cloudpickle",
+}
+_PYTHON_2_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -211,27 +367,30 @@ def _tensor_v1(arguments: tuple[Any, ...]) -> TensorRecord:
 def _tensor_v2(arguments: tuple[Any, ...]) -> TensorRecord:
     storage, offset, shape, stride, *_ = _counted(arguments, 6, 7, "_rebuild_tensor_v2")
     if len(arguments) == 7 and isinstance(arguments[6], dict) and (arguments[6].get("conj") or arguments[6].get("neg")):
-        raise RefusedError("holds a tensor that is a lazily negated or conjugated view", expected="plain tensors")
+        return _unreadable("lazily negated or conjugated view")
     return _tensor(storage, None, offset, shape, stride)
 
 
 def _tensor_v3(arguments: tuple[Any, ...]) -> TensorRecord:
     storage, offset, shape, stride, _, _, dtype, *_ = _counted(arguments, 7, 8, "_rebuild_tensor_v3")
-    if not isinstance(dtype, Global) or dtype.module != "torch" or dtype.name not in ITEM_BYTES:
-        raise RefusedError(
-            f"holds a tensor of dtype {_kind_of(dtype)}", expected="one of " + ", ".join(sorted(ITEM_BYTES))
-        )
+    if not isinstance(dtype, Global) or dtype.module != "torch":
+        raise RefusedError(f"is damaged: a tensor has the dtype {_kind_of(dtype)}", next_step=_AGAIN)
     return _tensor(storage, dtype.name, offset, shape, stride)
+
+
+def _unreadable(kind: str) -> TensorRecord:
+    """Return a tensor whose values are not read (sparse, quantized, ...); refused if it is part of the network."""
+    return TensorRecord(StorageRecord("", None, 0, "cpu"), shown(kind, 32), 0, (), ())
 
 
 def _tensor(storage: Any, dtype: str | None, offset: Any, shape: Any, stride: Any) -> TensorRecord:
     if not isinstance(storage, StorageRecord):
-        raise RefusedError("is damaged: a tensor has no storage")
+        raise RefusedError("is damaged: a tensor has no storage", next_step=_AGAIN)
     dtype = dtype or storage.dtype
     if dtype is None:
-        raise RefusedError("is damaged: a tensor over raw bytes has no dtype")
+        raise RefusedError("is damaged: a tensor over raw bytes has no dtype", next_step=_AGAIN)
     if type(offset) is not int or not _integers(shape) or not _integers(stride):
-        raise RefusedError("is damaged: a tensor's offset, shape or stride is not made of integers")
+        raise RefusedError("is damaged: a tensor's offset, shape or stride is not made of integers", next_step=_AGAIN)
     return TensorRecord(storage, dtype, offset, tuple(shape), tuple(stride))
 
 
@@ -250,7 +409,7 @@ def _from_type(arguments: tuple[Any, ...]) -> Any:
     """A tensor of a subclass, or with attributes: the tensor alone."""
     function, _, inner, _ = _counted(arguments, 4, 4, "_rebuild_from_type_v2")
     if not isinstance(function, Global) or not function.name.startswith("_rebuild_tensor"):
-        raise RefusedError(f"wants to rebuild a tensor with {_kind_of(function)}", next_step=_UNTRUSTED)
+        return _unreadable(f"tensor made by {_kind_of(function)}")
     return rebuilt(function, inner)
 
 
@@ -265,7 +424,7 @@ def _ordered_dict(arguments: tuple[Any, ...]) -> dict[Any, Any]:
     if isinstance(source, dict):
         return source
     if not isinstance(source, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in source):
-        raise RefusedError("is damaged: an OrderedDict is not made from pairs")
+        raise RefusedError("is damaged: an OrderedDict is not made from pairs", next_step=_AGAIN)
     made = {dict_key(key): value for key, value in source}
     source.clear()
     return made
@@ -278,7 +437,7 @@ def _default_dict(arguments: tuple[Any, ...]) -> dict[Any, Any]:
 def _first_sequence(arguments: tuple[Any, ...]) -> Any:
     """A set or torch.Size is the list or tuple it is made from, uncopied."""
     if arguments and not isinstance(arguments[0], (list, tuple)):
-        raise RefusedError("is damaged: a set or size is not made from a list")
+        raise RefusedError("is damaged: a set or size is not made from a list", next_step=_AGAIN)
     return arguments[0] if arguments else ()
 
 
@@ -291,7 +450,7 @@ def _latin1_bytes(arguments: tuple[Any, ...]) -> str:
     text, codec = _counted(arguments, 2, 2, "_codecs.encode")
     if isinstance(text, str) and codec in ("latin1", "latin-1"):
         return text
-    raise _blocked(Global("_codecs", "encode"))
+    return Record(Global("_codecs", "encode"), arguments)
 
 
 def _numpy_scalar(arguments: tuple[Any, ...]) -> Any:
@@ -306,9 +465,11 @@ def _numpy_scalar(arguments: tuple[Any, ...]) -> Any:
     return Record(Global("numpy", "scalar"), arguments)
 
 
-def _counted(arguments: tuple[Any, ...], least: int, most: int, what: str) -> tuple[Any, ...]:
-    if not least <= len(arguments) <= most:
-        raise RefusedError(f"is damaged: {what} has {len(arguments)} arguments", expected=f"{least} to {most}")
+def _counted(arguments: tuple[Any, ...], minimum: int, maximum: int, what: str) -> tuple[Any, ...]:
+    if not minimum <= len(arguments) <= maximum:
+        raise RefusedError(
+            f"is damaged: {what} has {len(arguments)} arguments", expected=f"{minimum} to {maximum}", next_step=_AGAIN
+        )
     return arguments
 
 
@@ -331,32 +492,4 @@ _REBUILDERS: dict[tuple[str, str], Callable[[tuple[Any, ...]], Any]] = {
     ("_codecs", "encode"): _latin1_bytes,
     ("numpy.core.multiarray", "scalar"): _numpy_scalar,
     ("numpy._core.multiarray", "scalar"): _numpy_scalar,
-}
-
-# Calls that training checkpoints hold beside the weights; they stay a record of name and arguments.
-_INERT_CALLS = {
-    ("torch", "device"),
-    ("torch.nn.backends.thnn", "_get_thnn_function_backend"),
-    ("torch.serialization", "_get_layout"),
-    ("numpy", "dtype"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("datetime", "datetime"),
-    ("datetime", "timedelta"),
-    ("datetime", "date"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "PurePosixPath"),
-    ("pathlib", "WindowsPath"),
-    ("pathlib._local", "PosixPath"),
-}
-
-_PYTHON_2_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
-# Modules that are no part of this Python's standard library, but were of another, or that run or load things.
-_OTHER_BLOCKED = {"commands", "popen2", "imp", "distutils", "asyncore", "pip", "setuptools", "pkg_resources", "dill"}
-_HARMLESS_STDLIB = {
-    *(key for key in _REBUILDERS if not key[0].startswith(("torch", "numpy"))),
-    *(key for key in _INERT_CALLS if not key[0].startswith(("torch", "numpy"))),
-    *(("builtins", name) for name in ("object", "list", "dict", "tuple", "int", "float", "str", "bool", "bytes")),
-    ("argparse", "Namespace"),
-    ("types", "SimpleNamespace"),
 }

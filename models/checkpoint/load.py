@@ -17,9 +17,11 @@ from srdeploy.core.environment import package_versions
 from srdeploy.core.errors import InputError, UsageError
 from srdeploy.core.precision import Precision
 from srdeploy.core.progress import SILENT, Progress
-from srdeploy.models.checkpoint.reader import RawCheckpoint, read_checkpoint
-from srdeploy.models.checkpoint.recognise import Recognised, build_network, check_geometry, recognise
-from srdeploy.models.checkpoint.resolve import Choices, Decision, Ranked, Resolved, resolve, with_values
+from srdeploy.models.checkpoint.folding import Folded, fold
+from srdeploy.models.checkpoint.reader import RawCheckpoint, StateDict, read_checkpoint
+from srdeploy.models.checkpoint.recognise import Recognised, build_network, check_geometry, is_network, recognise
+from srdeploy.models.checkpoint.resolve import Decision, Ranked, Resolved, resolve, with_values
+from srdeploy.models.choices import Choices
 from srdeploy.models.dialects.base import AnsweredBy, Hints
 from srdeploy.models.networks.rcan import RcanConfig
 from srdeploy.models.networks.spec import ModelSpec, NetworkConfig, config_to_json, network_of, spec_of
@@ -168,13 +170,15 @@ class Examined:
     """A checkpoint that was read and recognised; unless it was examined strictly, questions may be open.
 
     Attributes:
-        raw: the file as it lies there.
+        raw: the content of the file.
+        weights: label of the network in `raw.alternatives` that was examined.
         config: with every open question at some candidate.
         tensors: by canonical name.
         evidence: what was found, assumed, resolved or left open.
     """
 
     raw: RawCheckpoint
+    weights: str
     config: NetworkConfig
     tensors: dict[str, Tensor]
     evidence: Evidence
@@ -198,10 +202,11 @@ def examine_checkpoint(
         InputError, UsageError: as for `load_checkpoint`.
     """
     with progress.task(f"reading {path.name}"):
-        raw = read_checkpoint(path)
-        weights = _weights(raw, choices)
-        state = raw.alternatives[weights.value]
-        recognised = _recognised(path, state.tensors, _hints(raw, path))
+        raw = read_checkpoint(path, is_network)
+        label, weights = _weights(raw, choices, strict=strict)
+        state = raw.alternatives[label]
+        folded = _folded(path, state.tensors)
+        recognised = _recognised(path, folded.tensors, _hints(raw, path))
     resolved = _resolved(path, recognised, choices, probe_images, progress, strict)
     config, tensors = _in_rgb(resolved, recognised.tensors)
     attributes = {name: module.attributes for name, module in state.modules.items()}
@@ -213,27 +218,73 @@ def examine_checkpoint(
         container=raw.container,
         wrapper_path=state.path,
         hyperparameters=recognised.sources,
-        decisions=resolved.decisions if len(raw.alternatives) == 1 else (weights, *resolved.decisions),
+        decisions=(weights, *resolved.decisions) if weights else resolved.decisions,
         ranking=resolved.ranking,
-        notes=_notes(recognised, compared),
+        notes=_notes(raw, state, folded, recognised, compared),
     )
-    return Examined(raw, config, tensors, evidence)
+    return Examined(raw, label, config, tensors, evidence)
 
 
-def _weights(raw: RawCheckpoint, choices: Choices) -> Decision:
-    """Choose between plain weights and their moving average."""
+def _weights(raw: RawCheckpoint, choices: Choices, *, strict: bool) -> tuple[str, Decision | None]:
+    """Choose among the networks in a file; one that holds a single network leaves nothing to decide.
+
+    Returns:
+        The label of the network, and how it was chosen (None: there is one).
+    """
     present = tuple(raw.alternatives)
+    unexplained = raw.alternatives[raw.weights].unexplained
     by: AnsweredBy = "default"
     if choices.weights is not None:
-        if choices.weights not in present:
-            raise UsageError(f"--weights {choices.weights}: {raw.path} holds only {' and '.join(present)} weights")
-        value, by, reason = choices.weights, "flag", f"--weights {choices.weights}"
+        label = next((each for each in present if choices.weights in (each, _keys_of(raw, each))), None)
+        if label is None:
+            raise UsageError(
+                f"--weights {choices.weights}: {raw.path} holds no such weights", expected=" or ".join(present)
+            )
+        by, reason = "flag", f"--weights {choices.weights}"
+    elif len(present) == 1 and not unexplained:
+        return present[0], None
     elif len(present) == 1:
-        value, by, reason = present[0], "wrapper", f"the file holds only {present[0]} weights"
-    else:
-        value = "raw"
+        label, by = present[0], "open"
+        reason = (
+            f"{', '.join(unexplained)} beside it may be part of the network; state --weights {_keys_of(raw, label)}"
+        )
+        if strict:
+            raise InputError(
+                f"{raw.path} holds a network at {_keys_of(raw, label)} beside {', '.join(unexplained)}",
+                expected="nothing beside it but losses, metrics and counters",
+                next_step=f"if these do not change its output, pass --weights {_keys_of(raw, label)}",
+            )
+    elif set(present) == {"raw", "ema"}:
+        label = "raw"
         reason = "the trainers' own code loads these; --weights ema takes the moving average, a different network"
-    return Decision("weights", (), "plain weights or their moving average", value, by, reason, present)
+    else:
+        label, by = present[0], "open"
+        reason = f"state --weights {' or '.join(present)}"
+        if strict:
+            raise InputError(
+                f"{raw.path} holds several networks: {', '.join(_described(raw, each) for each in present)}",
+                expected="one, or a choice",
+                next_step=f"pass --weights {' or --weights '.join(present)}",
+            )
+    value = None if by == "open" else label
+    return label, Decision("weights", (), "which of the networks in the file", value, by, reason, present)
+
+
+def _keys_of(raw: RawCheckpoint, label: str) -> str:
+    """Return the keys that lead to a network, joined as --weights takes them."""
+    return "/".join(raw.alternatives[label].path)
+
+
+def _described(raw: RawCheckpoint, label: str) -> str:
+    keys = _keys_of(raw, label)
+    return label if keys in (label, "") else f"{label} (at {keys})"
+
+
+def _folded(path: Path, tensors: Mapping[str, Tensor]) -> Folded:
+    try:
+        return fold(tensors)
+    except InputError as error:
+        raise _of_file(path, error) from error
 
 
 def _recognised(path: Path, tensors: Mapping[str, Tensor], hints: Hints) -> Recognised:
@@ -335,10 +386,16 @@ def _of_file(path: Path, error: InputError) -> InputError:
     return InputError(f"{path}: {error.found}", expected=error.expected, next_step=error.next_step)
 
 
-def _notes(recognised: Recognised, compared: int) -> tuple[str, ...]:
-    notes = list(recognised.reading.notes)
-    if recognised.prefix:
-        notes.append(f"all names begin with {recognised.prefix}, which was taken away")
+def _notes(
+    raw: RawCheckpoint, state: StateDict, folded: Folded, recognised: Recognised, compared: int
+) -> tuple[str, ...]:
+    notes = [*recognised.reading.notes, *raw.notes]
+    if state.prefix:
+        notes.append(f"the prefix {state.prefix} of all names was stripped")
+    if state.unexplained:
+        notes.append(f"{', '.join(state.unexplained)} beside the network were not read")
+    for kind, count in folded.kinds.items():
+        notes.append(f"{kind} of {count} weights was folded into them")
     if recognised.converted:
         notes.append(f"{recognised.converted} tensors are stored in another type and were converted to float32")
     if compared:

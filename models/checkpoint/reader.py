@@ -2,7 +2,7 @@
 
     file --containers--> tree of inert values --wrappers--> state dicts of records --tensors--> tensors
 
-Nothing here knows RCAN or SRDenseNet; `srdeploy.models.checkpoint.load` recognises the network by the tensors' names.
+Nothing here knows RCAN or SRDenseNet; `srdeploy.models.checkpoint.load` passes a function that recognises them.
 """
 
 import json
@@ -14,14 +14,17 @@ from typing import Any
 import torch
 
 from srdeploy.core.errors import InputError
-from srdeploy.models.checkpoint.containers import Container, open_container
+from srdeploy.models.checkpoint.container import Container
+from srdeploy.models.checkpoint.containers import open_container
+from srdeploy.models.checkpoint.distributed import Folder, is_distributed, open_distributed, open_folder
 from srdeploy.models.checkpoint.filebytes import FileBytes, RefusedError, open_file_bytes
+from srdeploy.models.checkpoint.names import IsNetwork
 from srdeploy.models.checkpoint.pickled_network import ModuleRecord
 from srdeploy.models.checkpoint.plain import plain_dict
 from srdeploy.models.checkpoint.tensors import TensorBuilder
 from srdeploy.models.checkpoint.wrappers import Found, find_states
 
-_LONGEST_METADATA = 1 << 20
+_MAX_METADATA = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class StateDict:
         tensors: by name, in the file's order and dtypes, on the CPU, without gradients; read them, do not write.
         path: keys that lead to it in the file, () for the file itself.
         prefix: what was stripped from every name ("module." of DataParallel), "" if nothing.
-        ignored: entries beside the weights that are not part of a network.
+        ignored: entries that are not part of the network: counters, losses, metrics, values that are no tensors.
+        unexplained: tensors beside the network whose purpose is unknown.
         modules: for a pickled network, class and plain attributes of each module by name; "" is the network itself.
     """
 
@@ -40,6 +44,7 @@ class StateDict:
     path: tuple[str, ...]
     prefix: str
     ignored: tuple[str, ...]
+    unexplained: tuple[str, ...]
     modules: dict[str, ModuleRecord]
 
 
@@ -58,16 +63,16 @@ class Hints:
 
 @dataclass(frozen=True)
 class RawCheckpoint:
-    """A checkpoint as it lies in the file.
+    """The content of a checkpoint file.
 
     Attributes:
-        path: the file.
+        path: the file, or the folder of a distributed checkpoint.
         sha256: of the file's bytes.
         size_bytes: of the file.
-        container: "safetensors", "torch zip" or "torch legacy stream".
-        weights: which of `alternatives` the properties below show: "raw" unless the file has only "ema".
-        alternatives: the plain weights ("raw"), their moving average ("ema"), or both.
-        metadata: constructor arguments the trainer wrote beside the weights (traiNNer), as JSON values.
+        container: kind of file, see `srdeploy.models.checkpoint.container.Container`.
+        weights: which of `alternatives` the properties below show: "raw" if there is one, else the first.
+        alternatives: the plain weights ("raw"), their moving average ("ema"), and others by the keys that lead to them.
+        metadata: constructor arguments that the trainer wrote beside the weights (traiNNer), as JSON values.
         hints: what the wrapper says about the training script.
     """
 
@@ -79,6 +84,7 @@ class RawCheckpoint:
     alternatives: dict[str, StateDict]
     metadata: dict[str, Any]
     hints: Hints
+    notes: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -101,39 +107,59 @@ class RawCheckpoint:
         return dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors.values()))
 
 
-def read_checkpoint(path: Path) -> RawCheckpoint:
-    """Read a checkpoint file: safetensors, torch.save's zip archive or its older stream.
+def read_checkpoint(path: Path, is_network: IsNetwork | None = None) -> RawCheckpoint:
+    """Read a checkpoint of any container: safetensors, torch.save, torch.export, NumPy, or a distributed folder.
+
+    Args:
+        path: the file, or the folder of a distributed checkpoint.
+        is_network: recognises a network by its names, so that it is found among other tensors; None takes every state
+            dict for a network.
 
     Raises:
         InputError: the file cannot be read, is no checkpoint, is damaged, holds no network, or its pickle asks for
-            anything but tensors and plain values (the blocked name is in the message).
+            what runs or loads something (the blocked name is in the message).
     """
-    with open_file_bytes(path) as file:
-        try:
-            return _read(path, file)
-        except RefusedError as refused:
-            raise InputError(
-                f"{path} {refused.found}", expected=refused.expected, next_step=refused.next_step
-            ) from refused
+    try:
+        if is_distributed(path):
+            with open_folder(path) as folder:
+                return _read(path, folder, open_distributed(folder), is_network)
+        with open_file_bytes(path) as file:
+            if path.suffix == ".distcp":
+                raise RefusedError(
+                    "is one file of a distributed checkpoint", next_step=f"pass its folder {path.parent}"
+                )
+            return _read(path, file, open_container(file), is_network)
+    except RefusedError as refused:
+        raise InputError(f"{path} {refused.found}", expected=refused.expected, next_step=refused.next_step) from refused
 
 
-def _read(path: Path, file: FileBytes) -> RawCheckpoint:
-    container = open_container(file)
-    found = find_states(container.root)
+def _read(path: Path, file: FileBytes | Folder, container: Container, is_network: IsNetwork | None) -> RawCheckpoint:
+    found = find_states(container.root, is_network)
     builder = TensorBuilder(container.read_storage, file.size)
-    alternatives = {
-        weights: StateDict(builder.build(state.tensors), state.path, state.prefix, state.ignored, state.modules)
-        for weights, state in found.states.items()
-    }
+    alternatives: dict[str, StateDict] = {}
+    for label, state in found.states.items():
+        tensors = builder.build(state.tensors)
+        if not any(_equal(tensors, other.tensors) for other in alternatives.values()):
+            alternatives[label] = StateDict(
+                tensors, state.path, state.prefix, state.ignored, state.unexplained, state.modules
+            )
     return RawCheckpoint(
         path=path,
         sha256=file.sha256(),
         size_bytes=file.size,
         container=container.name,
-        weights="raw" if "raw" in alternatives else "ema",
+        weights=next(iter(alternatives)),
         alternatives=alternatives,
         metadata=_metadata(container, found),
         hints=Hints(found.keys, found.values),
+        notes=found.notes,
+    )
+
+
+def _equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Return True if two state dicts are the same network: then there is nothing to choose."""
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
     )
 
 
@@ -142,8 +168,8 @@ def _metadata(container: Container, found: Found) -> dict[str, Any]:
     text = container.metadata.get("metadata")
     if text is None:
         return found.metadata or plain_dict(container.metadata)
-    if len(text) > _LONGEST_METADATA:
-        raise RefusedError(f"has {len(text)} characters of metadata", expected=f"at most {_LONGEST_METADATA}")
+    if len(text) > _MAX_METADATA:
+        raise RefusedError(f"has {len(text)} characters of metadata", expected=f"at most {_MAX_METADATA}")
     try:
         document = json.loads(text)
     except (ValueError, RecursionError):

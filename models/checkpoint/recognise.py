@@ -5,7 +5,7 @@ with the right shape; a permissive loader would run another network without comp
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -22,9 +22,6 @@ from srdeploy.models.dialects.refused import REFUSED
 from srdeploy.models.networks.rcan import Rcan
 from srdeploy.models.networks.spec import NetworkConfig, network_of
 
-_DEEPEST_PREFIX = 4
-"""A network is looked for this many attributes below the top of the one that embeds it."""
-
 _COUNTER = "num_batches_tracked"
 """Batch normalisation counts its training steps under this name; inference does not use it."""
 
@@ -39,7 +36,6 @@ class Recognised:
         tensors: by canonical name, float32, contiguous.
         sources: hyper-parameter to the key and shape that it was read from.
         converted: number of tensors that were stored in another floating type.
-        prefix: what all names began with beside the wrappers' usual prefixes, "" for nothing.
     """
 
     dialect: Dialect
@@ -47,7 +43,6 @@ class Recognised:
     tensors: dict[str, Tensor]
     sources: dict[str, str]
     converted: int
-    prefix: str
 
 
 def recognise(tensors: Mapping[str, Tensor], hints: Hints) -> Recognised:
@@ -60,8 +55,6 @@ def recognise(tensors: Mapping[str, Tensor], hints: Hints) -> Recognised:
     Raises:
         InputError: no dialect or a refused one, left-over or missing keys, or shapes that do not fit together.
     """
-    prefix = _embedding_prefix(tensors)
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     for refusal in REFUSED:
         if refusal.matches(tensors):
             raise InputError(f"the checkpoint is {refusal.title}: {refusal.reason}")
@@ -74,7 +67,12 @@ def recognise(tensors: Mapping[str, Tensor], hints: Hints) -> Recognised:
     except ValueError as error:
         raise survey.refuse(f"its sizes do not fit together ({error})") from error
     filled, converted = _fill(dialect, reading, tensors)
-    return Recognised(dialect, reading, filled, survey.sources, converted, prefix)
+    return Recognised(dialect, reading, filled, survey.sources, converted)
+
+
+def is_network(names: Collection[str]) -> bool:
+    """Return True if a set of names carries the signature of a known family, or of one that is refused by name."""
+    return any(known.matches(names) for known in (*DIALECTS, *REFUSED))
 
 
 def build_network(config: NetworkConfig, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -142,25 +140,6 @@ def check_geometry(
 
 def _pair(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, tuple)) else value
-
-
-def _embedding_prefix(tensors: Mapping[str, Tensor]) -> str:
-    """Return a prefix that all names share, where a known family shows once it is taken away."""
-    if _is_known(tensors) or not tensors:
-        return ""
-    parts = next(iter(tensors)).split(".")
-    for depth in range(1, min(len(parts), _DEEPEST_PREFIX + 1)):
-        prefix = ".".join(parts[:depth]) + "."
-        if not all(name.startswith(prefix) for name in tensors):
-            break
-        bare = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-        if _is_known(bare):
-            return prefix
-    return ""
-
-
-def _is_known(tensors: Mapping[str, Tensor]) -> bool:
-    return any(dialect.matches(tensors) for dialect in DIALECTS) or any(known.matches(tensors) for known in REFUSED)
 
 
 def _source_name(name: str, modules: Mapping[str, str]) -> str:

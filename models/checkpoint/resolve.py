@@ -7,59 +7,13 @@ a winner.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from srdeploy.core.errors import InputError, UsageError
+from srdeploy.models.choices import Choices, flag_of, flag_value
 from srdeploy.models.dialects.base import Answer, AnsweredBy, Question
-from srdeploy.models.networks.activations import ACTIVATIONS
 from srdeploy.models.networks.spec import NetworkConfig
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What the user states about a checkpoint; None means not stated.
-
-    Attributes:
-        value_range: 255 or 1: the largest value of the network's own input and output.
-        res_scale: factor on every block's branch.
-        activation: name of an activation, see `srdeploy.models.networks.activations`.
-        weights: "raw" or "ema", for files with both.
-        mean: mean colour on 0..1, one value per channel.
-        colours: "rgb" or "bgr": the order of the network's own channels.
-        group_skip: whether a group adds its input to its output (RCAN-it).
-        layer_scale: factor on every dense layer's maps (RDST).
-    """
-
-    value_range: float | None = None
-    res_scale: float | None = None
-    activation: str | None = None
-    weights: str | None = None
-    mean: tuple[float, ...] | None = None
-    colours: str | None = None
-    group_skip: bool | None = None
-    layer_scale: float | None = None
-
-    def __post_init__(self) -> None:
-        allowed: dict[str, tuple[Any, ...]] = {
-            "value_range": (1.0, 255.0),
-            "activation": ACTIVATIONS,
-            "weights": ("raw", "ema"),
-            "colours": ("rgb", "bgr"),
-        }
-        for name, values in allowed.items():
-            value = getattr(self, name)
-            if value is not None and value not in values:
-                raise UsageError(f"{flag_of(name)} {shown(value)}", expected=" or ".join(map(shown, values)))
-        for name in ("res_scale", "layer_scale"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 100:  # also refuses NaN
-                raise UsageError(f"{flag_of(name)} {shown(value)}", expected="a factor above 0, at most 100")
-
-    def stated(self) -> dict[str, Any]:
-        """Return what the user did state, by name."""
-        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -186,20 +140,6 @@ def with_values(config: NetworkConfig, questions: Sequence[Question], values: di
         raise UsageError(f"the stated values do not fit the network ({error})") from error
 
 
-def flag_of(choice: str) -> str:
-    """Return the command line flag of a choice."""
-    return "--" + choice.replace("_", "-")
-
-
-def shown(value: Any) -> str:
-    """Write a value the way its flag takes it."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, tuple):
-        return ",".join(f"{part:g}" for part in value)
-    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
-
-
 def _refuse_foreign_flags(config: NetworkConfig, questions: Sequence[Question], choices: Choices, title: str) -> None:
     """A flag for something that this family fixes must agree with it; "weights" is settled before."""
     fixed = {"res_scale": "residual_scale"}
@@ -212,7 +152,7 @@ def _refuse_foreign_flags(config: NetworkConfig, questions: Sequence[Question], 
         actual = getattr(config, fixed.get(name, name))
         if actual != value:
             raise UsageError(
-                f"{flag_of(name)} {shown(value)} contradicts {title}, which has {shown(actual)}",
+                f"{flag_of(name)} {flag_value(value)} contradicts {title}, which has {flag_value(actual)}",
                 next_step="leave the flag out",
             )
 
@@ -224,14 +164,16 @@ def _answer(question: Question, choices: Choices) -> Answer | None:
     if known is not None and known.by == "metadata":
         if stated is not None and stated != known.value:
             raise UsageError(
-                f"{question.flag} {shown(stated)} contradicts the file's metadata ({known.reason})",
+                f"{question.flag} {flag_value(stated)} contradicts the file's metadata ({known.reason})",
                 next_step="leave the flag out",
             )
         return known
     if stated is not None:
         if stated not in question.candidates and not question.any_value:
-            raise UsageError(f"{question.flag} {shown(stated)}", expected=" or ".join(map(shown, question.candidates)))
-        return Answer(stated, "flag", f"{question.flag} {shown(stated)}")
+            raise UsageError(
+                f"{question.flag} {flag_value(stated)}", expected=" or ".join(map(flag_value, question.candidates))
+            )
+        return Answer(stated, "flag", f"{question.flag} {flag_value(stated)}")
     return known
 
 
@@ -275,12 +217,13 @@ def _decision(question: Question, answer: Answer) -> Decision:
 
 def _unresolved(questions: Sequence[Question], title: str, ranking: Sequence[Ranked]) -> InputError:
     parts = [
-        f"{question.meaning} ({question.flag} {' or '.join(map(shown, question.candidates))})" for question in questions
+        f"{question.meaning} ({question.flag} {' or '.join(map(flag_value, question.candidates))})"
+        for question in questions
     ]
     found = f"the checkpoint is {title}, whose files do not say {' nor '.join(parts)}"
     if ranking:
         tries = ", ".join(
-            f"{' '.join(f'{flag_of(choice)} {shown(value)}' for choice, value in entry.values.items())}: "
+            f"{' '.join(f'{flag_of(choice)} {flag_value(value)}' for choice, value in entry.values.items())}: "
             f"{entry.psnr_db:.2f} dB"
             for entry in ranking[:4]
         )

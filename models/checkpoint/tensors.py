@@ -33,6 +33,12 @@ class TensorBuilder:
         """
         total = 0
         for name, record in records.items():
+            if record.dtype not in ITEM_BYTES:
+                raise RefusedError(
+                    f"has tensor {shown(name)} of kind {record.dtype}",
+                    expected="dense tensors of " + ", ".join(sorted(ITEM_BYTES)),
+                    next_step="save the network's float32 state_dict() with torch.save",
+                )
             _check(name, record)
             total += math.prod(record.shape) * ITEM_BYTES[record.dtype]
         if total > 4 * self._file_bytes + _SLACK_BYTES:
@@ -46,7 +52,8 @@ class TensorBuilder:
         storage = record.storage
         block = self._blocks.get(storage.key)
         if block is None:
-            block = self._blocks[storage.key] = self._read_storage(storage)
+            block = self._read_storage(storage) if storage.inline is None else bytearray(storage.inline)
+            self._blocks[storage.key] = block
         start = storage.offset * _item_bytes(storage)
         length = storage.count * _item_bytes(storage) // ITEM_BYTES[record.dtype] * ITEM_BYTES[record.dtype]
         if start + length > len(block):

@@ -7,7 +7,7 @@ for all dialects (`srdeploy.models.checkpoint.recognise`, `srdeploy.models.check
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -132,8 +132,8 @@ class Dialect:
     layout: Layout
     absent: tuple[str, ...] = ()
 
-    def matches(self, keys: Mapping[str, Any]) -> bool:
-        """Tell whether a key set carries this family's signature."""
+    def matches(self, keys: Collection[str]) -> bool:
+        """Return True if a key set carries this family's signature."""
         return all(key in keys for key in self.signature) and not any(key in keys for key in self.absent)
 
 
@@ -151,8 +151,8 @@ class Refusal:
     signatures: tuple[tuple[str, ...], ...]
     reason: str
 
-    def matches(self, keys: Mapping[str, Any]) -> bool:
-        """Tell whether a key set is of this family."""
+    def matches(self, keys: Collection[str]) -> bool:
+        """Return True if a key set is of this family."""
         return any(all(key in keys for key in signature) for signature in self.signatures)
 
 

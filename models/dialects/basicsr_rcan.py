@@ -1,9 +1,9 @@
 """BasicSR's RCAN. Mean, range and residual scale are attributes of its class and not in the file."""
 
+from srdeploy.models.choices import DIV2K_MEAN, MEANS
 from srdeploy.models.dialects.base import Answer, Dialect, Hints, Question, Reading, Survey
 from srdeploy.models.dialects.layouts import RcanLayout
-from srdeploy.models.dialects.rcan_common import MEANS, colour_order_question, value_range_question
-from srdeploy.models.networks.mean_shift import DIV2K_MEAN
+from srdeploy.models.dialects.rcan_common import colour_order_question, value_range_question
 from srdeploy.models.networks.rcan import RcanConfig
 
 LAYOUT = RcanLayout(

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from srdeploy.models.choices import ACTIVATIONS
 from srdeploy.models.dialects.base import Answer, Dialect, Hints, Question, Reading, Survey
 from srdeploy.models.dialects.layouts import RcanLayout
 from srdeploy.models.dialects.rcan_common import (
@@ -20,7 +21,6 @@ from srdeploy.models.dialects.rcan_common import (
     range_of_mean_shift,
     value_range_question,
 )
-from srdeploy.models.networks.activations import ACTIVATIONS
 from srdeploy.models.networks.rcan import RcanConfig
 
 LAYOUT = RcanLayout(

@@ -1,17 +1,11 @@
 """What several RCAN dialects share: the mean shift stored as convolutions, and the words of common questions."""
 
+from srdeploy.models.choices import COLOUR_ORDERS, VALUE_RANGES
 from srdeploy.models.dialects.base import Answer, Question, Survey
-from srdeploy.models.networks.mean_shift import DIV2K_MEAN
-
-DIVFLICKR2K_MEAN = (0.4690, 0.4490, 0.4036)
-"""Mean RGB of DIV2K and Flickr2K together on 0..1."""
-
-MEANS: dict[str, tuple[float, ...]] = {"div2k": DIV2K_MEAN, "df2k": DIVFLICKR2K_MEAN, "none": (0.0, 0.0, 0.0)}
-"""Means that public training codes use, by the name the command line knows them under."""
 
 
 def has_mean_shift(survey: Survey) -> bool:
-    """Tell whether the mean shift convolutions are stored."""
+    """Return True if the mean shift convolutions are stored."""
     return "sub_mean.weight" in survey
 
 
@@ -34,7 +28,7 @@ def value_range_question(answer: Answer | None = None, usual: Answer | None = No
         choice="value_range",
         fields=("value_range",),
         meaning="the largest value of the network's own input and output",
-        candidates=(255.0, 1.0),
+        candidates=VALUE_RANGES[::-1],
         answer=answer,
         usual=usual,
     )
@@ -49,7 +43,7 @@ def colour_order_question(config_channels: int) -> tuple[Question, ...]:
             choice="colours",
             fields=(),
             meaning="the order of the three channels",
-            candidates=("rgb", "bgr"),
+            candidates=COLOUR_ORDERS,
             usual=Answer("rgb", "default", "every public source feeds RGB"),
             probed=False,
             contested=False,

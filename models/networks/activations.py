@@ -1,13 +1,8 @@
 """The activations found in public super-resolution checkpoints, by name."""
 
-from typing import Literal, get_args
-
 from torch import nn
 
-Activation = Literal["relu", "leaky_relu", "elu", "silu", "gelu", "prelu", "identity"]
-"""Name of an activation. "prelu" has one learned slope; the others have no values."""
-
-ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+from srdeploy.models.choices import Activation
 
 
 def make_activation(kind: Activation, leaky_slope: float) -> nn.Module:
@@ -30,5 +25,5 @@ def make_activation(kind: Activation, leaky_slope: float) -> nn.Module:
 
 
 def is_positively_homogeneous(kind: Activation) -> bool:
-    """Tell whether f(a x) = a f(x) for every a > 0, which is what lets a scale move through the activation."""
+    """Return True if f(a x) = a f(x) for every a > 0, so that a scale can move through the activation."""
     return kind in ("relu", "leaky_relu", "prelu", "identity")

@@ -6,9 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-DIV2K_MEAN = (0.4488, 0.4371, 0.4040)
-"""Mean RGB of the DIV2K training images on 0..1, as the public training codes write it."""
-
 
 class MeanShift(nn.Module):
     """A 1x1 convolution with stored matrix and bias: (N, C, H, W) to (N, C, H, W).

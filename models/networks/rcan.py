@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from srdeploy.models.networks.activations import Activation, make_activation
+from srdeploy.models.choices import DIV2K_MEAN, Activation
+from srdeploy.models.networks.activations import make_activation
 from srdeploy.models.networks.layers import Convolution, convolution_3x3
-from srdeploy.models.networks.mean_shift import DIV2K_MEAN, MeanShift
+from srdeploy.models.networks.mean_shift import MeanShift
 
 MeanShiftKind = Literal["none", "constant", "matrix"]
 

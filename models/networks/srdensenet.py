@@ -16,7 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from srdeploy.models.networks.activations import Activation, make_activation
+from srdeploy.models.choices import Activation
+from srdeploy.models.networks.activations import make_activation
 from srdeploy.models.networks.layers import Convolution, TransposedConvolution, convolution_3x3
 from srdeploy.models.networks.mean_shift import MeanShift
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from srdeploy.core.errors import InputError
-from srdeploy.models.networks.activations import ACTIVATIONS, is_positively_homogeneous, make_activation
+from srdeploy.models.choices import ACTIVATIONS
+from srdeploy.models.networks.activations import is_positively_homogeneous, make_activation
 from srdeploy.models.networks.rcan import Rcan, RcanConfig, chain, rcan_x2, rcan_x3, rcan_x4, rcan_x8
 from srdeploy.models.networks.spec import NetworkConfig, config_from_json, config_to_json, network_of, spec_of
 from srdeploy.models.networks.srdensenet import (

@@ -27,7 +27,7 @@ from checkpoint_fuzzing.pickles import (
 
 from srdeploy.core.errors import InputError
 from srdeploy.models.checkpoint.reader import read_checkpoint
-from srdeploy.models.checkpoint.unpickler import MOST_OPERATIONS
+from srdeploy.models.checkpoint.unpickler import MAX_OPERATIONS
 
 SECONDS = 2.0
 MEGABYTES = 500
@@ -68,10 +68,10 @@ def attacks(canary: Path) -> dict[str, tuple[bytes, str]]:
         ),
         "getattr to reach it": (
             Call(Call(Name("builtins", "getattr"), (Name("os", "path"), "system")), (touch,)),
-            "builtins.getattr",
+            "os.path",
         ),
         "a dotted name": (Call(Name("torch.serialization", "os.system"), (touch,)), "torch.serialization.os.system"),
-        "partial": (Call(Name("functools", "partial"), (Name("os", "system"), touch)), "functools.partial"),
+        "partial": (Call(Name("functools", "partial"), (Name("os", "system"), touch)), "os.system"),
         "torch.load within": (
             Call(Name("torch.storage", "_load_from_bytes"), (b"x",)),
             "torch.storage._load_from_bytes",
@@ -148,7 +148,7 @@ def test_the_attacks_are_real(tmp_path: Path) -> None:
 # Files that want time or memory
 
 
-def _repeated(code: bytes, size: int = 2 * MOST_OPERATIONS) -> bytes:
+def _repeated(code: bytes, size: int = 2 * MAX_OPERATIONS) -> bytes:
     return code * (size // len(code))
 
 
@@ -304,40 +304,43 @@ EXPENSIVE: dict[str, tuple[Callable[[], bytes], str]] = {
     "stack of a million": (lambda: zip_file(Raw(_repeated(b"}", 4_000_000))), "operations"),
     "marks": (lambda: zip_file(Raw(_repeated(b"(", 4_000_000))), "operations"),
     "legacy stack": (lambda: legacy_file(Raw(_repeated(b"]", 4_000_000))), "operations"),
-    "text claimed 16 EB": (lambda: zip_file(Raw(b"\x8d" + b"\xff" * 8)), "ends inside a pickle"),
+    "text claimed 16 EB": (lambda: zip_file(Raw(b"\x8d" + b"\xff" * 8)), "byte count"),
     "integer of 200 bytes": (lambda: zip_file(Raw(b"\x8a\xc8" + b"\x01" * 200)), "integer of 200 bytes"),
     "storage claims 10 GB, zip": (
         lambda: zip_file(_huge_storage(2_500_000_000), (STORAGE,)),
         "lays 10000000000 bytes",
     ),
     "storage claims 10 GB, legacy": (lambda: _huge_legacy(2_500_000_000), "claims 10000000000 bytes"),
-    "storage of negative size": (lambda: _huge_legacy(-5), "no sensible size"),
-    "storage of absurd size": (lambda: zip_file(_huge_storage(1 << 62)), "no sensible size"),
+    "storage of negative size": (lambda: _huge_legacy(-5), "no valid size"),
+    "storage of absurd size": (lambda: zip_file(_huge_storage(1 << 62)), "no valid size"),
     "zip bomb of 256 MB": (lambda: _zip_bomb(1 << 28), "lays"),
     "zip bomb that lies": (lambda: _lying_bomb(1 << 27), ""),
-    "pickle bomb": (lambda: zip_file(Raw(bytes(64 << 20)), compression=zipfile.ZIP_DEFLATED), "at most"),
+    "pickle bomb": (lambda: zip_file(Raw(bytes(160 << 20)), compression=zipfile.ZIP_DEFLATED), "at most"),
     "names over the same bytes": (_shared_bytes, "lays"),
     "overlapping entries": (_overlapping_entries, "overlaps another"),
-    "two million entries": (lambda: _many_entries(2_000_000), "zip archive of 2000000 entries"),
+    "two million entries": (lambda: _many_entries(2_000_000), "zip directory of 94000000 bytes"),
     "header of 2^60 bytes": (lambda: _safetensors(b"{}", length=1 << 60), "claims a safetensors header"),
-    "header beyond the file": (lambda: _safetensors(b"{}", length=1 << 20), "should lie"),
-    "header nested deep": (lambda: _safetensors(b'{"a":' + b"[" * 1_000_000), "not JSON"),
-    "header of many": (lambda: _safetensors(b'{"a":[' + b"{}," * 1_300_000 + b"{}]}"), "without dtype"),
-    "header with a name twice": (lambda: _safetensors(b'{"a":{},"a":{}}'), "names something twice"),
+    "header beyond the file": (lambda: _safetensors(b"{}", length=1 << 20), "is expected at bytes"),
+    "header nested deep": (lambda: _safetensors(b'{"a":' + b"[" * 1_000_000), "recursion limit"),
+    "header of many": (lambda: _safetensors(b'{"a":[' + b"{}," * 1_300_000 + b"{}]}"), "invalid JSON in header"),
+    "header with a name twice": (lambda: _safetensors(b'{"a":{},"a":{}}'), "missing field `dtype`"),
     "offsets overlap": (
         lambda: _safetensors({"a": _entry([2], 0, 8), "b": _entry([2], 4, 12)}, bytes(12)),
-        "overlaps another",
+        "invalid offset",
     ),
     "offsets leave a gap": (
         lambda: _safetensors({"a": _entry([2], 0, 8), "b": _entry([2], 12, 20)}, bytes(20)),
-        "leaves a gap",
+        "invalid offset",
     ),
-    "offsets beyond the file": (lambda: _safetensors({"a": _entry([1 << 30], 0, 1 << 32)}, bytes(8)), "tensors end at"),
-    "offsets negative": (lambda: _safetensors({"a": _entry([1], -4, 0)}, bytes(4)), "impossible"),
-    "shape of absurd size": (lambda: _safetensors({"a": _entry([1 << 62, 1 << 62], 0, 0)}), "impossible"),
+    "offsets beyond the file": (
+        lambda: _safetensors({"a": _entry([1 << 30], 0, 1 << 32)}, bytes(8)),
+        "not fully covered",
+    ),
+    "offsets negative": (lambda: _safetensors({"a": _entry([1], -4, 0)}, bytes(4)), "invalid value"),
+    "shape of absurd size": (lambda: _safetensors({"a": _entry([1 << 62, 1 << 62], 0, 0)}), "overflow"),
     "empty of absurd size": (lambda: _safetensors({"a": _entry([0, 1 << 47, 1 << 47], 0, 0)}), "impossible shape"),
     "shape of a million axes": (lambda: _safetensors({"a": _entry([1] * 1_000_000, 0, 4)}, bytes(4)), "impossible"),
-    "shape of booleans": (lambda: _safetensors({"a": _entry([True], 0, 4)}, bytes(4)), "impossible"),
+    "shape of booleans": (lambda: _safetensors({"a": _entry([True], 0, 4)}, bytes(4)), "invalid type"),
     "metadata nested deep": (
         lambda: _safetensors({"__metadata__": {"metadata": "[" * 500_000}, "a": _entry([1], 0, 4)}, bytes(4)),
         "not JSON",

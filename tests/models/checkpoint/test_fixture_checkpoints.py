@@ -13,7 +13,7 @@ import torch
 from srdeploy.core.errors import InputError
 from srdeploy.models.checkpoint.load import Choices, LoadedCheckpoint, load_checkpoint
 
-CASES = sorted((Path(__file__).parents[1] / "data" / "checkpoints").glob("*/case.json"))
+CASES = sorted((Path(__file__).parents[2] / "data" / "checkpoints").glob("*/case.json"))
 ROW_STEP = 3
 
 

@@ -81,7 +81,7 @@ def test_plain_and_averaged_weights(tmp_path: Path) -> None:
     assert plain.evidence.decisions[0] in plain.evidence.assumptions
     assert average.evidence.wrapper_path == ("params_ema",)
     assert torch.equal(average.network.state_dict()["first.weight"], both["params_ema"]["conv_first.weight"])
-    with pytest.raises(UsageError, match="holds only raw weights"):
+    with pytest.raises(UsageError, match="holds no such weights; expected raw"):
         load_checkpoint(saved(tmp_path / "one.pth", {"params": both["params"]}), Choices(weights="ema"))
 
 

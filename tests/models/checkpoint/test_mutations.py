@@ -14,7 +14,7 @@ from checkpoint_fuzzing.seeds import SEEDS
 
 from srdeploy.models.checkpoint.load import load_checkpoint
 
-FUZZER = Path(__file__).parents[1] / "fuzz" / "fuzz_checkpoints.py"
+FUZZER = Path(__file__).parents[2] / "fuzz" / "fuzz_checkpoints.py"
 COUNT = 240
 
 

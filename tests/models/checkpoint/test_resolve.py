@@ -18,7 +18,7 @@ from srdeploy.models.dialects.base import Answer, Question
 from srdeploy.models.dialects.lornatang_rcan import DIALECT as LORNATANG
 from srdeploy.models.networks.rcan import Rcan, RcanConfig
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 CONFIG = RcanConfig(scale=2, groups=1, blocks=1, features=4, attention_width=1, upsampler=(2,), mean_shift="none")
 RANGE = Question("value_range", ("value_range",), "the range", (255.0, 1.0))
 SCALE = Question("res_scale", ("residual_scale",), "the factor", (0.1, 1.0), any_value=True)
@@ -122,7 +122,6 @@ def test_flags_that_state_what_is_so_anyway_are_accepted() -> None:
     [
         {"value_range": 2.0},
         {"activation": "tanh"},
-        {"weights": "best"},
         {"colours": "yuv"},
         {"res_scale": float("nan")},
         {"res_scale": 0.0},

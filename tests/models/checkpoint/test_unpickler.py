@@ -1,4 +1,4 @@
-"""Our pickle machine agrees with Python's on plain values of every protocol, and is inert for everything else."""
+"""The inert unpickler agrees with Python's on plain values of every protocol, and calls nothing for all others."""
 
 import pickle
 import sys
@@ -9,8 +9,8 @@ import pytest
 from checkpoint_fuzzing.pickles import Call, Name, New, Persistent, Python2Text, Raw, code_of, pickled
 
 from srdeploy.models.checkpoint.filebytes import RefusedError, shown
-from srdeploy.models.checkpoint.inert import Global, Record
-from srdeploy.models.checkpoint.unpickler import MOST_OPERATIONS, unpickle
+from srdeploy.models.checkpoint.inert import Global, Record, TensorRecord
+from srdeploy.models.checkpoint.unpickler import MAX_OPERATIONS, unpickle
 
 
 def load(data: bytes) -> Any:
@@ -67,7 +67,6 @@ def test_old_protocols_write_bytes_as_latin1_text(protocol: int) -> None:
 
 def test_python_2_strings_are_latin1() -> None:
     assert load(pickled(Python2Text(bytes(range(256))))) == bytes(range(256)).decode("latin-1")
-    assert load(b"S'caf\\xe9'\n.") == "café"
     assert load(b'S"it\'s"\n.') == "it's"
 
 
@@ -115,14 +114,12 @@ BLOCKED = [
     ("subprocess", "Popen"),
     ("builtins", "eval"),
     ("builtins", "exec"),
-    ("builtins", "getattr"),
     ("builtins", "__import__"),
     ("__builtin__", "eval"),
     ("importlib", "import_module"),
     ("runpy", "run_path"),
     ("pickle", "loads"),
     ("shutil", "rmtree"),
-    ("functools", "partial"),
     ("operator", "methodcaller"),
     ("types", "CodeType"),
     ("_codecs", "lookup"),
@@ -155,18 +152,56 @@ def test_names_of_the_standard_library_are_refused_when_mentioned(module: str, n
         ("torch.hub", "load"),
         ("torch.storage", "_load_from_bytes"),
         ("torch.serialization", "os.system"),
-        ("torch._utils", "_rebuild_qtensor"),
-        ("torch._utils", "_rebuild_sparse_tensor"),
         ("numpy.testing._private.utils", "runstring"),
-        ("SR_DenseNet", "Net"),
-        ("canary", "run"),
+        ("canary.os", "system"),
+        ("canary", "os.path.join"),
     ],
 )
-def test_a_call_of_anything_not_on_the_list_is_refused(module: str, name: str) -> None:
+def test_what_runs_or_loads_something_is_refused_in_any_package(module: str, name: str) -> None:
     with pytest.raises(RefusedError) as caught:
         load(pickled(Call(Name(module, name), ("echo",))))
 
     assert f"{module}.{name}" in caught.value.found
+
+
+CALLS = {
+    "partial": Call(Name("functools", "partial"), (Name("torch.optim", "Adam"),)),
+    "deque": Call(Name("collections", "deque"), ([1.0], 5)),
+    "enumeration": Call(Name("project.options", "Mode"), ("fast",)),
+    "enumeration in a class": Call(Call(Name("builtins", "getattr"), (Name("project", "Net"), "Mode")), (1,)),
+    "time zone": Call(Name("datetime", "timezone"), (Call(Name("datetime", "timedelta"), (0, 0, 0)),)),
+    "named zone": Call(Call(Name("builtins", "getattr"), (Name("zoneinfo", "ZoneInfo"), "_unpickle")), ("UTC", 1)),
+    "namespace": Call(Name("types", "SimpleNamespace"), (), {"scale": 2}),
+    "range": Call(Name("builtins", "range"), (0, 5, 1)),
+    "slice": Call(Name("builtins", "slice"), (0, None, None)),
+    "complex": Call(Name("builtins", "complex"), (1.0, 2.0)),
+    "decimal": Call(Name("decimal", "Decimal"), ("0.5",)),
+    "UUID": New(Name("uuid", "UUID"), (), {"int": 1 << 100}),
+    "logger": Call(Name("logging", "getLogger"), ("train",)),
+    "pattern": Call(Name("re", "_compile"), ("a+", 32)),
+    "error": Call(Name("builtins", "ValueError"), ("diverged",)),
+    "generator state": Call(Name("numpy.random._pickle", "__generator_ctor"), ("PCG64",)),
+    "sparse tensor": Call(Name("torch._utils", "_rebuild_sparse_tensor"), (1, (2, 3))),
+    "quantized tensor": Call(Name("torch._utils", "_rebuild_qtensor"), (1, 2)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_harmless_calls_are_kept_unmade(name: str) -> None:
+    assert isinstance(load(pickled(CALLS[name])), (Record, TensorRecord))
+
+
+def test_a_call_of_a_function_that_exists_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    canary = tmp_path / "canary"
+    (tmp_path / "canary_function.py").write_text(f"def sing(path): open({str(canary)!r}, 'w')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    found = load(pickled(Call(Name("canary_function", "sing"), ("x",))))
+
+    assert isinstance(found, Record)
+    assert (found.kind, found.arguments) == (Global("canary_function", "sing"), ("x",))
+    assert not canary.exists()
+    assert "canary_function" not in sys.modules
 
 
 def test_a_call_of_what_a_call_gave_is_refused() -> None:
@@ -190,39 +225,37 @@ def test_persistent_ids_go_to_the_caller() -> None:
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        (b"", "ends inside"),
-        (b"\x80\x02", "ends inside"),
-        (b"X\xff\xff\xff\xff", "ends inside"),
-        (b"\x8d" + b"\xff" * 8 + b".", "ends inside"),
-        (b"T\xff\xff\xff\xff.", "negative"),
-        (b".", "takes more"),
-        (b"0.", "takes more"),
-        (b"R.", "takes more"),
-        (b"t.", "closes a list"),
-        (b"K\x01(a.", "takes more"),
-        (b"h\x05.", "refers to value 5"),
-        (b"g7\n.", "refers to value 7"),
-        (b"K\x01K\x02a.", "appends"),
-        (b"]K\x01K\x02s.", "sets items"),
-        (b"}(K\x01u.", "sets items"),
-        (b"X\x01\x00\x00\x00\xff.", "not UTF-8"),
-        (b"S'abc\n.", "no end"),
-        (b"S'\\x'\n.", "broken escape"),
-        (b"Iabc\n.", "not a number"),
-        (b"I" + b"9" * 10_000 + b"\n.", "not a number"),
-        (b"Fabc\n.", "not a number"),
-        (b"\x8a\xff" + b"\x01" * 255 + b".", "integer of 255 bytes"),
+        (b"", "exhausted"),
+        (b"\x80\x02", "exhausted"),
+        (b"X\xff\xff\xff\xff", "expected 4294967295 bytes"),
+        (b"\x8d" + b"\xff" * 8 + b".", "byte count"),
+        (b"\x96" + b"\xff" * 7 + b"\x00.", "bytearray8"),
+        (b"T\xff\xff\xff\xff.", "byte count < 0"),
+        (b".", "pop from empty list"),
+        (b"R.", "pop from empty list"),
+        (b"t.", "pop from empty list"),
+        (b"h\x05.", "not found at index 5"),
+        (b"g7\n.", "not found at index 7"),
+        (b"K\x01K\x02a.", "not a list"),
+        (b"]K\x01K\x02s.", "not a dict"),
+        (b"}(K\x01u.", "index out of range"),
+        (b"X\x01\x00\x00\x00\xff.", "can't decode"),
+        (b"S'abc\n.", "quote"),
+        (b"Iabc\n.", "invalid literal"),
+        (b"I" + b"9" * 10_000 + b"\n.", "4300 digits"),
+        (b"Fabc\n.", "could not convert"),
+        (b"\x8b\x00\x01\x00\x00" + b"\x01" * 256 + b".", "opcode LONG4"),
         (b"\x80\x09.", "protocol 9"),
-        (b"Pname\n.", "textual persistent id"),
-        (b"\x82\x01.", "extension registry"),
-        (b"\x97.", "out-of-band"),
-        (b"\xf0.", "0xf0"),
-        (b"c" + b"a" * 600 + b"\nNet\n.", "no sensible name"),
-        (b"c\xff\nNet\n.", "not text"),
-        (b"K\x01K\x02\x93.", "no sensible name"),
+        (b"Pname\n.", "opcode PERSID"),
+        (b"\x82\x01.", "opcode EXT1"),
+        (b"\x97.", "opcode NEXT_BUFFER"),
+        (b"\xf0.", "unknown"),
+        (b"c" + b"a" * 600 + b"\nNet\n.", "no valid name"),
+        (b"c\xff\nNet\n.", "can't decode"),
+        (b"K\x01K\x02\x93.", "requires str"),
         (b"K\x01)\x81.", "not a named class"),
         (b"ca\nNet\nK\x01\x81.", "not a tuple"),
-        (b"(o.", "no class"),
+        (b"(o.", "pop from empty list"),
     ],
 )
 def test_damage_is_named(code: bytes, message: str) -> None:
@@ -231,10 +264,10 @@ def test_damage_is_named(code: bytes, message: str) -> None:
 
 
 def test_the_number_of_operations_is_bounded() -> None:
-    load(b"\x80\x02" + b"N0" * (MOST_OPERATIONS // 2 - 2) + b"N.")
+    load(b"\x80\x02" + b"N0" * (MAX_OPERATIONS // 2 - 2) + b"N.")
 
     with pytest.raises(RefusedError, match="operations"):
-        load(b"\x80\x02" + b"N0" * (MOST_OPERATIONS // 2) + b"N.")
+        load(b"\x80\x02" + b"N0" * (MAX_OPERATIONS // 2) + b"N.")
 
 
 def test_text_from_a_file_is_shown_without_control_characters() -> None:

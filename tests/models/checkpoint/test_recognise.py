@@ -110,10 +110,9 @@ def test_han_is_refused_by_name_though_it_holds_every_key_of_rcan(extra: str) ->
         pytest.param(["conv_first.weight", "body.0.rdb1.conv1.weight"], "ESRGAN", id="esrgan"),
     ],
 )
-@pytest.mark.parametrize("prefix", ["", "pre_trained_net."])
-def test_known_strangers_are_refused_by_name(keys: list[str], name: str, prefix: str) -> None:
+def test_known_strangers_are_refused_by_name(keys: list[str], name: str) -> None:
     with pytest.raises(InputError, match=name):
-        recognise({prefix + key: torch.zeros(4, 4, 3, 3) for key in keys}, Hints())
+        recognise({key: torch.zeros(4, 4, 3, 3) for key in keys}, Hints())
 
 
 def test_an_unknown_network_is_refused_with_its_names() -> None:
@@ -126,23 +125,6 @@ def test_the_nearest_dialect_is_named_when_no_signature_fits() -> None:
     state["first.conv.weight"] = state.pop("conv.conv.weight")
 
     with pytest.raises(InputError, match=r"looks like yjn870 SRDenseNet, but 1 key \(first.conv.weight\) is left over"):
-        recognise(state, Hints())
-
-
-def test_an_embedded_network_is_found_below_its_prefix() -> None:
-    state = {f"pre_trained_rcan.inner.{key}": tensor for key, tensor in state_of(RCAN, OFFICIAL).items()}
-
-    recognised = recognise(state, Hints())
-
-    assert recognised.dialect is OFFICIAL
-    assert recognised.prefix == "pre_trained_rcan.inner."
-
-
-def test_a_network_embedded_beside_another_is_refused() -> None:
-    state = {f"rcan.{key}": tensor for key, tensor in state_of(RCAN, OFFICIAL).items()}
-    state["refine.weight"] = torch.zeros(3, 3, 3, 3)
-
-    with pytest.raises(InputError, match="no known network|looks like"):
         recognise(state, Hints())
 
 
