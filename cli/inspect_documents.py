@@ -23,12 +23,17 @@ def document_of(path: Path, options: CheckpointOptions, progress: Progress) -> d
         InputError: it does not exist, or is neither checkpoint, ONNX file, engine nor bundle.
         UsageError: options that do not fit the checkpoint.
     """
+    from srdeploy.models.checkpoint import is_distributed
     from srdeploy.runtime.bundle import is_bundle
     from srdeploy.runtime.engines.registry import is_engine
 
+    if is_distributed(path):
+        return checkpoint_document(path, options, progress)
     if path.is_dir():
         if not is_bundle(path):
-            raise InputError(f"{path} is a folder without a manifest.json", expected="a file or a bundle")
+            raise InputError(
+                f"{path} is a folder without a manifest.json", expected="a file, a bundle or a distributed checkpoint"
+            )
         return bundle_document(path)
     if not path.exists():
         raise InputError(f"{path} does not exist", expected="a checkpoint, ONNX file, engine or bundle")

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from srdeploy.core.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from srdeploy.models.checkpoint.container import is_distributed
     from srdeploy.models.checkpoint.load import (
         Evidence,
         Examined,
@@ -21,6 +22,7 @@ __all__ = [
     "LoadedCheckpoint",
     "RawCheckpoint",
     "examine_checkpoint",
+    "is_distributed",
     "load_checkpoint",
     "read_checkpoint",
     "save_checkpoint",
@@ -29,6 +31,7 @@ __all__ = [
 __getattr__ = lazy_names(
     __name__,
     {
+        "container": ("is_distributed",),
         "load": ("Evidence", "Examined", "LoadedCheckpoint", "examine_checkpoint", "load_checkpoint"),
         "reader": ("RawCheckpoint", "read_checkpoint"),
         "save": ("save_checkpoint",),

@@ -101,18 +101,16 @@ class Archive:
             raise RefusedError(
                 f"is damaged: entry {shown(entry.filename)} claims more than deflate can hold", next_step=_AGAIN
             )
-        data = bytearray(entry.file_size)
+        data = bytearray()
         try:
             with self._zip.open(entry) as stream:
-                view = memoryview(data)
-                done = 0
-                while done < len(data) and (count := stream.readinto(view[done : done + (1 << 20)])):
-                    done += count
+                while piece := stream.read(1 << 20):
+                    data += piece
         except _DAMAGE as error:
             raise RefusedError(
                 f"is damaged: compressed entry {shown(entry.filename)} cannot be unpacked", next_step=_AGAIN
             ) from error
-        if done != len(data):
+        if len(data) != entry.file_size:
             raise RefusedError(f"is damaged: entry {shown(entry.filename)} is too short", next_step=_AGAIN)
         return data
 

@@ -2,9 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from srdeploy.models.checkpoint.inert import StorageRecord
+
+METADATA = ".metadata"
+"""The file that makes a folder a distributed checkpoint."""
+
+
+def is_distributed(path: Path) -> bool:
+    """Return True if a path is the folder of a distributed checkpoint."""
+    return path.is_dir() and (path / METADATA).is_file()
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,13 @@ import torch
 
 from srdeploy.models.checkpoint.archive import Archive
 from srdeploy.models.checkpoint.arrays import contiguous
-from srdeploy.models.checkpoint.container import Container
+from srdeploy.models.checkpoint.container import METADATA, Container
 from srdeploy.models.checkpoint.filebytes import FileBytes, RefusedError, open_file_bytes, shown
 from srdeploy.models.checkpoint.inert import ITEM_BYTES, Global, Record, StorageRecord, TensorRecord
 from srdeploy.models.checkpoint.tensors import TensorBuilder
 from srdeploy.models.checkpoint.torch_files import open_zip
 from srdeploy.models.checkpoint.unpickler import MAX_BYTES, unpickle
 
-METADATA = ".metadata"
 _MAX_FILES = 4096
 _AGAIN = "copy the whole folder again"
 
@@ -45,11 +44,6 @@ class Folder:
         for name in sorted(self.files):
             digest.update(f"{name}\0{self.files[name].sha256()}\n".encode())
         return digest.hexdigest()
-
-
-def is_distributed(path: Path) -> bool:
-    """Return True if a path is the folder of a distributed checkpoint."""
-    return path.is_dir() and (path / METADATA).is_file()
 
 
 @contextmanager
@@ -93,8 +87,7 @@ def open_distributed(folder: Folder) -> Container:
 
 
 def _member(metadata: Any, name: str) -> dict[Any, Any]:
-    state = metadata.state if isinstance(metadata, Record) else None
-    value = state.get(name) if isinstance(state, dict) else None
+    value = _state(metadata).get(name)
     if not isinstance(value, dict):
         raise RefusedError(f"has a {METADATA} file without {name}", expected="what PyTorch writes", next_step=_AGAIN)
     return value
@@ -116,7 +109,7 @@ def _nested(records: Mapping[str, TensorRecord], paths: Mapping[Any, Any]) -> di
 
 
 def _record(name: str, description: Record) -> TensorRecord:
-    state = description.state if isinstance(description.state, dict) else {}
+    state = _state(description)
     properties, shape = state.get("properties"), state.get("size")
     values = properties.state if isinstance(properties, Record) else None
     dtype = values[0] if isinstance(values, tuple) and values else None
@@ -139,20 +132,28 @@ def _chunks(storage_data: Mapping[Any, Any]) -> dict[str, list[_Chunk]]:
     """Return the chunks of each tensor by its name."""
     found: dict[str, list[_Chunk]] = {}
     for key, value in storage_data.items():
-        index = getattr(key, "value", None)  # a dict key that is no text stays wrapped
-        place = value.state if isinstance(value, Record) else None
-        name = index.state.get("fqn") if isinstance(index, Record) and isinstance(index.state, dict) else None
-        if not isinstance(name, str) or not isinstance(place, dict):
+        index, place = _state(getattr(key, "value", None)), _state(value)  # keys that are no text are wrapped
+        name = index.get("fqn")
+        if not isinstance(name, str):
             raise RefusedError(f"has a {METADATA} file whose storage data cannot be read", next_step=_AGAIN)
-        offsets = index.state.get("offset") or ()
+        offsets = index.get("offset") or ()
         file, start, length = place.get("relative_path"), place.get("offset"), place.get("length")
-        numbers = (start, length, *offsets) if isinstance(offsets, tuple) else (None,)
-        if not isinstance(file, str) or any(type(number) is not int for number in numbers):
+        if not (isinstance(file, str) and isinstance(start, int) and isinstance(length, int) and _is_offsets(offsets)):
             raise RefusedError(f"does not say where tensor {shown(name)} is", next_step=_AGAIN)
         if place.get("transform_descriptors"):
             raise RefusedError("holds compressed tensors", expected="uncompressed .distcp files")
         found.setdefault(name, []).append(_Chunk(file, start, length, offsets))
     return found
+
+
+def _is_offsets(value: Any) -> bool:
+    return isinstance(value, tuple) and all(type(offset) is int for offset in value)
+
+
+def _state(value: Any) -> dict[Any, Any]:
+    """Return the attributes of a record, {} for anything else."""
+    state = value.state if isinstance(value, Record) else None
+    return state if isinstance(state, dict) else {}
 
 
 def _assembled(folder: Folder, name: str, record: TensorRecord, chunks: list[_Chunk]) -> bytearray:

@@ -445,7 +445,7 @@ def _old_style_instance(arguments: tuple[Any, ...]) -> Any:
     return instance(_counted(arguments, 3, 3, "copyreg._reconstructor")[0], ())
 
 
-def _latin1_bytes(arguments: tuple[Any, ...]) -> str:
+def _latin1_bytes(arguments: tuple[Any, ...]) -> Any:
     """Python 3 writes bytes this way for Python 2: `_codecs.encode(text, "latin1")`. They stay text here."""
     text, codec = _counted(arguments, 2, 2, "_codecs.encode")
     if isinstance(text, str) and codec in ("latin1", "latin-1"):

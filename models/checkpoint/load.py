@@ -394,6 +394,8 @@ def _notes(
         notes.append(f"the prefix {state.prefix} of all names was stripped")
     if state.unexplained:
         notes.append(f"{', '.join(state.unexplained)} beside the network were not read")
+    if state.arrays:
+        notes.append(f"{state.arrays} tensors are stored as NumPy arrays")
     for kind, count in folded.kinds.items():
         notes.append(f"{kind} of {count} weights was folded into them")
     if recognised.converted:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from srdeploy.core.errors import InputError
-from srdeploy.models.checkpoint.container import Container
+from srdeploy.models.checkpoint.container import Container, is_distributed
 from srdeploy.models.checkpoint.containers import open_container
-from srdeploy.models.checkpoint.distributed import Folder, is_distributed, open_distributed, open_folder
+from srdeploy.models.checkpoint.distributed import Folder, open_distributed, open_folder
 from srdeploy.models.checkpoint.filebytes import FileBytes, RefusedError, open_file_bytes
 from srdeploy.models.checkpoint.names import IsNetwork
 from srdeploy.models.checkpoint.pickled_network import ModuleRecord
@@ -37,6 +37,7 @@ class StateDict:
         prefix: what was stripped from every name ("module." of DataParallel), "" if nothing.
         ignored: entries that are not part of the network: counters, losses, metrics, values that are no tensors.
         unexplained: tensors beside the network whose purpose is unknown.
+        arrays: how many of the tensors are stored as NumPy arrays.
         modules: for a pickled network, class and plain attributes of each module by name; "" is the network itself.
     """
 
@@ -45,6 +46,7 @@ class StateDict:
     prefix: str
     ignored: tuple[str, ...]
     unexplained: tuple[str, ...]
+    arrays: int
     modules: dict[str, ModuleRecord]
 
 
@@ -140,8 +142,9 @@ def _read(path: Path, file: FileBytes | Folder, container: Container, is_network
     for label, state in found.states.items():
         tensors = builder.build(state.tensors)
         if not any(_equal(tensors, other.tensors) for other in alternatives.values()):
+            arrays = sum(record.storage.inline is not None for record in state.tensors.values())
             alternatives[label] = StateDict(
-                tensors, state.path, state.prefix, state.ignored, state.unexplained, state.modules
+                tensors, state.path, state.prefix, state.ignored, state.unexplained, arrays, state.modules
             )
     return RawCheckpoint(
         path=path,

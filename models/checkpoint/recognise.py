@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from srdeploy.core.errors import InputError
+from srdeploy.models.checkpoint.causes import cause_of
 from srdeploy.models.checkpoint.filebytes import shown
 from srdeploy.models.dialects import DIALECTS
 from srdeploy.models.dialects.base import Dialect, Hints, Reading, Survey, shape_text
@@ -59,6 +60,9 @@ def recognise(tensors: Mapping[str, Tensor], hints: Hints) -> Recognised:
         if refusal.matches(tensors):
             raise InputError(f"the checkpoint is {refusal.title}: {refusal.reason}")
     dialect = next((dialect for dialect in DIALECTS if dialect.matches(tensors)), None)
+    cause = cause_of(tensors)
+    if cause is not None:
+        raise cause
     if dialect is None:
         raise _unknown(tensors)
     survey = Survey(tensors, dialect.title)
@@ -72,7 +76,7 @@ def recognise(tensors: Mapping[str, Tensor], hints: Hints) -> Recognised:
 
 def is_network(names: Collection[str]) -> bool:
     """Return True if a set of names carries the signature of a known family, or of one that is refused by name."""
-    return any(known.matches(names) for known in (*DIALECTS, *REFUSED))
+    return any(dialect.matches(names) for dialect in DIALECTS) or any(known.matches(names) for known in REFUSED)
 
 
 def build_network(config: NetworkConfig, tensors: Mapping[str, Tensor]) -> nn.Module:

@@ -45,7 +45,7 @@ def open_safetensors(file: FileBytes) -> Container:
         )
     header = file.read(8, length, "safetensors header")
     try:
-        found = deserialize(file.read(0, file.size, "content"))
+        found: list[tuple[str, dict[str, Any]]] = deserialize(file.read(0, file.size, "content"))  # type: ignore[no-untyped-call]
         metadata = json.loads(header).get("__metadata__", {})
     except (SafetensorError, ValueError, RecursionError) as error:
         raise RefusedError(f"is a damaged safetensors file ({shown(str(error), 120)})", next_step=_AGAIN) from error

@@ -84,7 +84,7 @@ def _scan(stream: io.BytesIO) -> None:
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         if opcode.name not in _OPCODES:
             raise RefusedError(f"uses the pickle opcode {opcode.name}, which torch.save never writes", next_step=_AGAIN)
-        if opcode.name == "PROTO" and argument > pickle.HIGHEST_PROTOCOL:
+        if opcode.name == "PROTO" and isinstance(argument, int) and argument > pickle.HIGHEST_PROTOCOL:
             raise RefusedError(f"has pickle protocol {argument}", expected="0 to 5")
         if count >= MAX_OPERATIONS:
             raise RefusedError(
@@ -105,7 +105,7 @@ class _InertUnpickler(pickle._Unpickler):
     def __init__(self, stream: io.BytesIO, persistent_load: PersistentLoad) -> None:
         # Python 2 strings are bytes: latin-1 maps each to one character, so nothing fails or is lost.
         super().__init__(stream, fix_imports=False, encoding="latin-1")
-        self.persistent_load = persistent_load  # type: ignore[method-assign]
+        self.persistent_load = persistent_load  # type: ignore[assignment, method-assign]
 
     def find_class(self, module: str, name: str) -> Any:
         return named(module, name)
