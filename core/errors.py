@@ -8,6 +8,7 @@
     ├── GateError             6   a parity or quality gate was missed
     ├── UnstableError         7   a measurement is too noisy to be printed as a number
     └── CapabilityError       8   this machine lacks what was asked for (GPU, package, disk space, permission)
+        ├── GpuMemoryError
         ├── MissingExtraError
         └── OutputError
 
@@ -84,6 +85,16 @@ class CapabilityError(SrdeployError):
     """This machine lacks what was asked for: a GPU, a package, disk space or a permission (exit 8)."""
 
     exit_code = 8
+
+
+class GpuMemoryError(CapabilityError):
+    """A GPU's memory is too small for an input, or other programs use it (exit 8)."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"the GPU's memory is full: {what}",
+            next_step="use smaller tiles or a smaller batch, or close other programs on the GPU",
+        )
 
 
 class MissingExtraError(CapabilityError):

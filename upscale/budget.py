@@ -66,6 +66,16 @@ class Decision:
     maps_in_memory: bool = True
 
 
+def gpu_memory(device: str) -> int | None:
+    """Return half of the memory that is free now on an engine's GPU ("cuda:N"); None for the CPU."""
+    if not device.startswith("cuda"):
+        return None
+    from srdeploy.runtime.engines.gpu import find_gpu
+
+    found = find_gpu(device)
+    return None if found is None else found.free_bytes() // 2
+
+
 def decide(
     height: int,
     width: int,

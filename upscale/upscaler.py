@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from srdeploy.core.artifact import sha256_of_file
 from srdeploy.core.contract import ModelContract
-from srdeploy.core.errors import InputError, UsageError
+from srdeploy.core.errors import GpuMemoryError, InputError, UsageError
 from srdeploy.core.imaging.read import quantized
 from srdeploy.core.manifest import manifest_path
 from srdeploy.core.memory import default_memory
@@ -28,7 +28,7 @@ from srdeploy.core.precision import Precision
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.runner import Runner, RunnerInfo, run_image
 from srdeploy.upscale.alpha import SpreadSource
-from srdeploy.upscale.budget import Decision, TileSettings, decide, needs_tiles
+from srdeploy.upscale.budget import Decision, TileSettings, decide, gpu_memory, needs_tiles
 from srdeploy.upscale.guards import Guard, Tally, check_input, check_rows
 from srdeploy.upscale.lock_step import LockStep, lock_step_of
 from srdeploy.upscale.planes import ArraySource, Chroma, Conversion, Floats, PixelSource
@@ -125,6 +125,8 @@ class Upscaler:
         self._stages: LockStep | None = None
         # Asked once: frames of a video must not change from whole to tiles because memory was free or not for a moment.
         self._free_memory = default_memory()
+        self._gpu_limit = gpu_memory(runner.info.device)
+        self._tried: set[tuple[int, ...]] = set()
         self._lock = threading.RLock()
         self._closed = False
 
@@ -271,8 +273,7 @@ class Upscaler:
     def decide(self, height: int, width: int, channels: int = 3, *, memory_bytes: int | None = None) -> Decision:
         """Tell how a picture of this size would be run; `memory_bytes` is the budget where the settings name none."""
         groups = 2 if channels in (2, 4) else 1
-        budget = self._settings.memory_bytes or memory_bytes or self._free_memory
-        settings = replace(self._settings, memory_bytes=budget)
+        settings = replace(self._settings, memory_bytes=self._budget(memory_bytes))
         if self._wants_lock_step(height, width, settings):
             decision = self._lock_step().decide(height, width, settings, groups=groups)
             if decision is not None:
@@ -314,7 +315,7 @@ class Upscaler:
         )
         if conversion.alpha and self._alpha == "spread":
             source = SpreadSource(source)
-        decision = self.decide(height, width, channels if conversion.alpha else 3, memory_bytes=memory_bytes)
+        decision = self._decide_and_try(height, width, channels if conversion.alpha else 3, memory_bytes)
         _, _, *output_size = contract.output_shape((1, contract.channels, height, width))
         report = ImageReport((height, width), (output_size[0], output_size[1]), decision)
         run = self._lock_step_bands if decision.lock_step else self._bands
@@ -348,6 +349,43 @@ class Upscaler:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _decide_and_try(self, height: int, width: int, channels: int, memory_bytes: int | None) -> Decision:
+        """Return a decision whose tiles the GPU has memory for: it is tried, and the limit is halved as needed.
+
+        Raises:
+            GpuMemoryError: the smallest possible tiles are too large, or the settings leave no choice.
+        """
+        while True:
+            decision = self.decide(height, width, channels, memory_bytes=memory_bytes)
+            plan = decision.plan
+            batch = decision.batch if decision.fill_batches else min(decision.batch, plan.tiles)
+            shape = (batch, self.contract.channels, plan.rows.window, plan.columns.window)
+            if self._gpu_limit is None or decision.lock_step or shape in self._tried:
+                return decision
+            try:
+                self._run(np.zeros(shape, np.float32))
+            except GpuMemoryError as full:
+                self._shrink(decision, full, lambda: self.decide(height, width, channels, memory_bytes=memory_bytes))
+            else:
+                self._tried.add(shape)
+                return decision
+
+    def _shrink(self, decision: Decision, full: GpuMemoryError, decide: Callable[[], Decision]) -> None:
+        """Halve the limit until it leads to another decision; raise `full` if there is none."""
+        assert self._gpu_limit is not None
+        while True:
+            self._gpu_limit //= 2
+            try:
+                smaller = decide()
+            except UsageError:  # not one tile fits
+                raise full from None
+            if (smaller.batch, smaller.plan) != (decision.batch, decision.plan):
+                return
+
+    def _budget(self, memory_bytes: int | None) -> int:
+        budget = self._settings.memory_bytes or memory_bytes or self._free_memory
+        return budget if self._gpu_limit is None else min(budget, self._gpu_limit)
 
     def _bands(
         self, source: PixelSource, conversion: Conversion, report: ImageReport, progress: Progress

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srdeploy.core.environment import package_versions
-from srdeploy.core.errors import CapabilityError, SrdeployError, UsageError
+from srdeploy.core.errors import CapabilityError, GpuMemoryError, SrdeployError, UsageError
 from srdeploy.core.extras import import_extra, is_installed
 from srdeploy.core.onnx_file import GraphFile
 from srdeploy.core.precision import Precision
@@ -337,7 +337,7 @@ class OnnxRuntimeGpuRunner:
             for output in self._outputs:
                 binding.bind_output(output, "cuda", self._device.index or 0)
             self._stream.wait_stream(current)
-            self._session.run_with_iobinding(binding)
+            self._run(binding, tuple(image.shape))
             # Copied on the session's own stream: its next run, in whichever thread, takes the same memory again.
             with torch.cuda.stream(self._stream):
                 results = {
@@ -348,6 +348,15 @@ class OnnxRuntimeGpuRunner:
             for result in results.values():
                 result.record_stream(current)
             return results
+
+    def _run(self, binding: Any, shape: tuple[int, ...]) -> None:
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:
+            if "memory" in str(error).lower():  # "Failed to allocate memory for requested buffer of size ..."
+                raise GpuMemoryError(f"{self._info.name} cannot run an input of {format_shape(shape)}") from error
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CapabilityError(f"{self._info.name} could not be run: {first}") from error
 
     def prepare(self, feeds: Mapping[str, NDArray[Any]]) -> Callable[[], float]:
         """Bind GPU memory and return a function that computes once, in milliseconds (see `TimedRunner`)."""

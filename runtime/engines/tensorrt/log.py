@@ -24,6 +24,8 @@ SEVERITIES = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE")
 PROBLEMS = ("INTERNAL_ERROR", "ERROR")
 MAX_PROBLEMS = 50
 """Errors that a `Log` keeps; a build's verbose log has hundreds of megabytes and goes to a file only."""
+MEMORY_FULL = "the GPU's memory is full"
+"""Cause of the errors that CUDA reports as out of memory."""
 _LOGGERS: dict[str, Any] = {}
 """One native logger per product. TensorRT keeps a pointer to the first logger of a process, so none is ever freed."""
 _HELD: list[Any] = []
@@ -212,7 +214,7 @@ _TRANSLATIONS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
         ),
         (
             r"(?:[Cc]uda ?[Ee]rror|CUDA error)[^\n]*(?:2\b|[Oo]ut ?[Oo]f ?[Mm]emory)",
-            "the GPU's memory is full",
+            MEMORY_FULL,
             "close other programs on the GPU, or use a smaller shape",
         ),
         (

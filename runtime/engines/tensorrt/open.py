@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from srdeploy.core.errors import CapabilityError, InputError, SrdeployError, UsageError
+from srdeploy.core.errors import CapabilityError, GpuMemoryError, InputError, SrdeployError, UsageError
 from srdeploy.core.shapes import ShapeProfile, TensorSpec
+from srdeploy.core.sizes import format_bytes
 from srdeploy.runtime.engines.gpu import find_gpu, why_no_gpu
 from srdeploy.runtime.engines.sidecar import Engine
-from srdeploy.runtime.engines.tensorrt.log import Log, runtime_log, translated
+from srdeploy.runtime.engines.tensorrt.log import MEMORY_FULL, Log, runtime_log, translated
 from srdeploy.runtime.engines.tensorrt.products import Product
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ def open_plan(
 
     from srdeploy.runtime.engines.tensorrt.runner import TensorRtRunner
 
+    if found.free_bytes() < len(engine.data):
+        raise GpuMemoryError(f"{engine.path} needs more than {format_bytes(len(engine.data))} of it")
     with torch.cuda.device(device):
         native = deserialized(product, trt, engine)
         settings = product.open_settings(trt, native[1], engine, device, graphs)
@@ -148,6 +151,8 @@ def _runtime(trt: Any, logger: Any) -> Any:
 def _refused(log: Log, what: str) -> SrdeployError:
     """Return the error for a None of TensorRT: the machine's fault where the log says so, else the file's."""
     cause, step = translated(log)
+    if cause == MEMORY_FULL:
+        return GpuMemoryError(what)
     machine = any(word in cause for word in ("driver", "GPU"))
     return (CapabilityError if machine else InputError)(f"{what}: {cause}", next_step=step)
 

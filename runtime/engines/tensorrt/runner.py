@@ -20,13 +20,13 @@ import torch
 import torch.utils.dlpack
 from numpy.typing import NDArray
 
-from srdeploy.core.errors import CapabilityError, SrdeployError, UsageError
+from srdeploy.core.errors import CapabilityError, GpuMemoryError, SrdeployError, UsageError
 from srdeploy.core.runner import RunnerInfo
 from srdeploy.core.shapes import format_shape
 from srdeploy.runtime.engines.feeds import check_feeds, check_profile, check_shape
 from srdeploy.runtime.engines.gpu import find_gpu
 from srdeploy.runtime.engines.sidecar import Engine
-from srdeploy.runtime.engines.tensorrt.log import Log, runtime_log, translated
+from srdeploy.runtime.engines.tensorrt.log import MEMORY_FULL, Log, runtime_log, translated
 from srdeploy.runtime.engines.tensorrt.products import Product, RuntimeSettings
 from srdeploy.runtime.engines.timer import timed
 
@@ -306,7 +306,12 @@ class _Lane:
                 self._evict()
             # Buffers made while the caller's inference mode is on could not be written to once it is off.
             with torch.cuda.device(self._device), torch.inference_mode(False):
-                found = self.plans[key] = self._new_plan(shape, eager)
+                try:
+                    found = self._new_plan(shape, eager)
+                except GpuMemoryError:
+                    self.release()  # plans of other shapes, and what PyTorch keeps for reuse
+                    found = self._new_plan(shape, eager)
+                self.plans[key] = found
                 # PyTorch hands out memory that work of the caller's stream may still be using.
                 self.stream.wait_stream(torch.cuda.current_stream(self._device))
                 found.copies.wait_stream(self.stream)
@@ -330,7 +335,10 @@ class _Lane:
         """Enqueue one inference on a tensor of the caller and return a tensor of the caller's stream."""
         with torch.cuda.device(self._device):
             caller = torch.cuda.current_stream(self._device)
-            result = torch.empty_like(plan.output)
+            try:
+                result = torch.empty_like(plan.output)
+            except torch.cuda.OutOfMemoryError as error:
+                raise self._out_of_memory(tuple(plan.input.shape)) from error
             self.stream.wait_stream(caller)
             image.record_stream(self.stream)
             with torch.cuda.stream(self.stream):
@@ -341,11 +349,16 @@ class _Lane:
             caller.wait_stream(self.stream)
         return result
 
-    def close(self) -> None:
-        """Wait for the stream and free everything."""
+    def release(self) -> None:
+        """Wait for the stream, free all plans, and return the memory to the GPU."""
         while self.plans:
             self._evict()
         self._memory = None
+        torch.cuda.empty_cache()
+
+    def close(self) -> None:
+        """Free everything."""
+        self.release()
         self._cuda_engine = None
 
     def _evict(self) -> None:
@@ -364,6 +377,8 @@ class _Lane:
                 enqueued = plan.context.execute_async_v3(self.stream.cuda_stream)
             if not enqueued:
                 cause, step = translated(log)
+                if cause == MEMORY_FULL:
+                    raise self._out_of_memory(tuple(plan.input.shape))
                 raise CapabilityError(f"{self._engine.path} could not be run: {cause}", next_step=step)
             return
         self._enqueue(plan)
@@ -402,13 +417,15 @@ class _Lane:
             with runtime_log(self._trt) as (_, log):
                 return self._allocated(shape, *self._context(shape, profile, eager))
         except torch.cuda.OutOfMemoryError as error:
-            raise CapabilityError(
-                f"the GPU's memory is full: {self._engine.path} cannot run an input of {format_shape(shape)}",
-                next_step="tile the image (srdeploy upscale does), or close other programs on the GPU",
-            ) from error
+            raise self._out_of_memory(shape) from error
         except _RefusedError as error:
             cause, step = translated(log)
+            if cause == MEMORY_FULL:
+                raise self._out_of_memory(shape) from error
             raise CapabilityError(f"{self._engine.path} {error}: {cause}", next_step=step) from error
+
+    def _out_of_memory(self, shape: tuple[int, ...]) -> GpuMemoryError:
+        return GpuMemoryError(f"{self._engine.path} cannot run an input of {format_shape(shape)}")
 
     def _context(self, shape: tuple[int, ...], profile: int, eager: bool) -> tuple[Any, Any]:
         """Return a context with profile and shape set, and its runtime configuration."""
