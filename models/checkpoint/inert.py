@@ -7,6 +7,7 @@ containers, each in a few lines of ours, and none of them imports, opens or exec
 
 import struct
 import sys
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -141,7 +142,8 @@ def named(module: Any, name: Any) -> Global:
     """
     if not isinstance(module, str) or not isinstance(name, str) or max(len(module), len(name)) > _MAX_NAME_LENGTH:
         raise RefusedError("is damaged: a class in its pickle has no valid name", next_step=_AGAIN)
-    module = _PYTHON_2_MODULES.get(module, module)
+    # Protocols 0 to 2, which torch.save writes, have the names of Python 2.
+    module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
     if not is_harmless(module, name):
         raise RefusedError(
             f"wants to use {Global(module, name)} while it is read",
@@ -352,7 +354,6 @@ _LOADERS = {
     "dill",
     "cloudpickle",
 }
-_PYTHON_2_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
