@@ -5,7 +5,7 @@ Two questions are asked in turn, because their cures differ:
 1. *Does the engine compute the graph as it is written?* The engine's tensors are compared with the same graph computed
    node by node without any fusion. A node found here is computed wrongly by the engine. Tensors are probed one at a
    time, by bisection: making a tensor an output keeps the engine from fusing across it, and all at once would make
-   many such faults vanish.
+   many such faults vanish. Only TensorRT's tensors are compared all at once, by Polygraphy: a probe would be a build.
 2. *Does the graph compute the network?* The graph's tensors are compared with those of the FP32 graph of the same
    names. A node found here carries wrong weights, a lost value range, or more quantization error than any other.
 
@@ -24,7 +24,7 @@ import onnx
 from numpy.typing import NDArray
 
 from srdeploy.core.contract import INPUT, OUTPUT
-from srdeploy.core.errors import SrdeployError, UsageError
+from srdeploy.core.errors import UsageError
 from srdeploy.core.manifest import read_manifest
 from srdeploy.core.onnx_file import GraphFile, read_graph
 from srdeploy.core.onnx_graph import DEQUANTIZE, QUANTIZE
@@ -32,6 +32,8 @@ from srdeploy.core.precision import Precision
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.runtime.engines.literal import literal_tensors
 from srdeploy.runtime.engines.registry import open_engine
+from srdeploy.runtime.verify.difference import snr_db
+from srdeploy.runtime.verify.layerwise import tensorrt_snr
 
 MODULE_KEY = "srdeploy.module"
 """Key of the node metadata in which the exporter keeps the PyTorch module's path."""
@@ -49,6 +51,8 @@ AGREEMENT_DB: dict[Precision, float] = {
     Precision.FP8: 18.0,
 }
 
+_TENSORRT = ("tensorrt", "tensorrt-rtx")
+"""Families whose tensors are compared all at once, by Polygraphy."""
 _FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
 
 
@@ -130,7 +134,7 @@ def bisect_path(
     """Find the first node that differs.
 
     Args:
-        path: an ONNX file of ours.
+        path: an ONNX file, or a TensorRT engine with its ONNX file next to it.
         image: (1, C, H, W) float32 in [0, 1], one on which the engine was found wrong; the middle of it is used.
         fp32: makes the FP32 ONNX file of the same checkpoint when it is needed; None leaves the second question out.
         engine: family that opens the file; None for onnxruntime.
@@ -138,21 +142,25 @@ def bisect_path(
         progress: told about every probe.
 
     Raises:
-        UsageError: a built engine was given: its inner tensors are gone.
+        UsageError: a built engine that is not TensorRT's, or its ONNX file is not found.
         InputError: the file is not understood.
+        CapabilityError: the layers of a TensorRT engine are compared on a GPU, and there is none.
     """
     if path.suffix != ".onnx":
-        raise UsageError(
-            f"{path} is a built engine, whose inner tensors are gone",
-            expected="the ONNX file that it was built from",
-            next_step=_for_a_built_engine(path, image),
-        )
+        path, engine = _graph_of_engine(path)
     graph = read_graph(path)
     small = middle(image, SIDE)
     tensors = _comparable(graph)
     name = engine or "onnxruntime"
     expected = literal_tensors(graph, {INPUT: small}, tensors)
-    search = _EngineSearch(graph, small, expected, engine, threads, progress)
+    if name in _TENSORRT:
+        known = tensorrt_snr(graph, small, tensors, engine=name)
+        tensors = [tensor for tensor in tensors if tensor in known]
+        shared = {tensor: expected[tensor] for tensor in tensors}
+        search = _EngineSearch(graph, small, shared, engine, threads, progress)
+        search.found.update(known)
+    else:
+        search = _EngineSearch(graph, small, expected, engine, threads, progress)
     output_snr = search.snr(OUTPUT)
     first = search.first(tensors) if output_snr < search.threshold else None
     if first is not None:
@@ -166,23 +174,24 @@ def bisect_path(
     return Bisection("none", name, None, (), output_snr, len(search.found))
 
 
-def _for_a_built_engine(path: Path, image: NDArray[np.float32]) -> str:
-    """Return what finds the layer: our own bisection, or for TensorRT Polygraphy.
+def _graph_of_engine(path: Path) -> tuple[Path, str]:
+    """Return the ONNX file that a TensorRT engine was built from, and the engine's family.
 
-    TensorRT's layers are not ONNX nodes any more, and only a build can mark tensors: that is Polygraphy's own ground.
+    Raises:
+        UsageError: another engine, or the ONNX file is not next to it (or in the folder above, as in bundles).
     """
-    try:
-        family = str(read_manifest(path).details.get("engine"))
-    except SrdeployError:
-        family = ""
-    if not family.startswith("tensorrt"):
-        return "bisect that one with the same --engine"
-    height, width = middle(image, SIDE).shape[2:]
-    switch = "POLYGRAPHY_USE_TENSORRT_RTX=1 " if family == "tensorrt-rtx" else ""
-    return (
-        f"compare its layers with Polygraphy: {switch}polygraphy run MODEL.onnx --trt --onnxrt --strongly-typed "
-        f"--trt-outputs mark all --onnx-outputs mark all --fail-fast --val-range '[0,1]' "
-        f"--input-shapes '{INPUT}:[1,{image.shape[1]},{height},{width}]'"
+    manifest = read_manifest(path)
+    family = str(manifest.details.get("engine"))
+    source = manifest.sources[0]
+    if family in _TENSORRT:
+        for folder in (path.parent, path.parent.parent):
+            candidate = folder / source.name
+            if candidate.is_file() and read_graph(candidate).sha256 == source.sha256:
+                return candidate, family
+    raise UsageError(
+        f"{path} is a built engine without inner tensors",
+        expected=f"the ONNX file {source.name} that it was built from"
+        + (" next to it" if family in _TENSORRT else f", with --engine {family}"),
     )
 
 
@@ -191,17 +200,6 @@ def middle(image: NDArray[np.float32], side: int) -> NDArray[np.float32]:
     height, width = image.shape[2:]
     top, left = max(0, (height - side) // 2), max(0, (width - side) // 2)
     return np.ascontiguousarray(image[:1, :, top : top + side, left : left + side])
-
-
-def snr_db(expected: NDArray[np.float32], actual: NDArray[np.float32]) -> float:
-    """Return the signal-to-noise ratio in dB: inf when equal, -inf when shapes differ or a value is not finite."""
-    if expected.shape != actual.shape or not np.isfinite(actual).all():
-        return -math.inf
-    noise = float(np.mean(np.square(expected.astype(np.float64) - actual)))
-    signal = float(np.mean(np.square(expected.astype(np.float64))))
-    if noise == 0.0:
-        return math.inf
-    return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf
 
 
 def channels_fitted(expected: NDArray[np.float32], actual: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -59,6 +59,17 @@ def difference(candidate: NDArray[np.float32], reference: NDArray[np.float32]) -
     )
 
 
+def snr_db(expected: NDArray[np.float32], actual: NDArray[np.float32]) -> float:
+    """Return the signal-to-noise ratio in dB: inf when equal, -inf when shapes differ or a value is not finite."""
+    if expected.shape != actual.shape or not np.isfinite(actual).all():
+        return -math.inf
+    noise = float(np.mean(np.square(expected.astype(np.float64) - actual)))
+    signal = float(np.mean(np.square(expected.astype(np.float64))))
+    if noise == 0.0:
+        return math.inf
+    return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf
+
+
 def eight_bit(output: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Clamp to 0..1 and round to uint8, in any layout; the caller has made sure that all values are finite."""
     scaled: NDArray[np.uint8] = np.rint(np.clip(output, 0.0, 1.0) * np.float32(255.0)).astype(np.uint8)
