@@ -23,7 +23,7 @@ _CAUSES = (
         "merge them into the weights before saving (peft: model.merge_and_unload())",
     ),
     _Cause(
-        re.compile(r"fake_quant|activation_post_process|_amax$"),
+        re.compile(r"fake_quant|activation_post_process|_amax$|\.float_weight$"),
         "the observers of quantization-aware training",
         "save the float network's state_dict() before prepare_qat; srdeploy quantize makes INT8 graphs from it",
     ),

@@ -21,8 +21,8 @@ class Container:
     """An opened file.
 
     Attributes:
-        name: "safetensors", "torch zip", "torch legacy stream", "torch.export program", "NumPy archive" or
-            "distributed checkpoint".
+        name: "safetensors", "torch zip", "torch legacy stream", "torch.export program", "NumPy archive", "pickle"
+            or "distributed checkpoint".
         root: its tree of inert values: dicts, lists, numbers, texts, records.
         read_storage: returns a storage block's bytes in fresh memory.
         metadata: texts that a safetensors header holds beside the tensors.

@@ -7,9 +7,8 @@ from srdeploy.models.checkpoint.arrays import tensor_of_npy
 from srdeploy.models.checkpoint.container import Container
 from srdeploy.models.checkpoint.exported_program import is_exported_program, open_exported_program
 from srdeploy.models.checkpoint.filebytes import FileBytes, RefusedError, shown
-from srdeploy.models.checkpoint.inert import StorageRecord
 from srdeploy.models.checkpoint.safetensors_file import open_safetensors
-from srdeploy.models.checkpoint.torch_files import MAGIC_NUMBER, open_stream, open_zip
+from srdeploy.models.checkpoint.torch_files import MAGIC_NUMBER, no_storage_data, open_stream, open_zip
 
 _AGAIN = "copy or download the file again"
 
@@ -62,11 +61,7 @@ def _open_archive(file: FileBytes) -> Container:
 def _open_npz(archive: Archive) -> Container:
     """Open what numpy.savez wrote: one .npy file per array."""
     arrays = {name.removesuffix(".npy"): tensor_of_npy(name, bytes(archive.read(name))) for name in archive.entries}
-    return Container("NumPy archive", arrays, _nothing_to_read)
-
-
-def _nothing_to_read(storage: StorageRecord) -> bytearray:
-    raise RefusedError(f"lacks the data of storage {shown(storage.key)}", next_step=_AGAIN)
+    return Container("NumPy archive", arrays, no_storage_data)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -75,6 +70,12 @@ def _nothing_to_read(storage: StorageRecord) -> bytearray:
 _OTHER_FILES: tuple[tuple[bytes, str, str], ...] = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the file itself", "run: git lfs pull"),
     (b"\x1f\x8b", "is a gzip file", "unpack it first"),
+    (
+        b"\x93NUMPY",
+        "is a NumPy file of one array",
+        "if it holds a dict and you trust it: python -c 'import numpy, sys; "
+        "numpy.savez(sys.argv[2], **numpy.load(sys.argv[1], allow_pickle=True).item())' FILE weights.npz",
+    ),
     (b"\x89HDF", "is an HDF5 (Keras) file", "convert its weights to a PyTorch state_dict first"),
     (b"\x89PNG", "is a PNG image", "pass the checkpoint first and images with their own option"),
     (b"\xff\xd8\xff", "is a JPEG image", "pass the checkpoint first and images with their own option"),

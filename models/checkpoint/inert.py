@@ -331,7 +331,6 @@ _RUNNING_NAMES = {
     "check_output",
     "load",
     "loads",
-    "_load_from_bytes",
     "load_url",
     "load_state_dict_from_url",
     "download_url_to_file",
@@ -385,6 +384,8 @@ def _unreadable(kind: str) -> TensorRecord:
 
 
 def _tensor(storage: Any, dtype: str | None, offset: Any, shape: Any, stride: Any) -> TensorRecord:
+    if isinstance(storage, Record) and storage.kind.name == "_load_from_bytes":
+        return _unreadable("nested torch.save")
     if not isinstance(storage, StorageRecord):
         raise RefusedError("is damaged: a tensor has no storage", next_step=_AGAIN)
     dtype = dtype or storage.dtype

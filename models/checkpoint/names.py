@@ -18,8 +18,8 @@ _WRAPPERS = frozenset(
 )
 # thop's counters of multiply-adds, one of each in every module.
 _COUNTERS = frozenset({"total_ops", "total_params"})
-# Counters of averaging: torch's AveragedModel, ema-pytorch, LitEma.
-_AVERAGING = frozenset({"n_averaged", "initted", "step", "decay", "num_updates"})
+# Counters of averaging and of steps: torch's AveragedModel, ema-pytorch, LitEma, MMEditing.
+_AVERAGING = frozenset({"n_averaged", "initted", "step", "step_counter", "decay", "num_updates"})
 _TRAINING = re.compile(
     r"loss|criteri|metric|psnr|ssim|lpips|dists|(^|_)fid(_|$)|vgg|percept|discrim|critic|^(net|model)_?d$|^disc(_|$)|^d$"
     r"|optim|sched|scaler|augment"

@@ -10,6 +10,7 @@ from srdeploy.models.checkpoint.unpickler import MAX_BYTES, unpickle
 
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 PROTOCOL_VERSION = 1001
+_MAGIC_BYTES = MAGIC_NUMBER.to_bytes(10, "little")
 
 _AGAIN = "copy or download the file again"
 
@@ -47,12 +48,14 @@ def open_zip(archive: Archive, folder: str) -> Container:
 
 
 def open_stream(file: FileBytes) -> Container:
-    """Open the stream that torch.save wrote before 1.6.
+    """Open the stream that torch.save wrote before 1.6, or a plain pickle of NumPy arrays.
 
     Raises:
         RefusedError: it is damaged or hostile.
     """
     data = file.read(0, min(file.size, MAX_BYTES), "head")
+    if _MAGIC_BYTES not in data[:64] and not data.startswith(b"L%dL\n" % MAGIC_NUMBER):
+        return _open_plain_pickle(data)
     blocks: dict[str, StorageRecord] = {}
 
     def persistent_load(identifier: Any) -> Any:
@@ -80,10 +83,10 @@ def open_stream(file: FileBytes) -> Container:
     return Container("torch legacy stream", root, read_storage)
 
 
-def _stream_preamble(data: bytes) -> int:
-    """Check magic number, protocol version and machine description; return the position after them."""
-    magic, position = unpickle(data, 0, _no_storage)
-    if type(magic) is not int or magic != MAGIC_NUMBER:
+def _open_plain_pickle(data: bytes) -> Container:
+    """Open what pickle.dump wrote: NumPy arrays are inside the pickle; tensors would be a torch.save file each."""
+    root, _ = unpickle(data, 0, _no_storage)
+    if not isinstance(root, dict) or b"_load_from_bytes" in data:
         raise RefusedError(
             "is a pickle that torch.save did not write",
             expected="a checkpoint written by torch.save, or safetensors",
@@ -92,8 +95,19 @@ def _stream_preamble(data: bytes) -> int:
                 'torch.save(pickle.load(open(sys.argv[1], "rb")), sys.argv[2])\' FILE weights.pth'
             ),
         )
+    return Container("pickle", root, no_storage_data)
+
+
+def no_storage_data(storage: StorageRecord) -> bytearray:
+    """Refuse to read a storage: for containers whose values are all inside their records."""
+    raise RefusedError(f"lacks the data of storage {shown(storage.key)}", next_step=_AGAIN)
+
+
+def _stream_preamble(data: bytes) -> int:
+    """Check magic number, protocol version and machine description; return the position after them."""
+    magic, position = unpickle(data, 0, _no_storage)
     version, position = unpickle(data, position, _no_storage)
-    if type(version) is not int or version != PROTOCOL_VERSION:
+    if magic != MAGIC_NUMBER or type(version) is not int or version != PROTOCOL_VERSION:
         raise RefusedError(
             "is a torch stream of another version", expected=f"version {PROTOCOL_VERSION}", next_step=_AGAIN
         )

@@ -72,10 +72,6 @@ def attacks(canary: Path) -> dict[str, tuple[bytes, str]]:
         ),
         "a dotted name": (Call(Name("torch.serialization", "os.system"), (touch,)), "torch.serialization.os.system"),
         "partial": (Call(Name("functools", "partial"), (Name("os", "system"), touch)), "os.system"),
-        "torch.load within": (
-            Call(Name("torch.storage", "_load_from_bytes"), (b"x",)),
-            "torch.storage._load_from_bytes",
-        ),
         "torch.hub": (Call(Name("torch.hub", "load"), ("x", "y")), "torch.hub.load"),
         "rebuild with a function": (
             Call(

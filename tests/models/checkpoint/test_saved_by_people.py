@@ -222,6 +222,10 @@ AVERAGED: dict[str, Any] = {
         "averaging_state": {"n_averaged": torch.tensor(3)},
     },
     "timm": {"state_dict": STATE, "state_dict_ema": OTHER},
+    "MMEditing": {
+        "meta": {"mmedit_version": "0.16"},
+        "state_dict": below("generator.", STATE) | below("generator_ema.", OTHER) | {"step_counter": torch.zeros(1)},
+    },
     "a prefix": {"state_dict": below("net.", STATE) | below("net_ema.", OTHER)},
 }
 
@@ -303,6 +307,21 @@ def test_equal_copies_are_one_network(tmp_path: Path) -> None:
     assert_network(loaded, STATE)
 
 
+def test_a_wrapper_of_any_name_is_opened(tmp_path: Path) -> None:
+    document = {"weight": STATE, "epoch": 3, "iterations": 9, "opt_g": {"state": {0: {"exp_avg": torch.zeros(3)}}}}
+
+    assert_network(load_checkpoint(saved(tmp_path, document)), STATE)
+
+
+def test_pickled_networks_in_raw_and_averaged_form_are_told_apart(tmp_path: Path) -> None:
+    raw, average = tree(official_rcan()).half(), tree(official_rcan()).half()
+    path = saved(tmp_path, {"epoch": 1, "model": raw, "ema": average, "updates": 7, "optimizer": None})
+
+    for label, network in (("raw", raw), ("ema", average)):
+        expected = {name: value.float() for name, value in network.state_dict().items()}
+        assert_network(load_checkpoint(path, Choices(weights=label)), expected)
+
+
 def test_other_networks_beside_it_do_not_count(tmp_path: Path) -> None:
     document = {
         "model": STATE,
@@ -346,6 +365,10 @@ VALUES: dict[str, Any] = {
     "size": torch.Size((1, 2)),
     "generator state": np.random.default_rng(0),
     "array of objects": np.array(["a", None], dtype=object),
+    "state of NumPy's generator": np.random.RandomState(0).get_state(),
+    "optimizer": torch.optim.Adam([torch.zeros(1)]),
+    "scheduler": torch.optim.lr_scheduler.StepLR(torch.optim.Adam([torch.zeros(1)]), 10),
+    "dataset with a generator": torch.utils.data.TensorDataset(torch.zeros(1)),
     "large integer": 1 << 2000,
     "set of tuples": {(1, 2), (3, 4)},
     "keys of tuples": {(1, 2): 3},
@@ -372,6 +395,7 @@ def test_values_beside_the_weights_refuse_no_file(tmp_path: Path, name: str, leg
 FOREIGN: dict[str, tuple[dict[str, Tensor], str]] = {
     "LoRA": (STATE | {"head.0.lora_A.weight": torch.zeros(2, 27)}, r"low-rank adapters \(LoRA\)"),
     "QAT": (STATE | {"head.0.weight_fake_quant.scale": torch.ones(1)}, "the observers of quantization-aware training"),
+    "QAT of distiller": (STATE | {"head.0.float_weight": torch.ones(1)}, "the observers of quantization-aware"),
     "quantized": (STATE | {"head.0.zero_point": torch.zeros(1)}, "quantized weights"),
     "FSDP": ({"_fsdp_wrapped_module._flat_param": torch.zeros(99)}, "flat parameters of FSDP"),
     "ZeRO-3": ({name: torch.zeros(0) for name in STATE}, "empty placeholders, as DeepSpeed ZeRO-3"),
