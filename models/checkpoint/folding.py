@@ -98,16 +98,18 @@ def _spectral_norm(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Return weight / sigma in evaluation mode, sigma from the stored singular vectors.
 
     Whether the rows of the matrix are axis 0 or axis 1 (transposed convolutions) is not stored. It follows from the
-    vectors' sizes, and for square weights from their meaning: they give the largest singular value.
+    vectors' sizes, and for square weights from their meaning: a step of training leaves left = matrix right / |...|.
     """
-    sigmas = []
+    found = []
     for rows in (weight, weight.transpose(0, 1)):
         matrix = rows.reshape(rows.shape[0], -1)
         if matrix.shape == (left.numel(), right.numel()):
-            sigmas.append(torch.dot(left, torch.mv(matrix, right)))
-    if not sigmas:
+            product = torch.mv(matrix, right)
+            sigma = torch.dot(left, product)
+            found.append((float(sigma / product.norm()), sigma))
+    if not found:
         raise ValueError("the singular vectors have other sizes than the weight")
-    return weight / max(sigmas, key=lambda sigma: float(sigma.abs()))
+    return weight / max(found, key=lambda pair: pair[0])[1]
 
 
 _PARTS: dict[str, set[str]] = {

@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoint_fuzzing.networks import assert_network, tree
 from checkpoint_fuzzing.seeds import official_rcan, random_state, wxywhu_srdensenet, yjn870_srdensenet
 from torch import Tensor, nn
 
 from srdeploy.core.errors import InputError, UsageError
-from srdeploy.models.checkpoint.load import LoadedCheckpoint, examine_checkpoint, load_checkpoint
-from srdeploy.models.checkpoint.recognise import source_names
+from srdeploy.models.checkpoint.load import examine_checkpoint, load_checkpoint
 from srdeploy.models.choices import Choices
-from srdeploy.models.dialects import DIALECTS
 
 STATE = random_state(official_rcan())
 OTHER = {name: value + 0.01 for name, value in STATE.items()}
@@ -31,14 +30,6 @@ THIRD = {name: value + 0.02 for name, value in STATE.items()}
 def saved(folder: Path, document: Any) -> Path:
     torch.save(document, folder / "saved.ckpt")
     return folder / "saved.ckpt"
-
-
-def assert_network(loaded: LoadedCheckpoint, expected: dict[str, Tensor]) -> None:
-    """Every tensor of the network has the values of the source's state dict, bit for bit."""
-    dialect = next(each for each in DIALECTS if each.name == loaded.evidence.dialect)
-    found = loaded.network.state_dict()
-    for name, source in source_names(dialect, loaded.config).items():
-        assert torch.equal(found[name], expected[source]), source
 
 
 def below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -424,25 +415,6 @@ def test_a_pickled_training_module_is_searched_too(tmp_path: Path) -> None:
 
     assert_network(loaded, dict(outer.model.state_dict()))
     assert "agree with the family's" in " ".join(loaded.evidence.notes)
-
-
-def tree(shapes: dict[str, tuple[int, ...]]) -> nn.Module:
-    """Return a network of convolutions with these names and shapes."""
-    root = nn.Module()
-    for name, shape in shapes.items():
-        if not name.endswith(".weight"):
-            continue
-        *parents, leaf = name.split(".")[:-1]
-        node = root
-        for parent in parents:
-            if not hasattr(node, parent):
-                node.add_module(parent, nn.Module())
-            node = getattr(node, parent)
-        inputs, outputs = shape[1], shape[0]
-        node.add_module(
-            leaf, nn.Conv2d(inputs, outputs, shape[2], padding=shape[2] // 2, bias=name[:-6] + "bias" in shapes)
-        )
-    return root
 
 
 @pytest.mark.parametrize("shapes", [official_rcan, yjn870_srdensenet, wxywhu_srdensenet])
