@@ -2,6 +2,7 @@
 
 import io
 import math
+import tokenize
 import warnings
 from typing import Any
 
@@ -12,6 +13,16 @@ from srdeploy.models.checkpoint.inert import ITEM_BYTES, Record, StorageRecord, 
 
 _RECONSTRUCT = ("numpy.core.multiarray", "numpy._core.multiarray")
 _FROM_BUFFER = ("numpy.core.numeric", "numpy._core.numeric")
+_DAMAGE = (
+    ValueError,
+    TypeError,
+    KeyError,
+    SyntaxError,
+    tokenize.TokenError,
+    RecursionError,
+    MemoryError,  # ast.literal_eval of deeply nested text
+    OverflowError,
+)
 _AGAIN = "copy or download the file again"
 
 
@@ -42,7 +53,7 @@ def tensor_of_npy(name: str, data: bytes) -> TensorRecord:
             version = np.lib.format.read_magic(stream)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, column_major, dtype = read(stream)
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, OverflowError) as error:
+    except _DAMAGE as error:
         raise RefusedError(f"has an array {shown(name)} without a valid header", next_step=_AGAIN) from error
     return _record(shape, _dtype_name(dtype), column_major, data[stream.tell() :])
 

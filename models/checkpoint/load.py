@@ -252,7 +252,7 @@ def _weights(raw: RawCheckpoint, choices: Choices, *, strict: bool) -> tuple[str
             raise InputError(
                 f"{raw.path} holds a network at {_keys_of(raw, label)} beside {', '.join(unexplained)}",
                 expected="nothing beside it but losses, metrics and counters",
-                next_step=f"if these do not change its output, pass --weights {_keys_of(raw, label)}",
+                next_step=f"if they do not change its output, pass --weights {_keys_of(raw, label)}",
             )
     elif set(present) == {"raw", "ema"}:
         label = "raw"

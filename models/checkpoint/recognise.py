@@ -196,7 +196,7 @@ def _usable(name: str, tensor: Tensor) -> Tensor:
         raise InputError(
             f"{name} holds values that are not finite",
             expected="a trained network",
-            next_step="the training diverged, or the file is damaged: use an earlier checkpoint",
+            next_step="use an earlier checkpoint: the training diverged, or the file is damaged",
         )
     return values
 
@@ -210,7 +210,7 @@ def _incomplete(title: str, leftover: Sequence[str], missing: Sequence[str]) -> 
     return InputError(
         f"looks like {title}, but {' and '.join(parts)}",
         expected="every key used and every tensor filled",
-        next_step="the file is of another version or another network, or was changed",
+        next_step="docs/checkpoints.md lists the families that are read, docs/adding.md how to add one",
     )
 
 
@@ -228,7 +228,7 @@ def _unknown(tensors: Mapping[str, Tensor]) -> InputError:
         return InputError(
             f"the checkpoint's {len(tensors)} tensors ({some}, …) are of no known network",
             expected="an RCAN or SRDenseNet",
-            next_step="docs/checkpoints.md lists what is read, docs/adding.md how to add a family",
+            next_step="docs/checkpoints.md lists the families that are read, docs/adding.md how to add one",
         )
     missing = [key for key in best.signature if key not in tensors]
     leftover = [key for key in tensors if _pattern(key) not in _patterns(best)]

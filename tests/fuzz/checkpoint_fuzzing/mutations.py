@@ -34,6 +34,10 @@ NAMES = (
     b"copy_reg\n_reconstructor\n",
     b"_codecs\nencode\n",
     b"SR_DenseNet\nNet\n",
+    b"functools\npartial\n",
+    b"numpy\ndtype\n",
+    b"numpy._core.multiarray\n_reconstruct\n",
+    b"torch._utils\n_rebuild_qtensor\n",
 )
 
 

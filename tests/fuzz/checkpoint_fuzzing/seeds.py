@@ -1,5 +1,6 @@
 """Small honest checkpoints of every container and wrapper, with random weights, as training scripts write them."""
 
+import functools
 import io
 import json
 import math
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save as save_safetensors
 
@@ -182,6 +184,30 @@ def _basicsr_file() -> bytes:
     return torch_file({"params": state, "params_ema": {k: v + 0.01 for k, v in state.items()}}, legacy=False)
 
 
+def _npz_file() -> bytes:
+    stream = io.BytesIO()
+    np.savez(stream, **{name: value.numpy() for name, value in random_state(official_rcan()).items()})
+    return stream.getvalue()
+
+
+def _lightning_file() -> bytes:
+    state = {f"model.{name}": value for name, value in random_state(official_rcan()).items()}
+    state |= {f"model_ema.{name[6:].replace('.', '')}": value + 0.01 for name, value in state.items()}
+    options = {"optimizer": functools.partial(torch.optim.Adam, lr=1e-4), "seed": np.random.RandomState(0).get_state()}
+    return torch_file(
+        {"state_dict": {**state, "loss.weight": torch.ones(3)}, "hyper_parameters": options}, legacy=False
+    )
+
+
+def _reparametrized_file() -> bytes:
+    state = random_state(official_rcan())
+    weight = state.pop("head.0.weight")
+    state |= {"head.0.weight_g": weight.flatten(1).norm(dim=1)[:, None, None, None], "head.0.weight_v": weight}
+    mask = torch.ones_like(state["tail.1.weight"])
+    state |= {"tail.1.weight_orig": state.pop("tail.1.weight"), "tail.1.weight_mask": mask}
+    return torch_file(state, legacy=False)
+
+
 NET = Name("SR_DenseNet", "Net")
 SEEDS: dict[str, Callable[[], bytes]] = {
     "official_rcan.legacy.pt": lambda: torch_file(random_state(official_rcan()), legacy=True),
@@ -189,6 +215,12 @@ SEEDS: dict[str, Callable[[], bytes]] = {
     "official_rcan.float16.pt": lambda: torch_file(random_state(official_rcan(), torch.float16), legacy=False),
     "official_rcan.training.pth.tar": _training_file,
     "official_rcan.trainner.safetensors": _trainner_file,
+    "official_rcan.npz": _npz_file,
+    "official_rcan.arrays.pth": lambda: torch_file(
+        {name: value.numpy() for name, value in random_state(official_rcan()).items()}, legacy=False
+    ),
+    "official_rcan.lightning.ckpt": _lightning_file,
+    "official_rcan.reparametrized.pth": _reparametrized_file,
     "basicsr_rcan.ema.pth": _basicsr_file,
     "yjn870_srdensenet.legacy.pth": lambda: torch_file(random_state(yjn870_srdensenet()), legacy=True),
     "yjn870_srdensenet.safetensors": lambda: save_safetensors(random_state(yjn870_srdensenet())),
