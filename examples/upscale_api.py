@@ -12,9 +12,7 @@ import numpy as np
 import torch
 
 from srdeploy.core.imaging.read import rgb8
-from srdeploy.upscale.budget import TileSettings
-from srdeploy.upscale.image_writer import write_image
-from srdeploy.upscale.upscaler import Upscaler
+from srdeploy.upscale import TileSettings, Upscaler, write_image
 
 
 def main(model: Path, photo: Path, output: Path) -> None:

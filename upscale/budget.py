@@ -1,4 +1,4 @@
-"""How much memory a run may take, and how an image is cut to stay within it and within the engine's shapes."""
+"""Choose tiles that fit the memory budget and the shapes of the engine."""
 
 import math
 from dataclasses import dataclass
@@ -14,21 +14,21 @@ from srdeploy.upscale.tiles import TilePlan, plan_tiles
 Mode = Literal["auto", "whole", "overlapped", "exact"]
 
 DEFAULT_OVERLAP = 16
-"""Overlap on each side where no overlap is exact (channel attention); measured, see docs/upscaling.md."""
+"""Overlap on each side if no overlap is exact (channel attention); measured, see docs/upscaling.md."""
 MAX_SIDE = 1024
-"""Longest tile side chosen without being asked: larger ones save little and make progress and Ctrl-C coarse."""
+"""Maximum side of automatic tiles: larger ones save little and make progress and Ctrl-C coarse."""
 INDEX_LIMIT = 2**31 - 1
-"""Most elements of a tensor that convolution kernels can index."""
+"""Maximum number of tensor elements that convolution kernels can index."""
 _SHARE_OF_STRIPS = 0.5
 _STRIP_COPIES = 3  # the outputs, the part that waits for the next row of tiles, and temporaries
 
 
 @dataclass(frozen=True)
 class TileSettings:
-    """What a user may say about tiles; None leaves the choice to us.
+    """Options for tiles; None selects automatically.
 
     Attributes:
-        mode: "auto" (whole image when it fits, else tiles), "whole", "overlapped", or "exact" (tiles that equal the
+        mode: "auto" (whole image if it fits, else tiles), "whole", "overlapped", or "exact" (tiles that equal the
             whole image: by the receptive radius, or in lock-step for networks with channel attention).
         side: height and width of the tiles.
         overlap: input pixels on each side of a seam.
@@ -50,11 +50,11 @@ class Decision:
     Attributes:
         plan: the windows.
         batch: windows per run.
-        fill_batches: whether short batches are filled up.
+        fill_batches: whether incomplete batches are filled.
         exact: whether the result equals the whole image's.
         lock_step: whether the network runs stage by stage over all tiles.
         reason: one line for the user.
-        maps_in_memory: whether feature maps wait in memory between stages (lock-step only).
+        maps_in_memory: whether feature maps are kept in memory between stages (lock-step only).
     """
 
     plan: TilePlan
@@ -91,11 +91,11 @@ def decide(
         height, width: of the image.
         contract: of the network.
         profile: shapes the engine takes, None for all.
-        settings: the user's wishes.
+        settings: the options given.
         groups: network inputs per picture, 2 with alpha.
 
     Raises:
-        UsageError: the wishes do not fit the engine, or the budget is too small for a single tile.
+        UsageError: the options do not fit the engine, or the budget is too small for a single tile.
     """
     bounds = _Bounds.of(contract, profile, settings)
     if contract.min_size > 1:
@@ -131,13 +131,13 @@ def decide(
 def needs_tiles(
     height: int, width: int, contract: ModelContract, profile: ShapeProfile | None, settings: TileSettings
 ) -> bool:
-    """Tell whether an image does not fit as a whole, or tiles of a certain size were asked for."""
+    """Return True if an image does not fit as a whole, or a tile size is given."""
     return settings.side is not None or not _Bounds.of(contract, profile, settings).hold(height, width)
 
 
 @dataclass(frozen=True)
 class _Bounds:
-    """What limits one run: window sizes (height, width), pixels of all windows together, windows."""
+    """Limits of one run: window sizes (height, width), total pixels of all windows, number of windows."""
 
     smallest: tuple[int, int]
     largest: tuple[int, int]
@@ -156,7 +156,7 @@ class _Bounds:
         return self.batches[0] > 1
 
     def hold(self, height: int, width: int) -> bool:
-        """Tell whether a whole image fits."""
+        """Return True if a whole image fits."""
         return height <= self.largest[0] and width <= self.largest[1] and height * width <= self.pixels
 
     def at_least(self, size: int) -> "_Bounds":
@@ -202,12 +202,12 @@ def _overlap(contract: ModelContract, settings: TileSettings) -> tuple[int, int,
         return max(radius, settings.overlap or 0), 0, True
     halo = settings.overlap if settings.overlap is not None else (DEFAULT_OVERLAP if radius is None else radius)
     exact = radius is not None and halo >= radius
-    # Half of the overlap stays outside the crossfade: there the tiles' own borders are worst.
+    # Half of the overlap is outside the crossfade: errors are largest at the borders of a tile.
     return halo, 0 if exact else halo, exact
 
 
 def _strip_rows(width: int, contract: ModelContract, bounds: _Bounds, groups: int) -> int:
-    """Return the most rows that a row of tiles may have: its outputs over the whole width wait in memory as floats."""
+    """Return the maximum height of a row of tiles, whose outputs over the whole width are held in memory as floats."""
     row_bytes = 4 * groups * contract.channels * width * contract.scale**2
     return max(1, int(bounds.budget * _SHARE_OF_STRIPS / (row_bytes * _STRIP_COPIES)))
 
@@ -227,12 +227,12 @@ def _window(
         return side, side
     if bounds.tuned is not None and bounds.tuned[0] * bounds.tuned[1] <= bounds.pixels:
         tall, wide = bounds.tuned
-        # The tuned shape is fastest; the largest is taken only when the overlap leaves too little of the tuned one.
+        # The tuned shape is fastest; use the largest only if the overlap leaves too little of the tuned one.
         return bounds.tuned if min(tall, wide) >= 4 * halo else bounds.largest
     most_rows = max(most_rows, 2 * halo + 2)
     side = min(MAX_SIDE, math.isqrt(bounds.pixels))
     short = min(height, width, side)
-    long = min(MAX_SIDE, bounds.pixels // max(short, 1))  # an image that is low or narrow gets longer tiles
+    long = min(MAX_SIDE, bounds.pixels // max(short, 1))  # an image that is short or narrow gets longer tiles
     tall, wide = (short, long) if height <= width else (long, short)
     if tall > most_rows:
         tall, wide = most_rows, min(MAX_SIDE, bounds.pixels // most_rows)

@@ -1,9 +1,9 @@
-"""A folder of images in, a folder of images out: recursive, resumable, and honest about what failed.
+"""Upscale a folder of images to another: recursive and resumable, with a report of what failed.
 
 A journal in the output folder records each picture by content: the hash of the input, the identity of network and
-settings, and the hash of the output. A second run skips what is recorded and unchanged. A line is written before a
-result gets its name and another after, so a run killed at any moment leaves neither a half-written picture nor one
-whose origin is unknown.
+settings, and the hash of the output. A second run skips what is recorded and unchanged. A line is written before an
+output is renamed to its final name and another after, so a run killed at any moment leaves neither a half-written
+picture nor one of unknown origin.
 """
 
 import json
@@ -37,13 +37,13 @@ JOURNAL = ".srdeploy-upscale.jsonl"
 
 @dataclass
 class FolderReport:
-    """What became of a folder.
+    """Result of upscaling a folder.
 
     Attributes:
         made: outputs written by this run, with how each was run.
-        skipped: sources whose outputs were there already, unchanged.
+        skipped: sources whose outputs existed already, unchanged.
         failed: sources with their errors.
-        unread: files that are no pictures to us, counted by suffix.
+        unread: number of files that are not read as images, by suffix.
         seconds: wall time.
     """
 
@@ -66,20 +66,20 @@ class FolderReport:
         }
 
     def raise_failures(self) -> None:
-        """Raise an error of the kind of the first failure when there was any; the command ends with its exit code."""
+        """Raise an error of the type of the first failure, if any; the command ends with its exit code."""
         if not self.failed:
             return
         name, first = next(iter(self.failed.items()))
         total = len(self.failed) + len(self.made) + len(self.skipped)
         raise type(first)(
             f"{len(self.failed)} of {total} images failed, the first of them {name}",
-            next_step="the others are done; run the same command again after mending, it skips what is there",
+            next_step="the others are done; fix these and run the same command again, it skips finished images",
         ) from first
 
 
 @dataclass
 class _Item:
-    """One picture on its way: read, computed, or failed."""
+    """A picture in the pipeline: read, computed, or failed."""
 
     source: Path
     output: Path
@@ -105,18 +105,18 @@ def upscale_folder(
     Args:
         up: the network.
         source: folder of images.
-        output: folder for the results, made when missing.
+        output: folder for the results, created if missing.
         options: how to write.
-        suffix: format of all outputs (".png"); None keeps each input's, or .png where it cannot be written.
-        progress: told about images.
+        suffix: format of all outputs (".png"); None keeps each input's, or .png if it cannot be written.
+        progress: receives the number of images.
 
     Returns:
-        What was made, skipped and failed; single pictures that fail do not stop the rest.
+        Which images were made, skipped and failed; a failed image does not stop the rest.
 
     Raises:
-        InputError: no image is found.
+        InputError: there is no image.
         UsageError: the output is inside the input.
-        OutputError: the disk is full or the folder cannot be written: nothing further would succeed.
+        OutputError: the disk is full or the folder cannot be written, which stops the run.
     """
     options = options or OutputOptions()
     refuse_same(source, output)
@@ -147,7 +147,7 @@ class _Outputs:
         self._latest[entry["output"]] = entry
 
     def of(self, output: Path) -> dict[str, Any]:
-        """Return the last event about an output, empty when there is none."""
+        """Return the last event about an output, empty if there is none."""
         return self._latest.get(self._name(output), {})
 
     def _name(self, output: Path) -> str:
@@ -169,7 +169,7 @@ class _FolderJob:
         self._key = sha256_of_bytes(json.dumps([up.identity, options.as_float, options.quality]).encode())
 
     def read(self, targets: dict[Path, Path]) -> Iterator[_Item]:
-        """Decode, one picture ahead of the network; what is there already is skipped."""
+        """Decode, one picture ahead of the network; skip finished outputs."""
         for source, output in targets.items():
             item = _Item(source, output, "")
             try:
@@ -238,7 +238,7 @@ class _FolderJob:
         return same and item.output.is_file() and sha256_of_file(item.output) == entry.get("result")
 
     def _may_replace(self, item: _Item) -> bool:
-        """An output that a killed run had begun is ours to replace; others only with force."""
+        """Return True if an output may be replaced: with `force`, or if a killed run of ours had begun it."""
         return self._options.force or item.journaled or self._journal.of(item.output).get("state") == "started"
 
     def _name(self, item: _Item) -> str:
@@ -246,9 +246,9 @@ class _FolderJob:
 
 
 def _targets(source: Path, output: Path, suffix: str | None) -> tuple[dict[Path, Path], dict[str, SrdeployError]]:
-    """Return the output of each image, and the images whose output another one takes, with the error of each.
+    """Return the output of each image, and an error for each image whose output another one already has.
 
-    A suffix that can be written is kept as it is, `P.JPG` beside `P.jpg` too.
+    A suffix that can be written is kept as it is, also `P.JPG` next to `P.jpg`.
     """
     targets: dict[Path, Path] = {}
     origins: dict[Path, Path] = {}

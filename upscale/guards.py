@@ -1,7 +1,7 @@
-"""Every tile that leaves an engine is looked at: NaN, infinity, or one colour where the input had a picture.
+"""Check every output tile for NaN, infinity, and one color where the input is not flat.
 
-A half-precision engine that overflows gives exactly these, only on some images, and a black frame reported as success
-is the worst a deployment can do. A bad tile is run again on a fallback (the FP32 graph); without one the work stops.
+Half-precision engines that overflow produce exactly these, on some images only, and a black frame reported as success
+is the worst failure of a deployment. A bad tile is run again on a fallback (the FP32 graph); without one the run stops.
 """
 
 from collections.abc import Callable
@@ -14,20 +14,20 @@ from srdeploy.core.errors import GateError, InputError
 from srdeploy.upscale.tiles import Planes
 
 MIN_INPUT_RANGE = 16 / 255
-"""An input tile counts as a picture when its darkest and lightest values lie this far apart."""
+"""Minimum range of values for an input tile to count as not flat."""
 MAX_COLLAPSED_RANGE = 1e-6
-"""An output tile counts as one colour when, clamped to 0..1, its values lie no further apart."""
+"""Maximum range of values, clamped to 0..1, for an output tile to count as one color."""
 
 Run = Callable[[Planes], Planes]
 
 
 @dataclass
 class Tally:
-    """What was counted while tiles ran.
+    """Counts of tiles.
 
     Attributes:
         tiles: tiles that were run.
-        repaired: what was wrong with tiles that were run again on the fallback, with how many of each.
+        repaired: number of tiles that were run again on the fallback, by fault.
     """
 
     tiles: int = 0
@@ -35,7 +35,7 @@ class Tally:
 
     @property
     def fallbacks(self) -> int:
-        """Tiles that were run again."""
+        """Number of tiles that were run again."""
         return sum(self.repaired.values())
 
 
@@ -46,7 +46,7 @@ class Guard:
     Attributes:
         run: the engine: (N, C, h, w) to (N, C, h', w').
         engine: its name, for messages.
-        fallback: gives the FP32 runner's `run` when first needed; None when there is none.
+        fallback: returns the `run` of the FP32 runner when first needed; None if there is none.
         tally: counts.
     """
 
@@ -59,7 +59,7 @@ class Guard:
         """Run a batch.
 
         Raises:
-            GateError: a tile is bad, and there is no fallback or the fallback's is bad as well.
+            GateError: a tile is bad, and there is no fallback or its output is bad as well.
         """
         outputs = self.run(tiles)
         self.tally.tiles += len(tiles)
@@ -75,14 +75,14 @@ class Guard:
     def _again(self, tile: Planes, fault: str) -> Planes:
         if self.fallback is None:
             raise GateError(
-                f"{self.engine} gave {fault} for a tile",
+                f"{self.engine} returned {fault} for a tile",
                 expected="a picture",
                 next_step="nothing was written; use a bundle or --fallback model.fp32.onnx, or an FP32 engine",
             )
         output = self.fallback()(tile)
         if remaining := fault_of(tile[0], output[0]):
             raise GateError(
-                f"{self.engine} gave {fault} for a tile, and the FP32 fallback {remaining}",
+                f"{self.engine} returned {fault} for a tile, and the FP32 fallback {remaining}",
                 expected="a picture",
                 next_step="nothing was written; check the checkpoint with: srdeploy verify",
             )
@@ -91,7 +91,7 @@ class Guard:
 
 
 def fault_of(tile: NDArray[np.float32], output: NDArray[np.float32]) -> str | None:
-    """Return what is wrong with a tile's output in words, None when it looks like a picture.
+    """Return a description of the fault of an output tile; None if there is none.
 
     Args:
         tile: (C, h, w) in 0..1.
@@ -110,10 +110,10 @@ def fault_of(tile: NDArray[np.float32], output: NDArray[np.float32]) -> str | No
 
 
 def check_rows(rows: Planes, output: Planes, engine: str) -> None:
-    """Check finished rows of a picture that ran in lock-step, where single tiles cannot be run again.
+    """Check finished rows of a picture run in lock-step, which cannot run single tiles again.
 
     Raises:
-        GateError: they hold NaN, infinity, or one colour where the input had a picture.
+        GateError: they hold NaN, infinity, or one color where the input is not flat.
     """
     for group, made in zip(rows, output, strict=True):
         if fault := fault_of(group, made):

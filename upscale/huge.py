@@ -1,10 +1,9 @@
-"""Pictures that do not fit in memory, streamed from file to file.
+"""Stream pictures that do not fit in memory from file to file.
 
-Why libvips: it decodes PNG, JPEG and TIFF top to bottom in a few rows, knows 16 bits, and comes as one wheel
-(`pyvips[binary]`). Finished rows go straight into the output (`srdeploy.upscale.row_writers`): Python cannot hand rows
-to libvips' own writers, and a file mapped into memory in between would count as resident.
+libvips decodes: it reads PNG, JPEG and TIFF top to bottom a few rows at a time, with 16 bits, and is one wheel
+(`pyvips[binary]`). Finished rows are written by `srdeploy.upscale.row_writers`.
 
-What stays in memory is one row of tiles (input and output) and the engine's own tensors.
+Memory holds one row of tiles (input and output) and the engine's own tensors.
 """
 
 from collections import deque
@@ -27,25 +26,25 @@ from srdeploy.upscale.row_writers import open_rows
 from srdeploy.upscale.upscaler import ImageReport, Upscaler, converted
 
 MAX_STREAMED_PIXELS = 1 << 34
-"""Most pixels of a streamed input, 131,072 x 131,072: beyond, a header is a mistake or an attack."""
+"""Maximum pixels of a streamed input, 131,072 x 131,072: a larger header is damaged or an attack."""
 MAX_EXPANSION = 3000
-"""Most pixels per byte of file: a flat picture deflates about 1030 times at most, a flat JPEG about 400."""
+"""Maximum pixels per byte of file: flat PNG pixels deflate up to about 1030 times, flat JPEG pixels about 400."""
 STREAM_MEMORY = 768 << 20
-"""Budget of tiles and strips unless the user names one: with the packages themselves it stays below 1.5 GB."""
+"""Default budget of tiles and strips: with the imported packages the process stays below 1.5 GB."""
 _WRITTEN_ROWS = 64
 _KEPT_ROWS = 16 + REACH
-"""Rows kept before the last `begin` asked for: chroma lags behind the tiles by a few rows, and both look back to spread
-colors under transparent pixels."""
+"""Rows kept before the last `begin` asked for: chroma lags behind the tiles by a few rows, and spreading colors under
+transparent pixels reads earlier rows."""
 
 
 class StreamedSource:
-    """Rows of a file from top to bottom (see `srdeploy.upscale.planes.PixelSource`). Only recent rows are kept."""
+    """Rows of a file from top to bottom (see `srdeploy.upscale.planes.PixelSource`). Keeps recent rows only."""
 
     def __init__(self, path: Path) -> None:
         """Open a file; its header was checked by `check_header`.
 
         Raises:
-            InputError: libvips cannot read it in a stream.
+            InputError: libvips cannot stream it.
             MissingExtraError: pyvips is not installed.
         """
         vips: Any = import_extra("pyvips", "huge")
@@ -58,7 +57,7 @@ class StreamedSource:
             raise InputError(f"{path} cannot be streamed ({_first_line(error)})") from error
         if image.get_typeof("interlaced") and image.get("interlaced"):
             raise InputError(
-                f"{path} is interlaced or progressive, so its rows do not come from top to bottom",
+                f"{path} is interlaced or progressive, so its rows are not stored from top to bottom",
                 expected="a baseline JPEG, a PNG without interlacing or a TIFF",
                 next_step="save it again without interlacing",
             )
@@ -115,10 +114,10 @@ class StreamedSource:
 
 
 def check_header(path: Path) -> tuple[int, int]:
-    """Return (height, width) as the header says, after refusing absurd ones; nothing is decoded.
+    """Return (height, width) from the header, after refusing implausible ones; nothing is decoded.
 
     Raises:
-        InputError: no image, or larger than can be true or can be streamed.
+        InputError: not an image, or larger than is plausible or can be streamed.
     """
     with opened(path, max_pixels=None) as image:
         width, height = image.size
@@ -143,11 +142,11 @@ def upscale_streamed(
         source: PNG, JPEG or TIFF of any size.
         output: .png or .tif.
         as_float: write 32-bit floats (TIFF).
-        progress: told about tiles.
+        progress: receives the number of tiles.
 
     Raises:
         InputError, UsageError, GateError: as for pictures in memory.
-        CapabilityError: the output's format cannot be streamed.
+        CapabilityError: the format of the output cannot be streamed.
     """
     check_header(source)
     metadata = picture_metadata(source)
@@ -158,7 +157,7 @@ def upscale_streamed(
     channels = pixels.shape[2]
     name = check_output(output, size=(height, width), channels=channels, dtype=dtype)
     if name not in ("PNG", "TIFF"):
-        raise CapabilityError(f"{name} cannot be written in a stream", expected="a .png or .tif output")
+        raise CapabilityError(f"{name} cannot be streamed", expected="a .png or .tif output")
     like, notes = kept_metadata(metadata, name, width=width, height=height, channels=channels)
     report.notes += notes
 
@@ -167,7 +166,7 @@ def upscale_streamed(
             for begin in range(0, len(band), _WRITTEN_ROWS):
                 yield converted(band[begin : begin + _WRITTEN_ROWS], dtype)
 
-    # Deflating takes about as long as a small network: it runs beside it.
+    # Deflate takes about as long as a small network, so it runs in parallel.
     with open_rows(output, name, (height, width, channels), dtype, like) as writer:
         Pipeline(read=pieces(), compute=lambda piece: piece, write=writer.write).run()
     return report

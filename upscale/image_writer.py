@@ -1,9 +1,9 @@
-"""Writing pictures with what came in with them: bit depth, alpha, colour profile, EXIF, XMP, resolution.
+"""Write pictures with the bit depth, alpha, color profile, EXIF, XMP and resolution of the input.
 
-Pillow writes what it can write without loss; `srdeploy.upscale.row_writers` writes 16-bit colour and floats. The EXIF
-block is passed on byte for byte, except that the pixel dimensions in it, if any, are set to the new ones
-(`srdeploy.upscale.metadata`, which also says what a format cannot hold). The
-resolution (pixels per inch) stays as it was, so a picture twice as wide in pixels prints twice as wide.
+Pillow writes the formats that it can write without loss; `srdeploy.upscale.row_writers` writes 16-bit color and floats.
+The EXIF block is copied byte for byte, except that the pixel dimensions in it, if any, are set to the new ones
+(`srdeploy.upscale.metadata`, which also reports what a format cannot hold). The resolution (pixels per inch) is
+unchanged, so a picture twice as wide in pixels prints twice as wide.
 """
 
 import io
@@ -29,29 +29,29 @@ FORMATS = {
     ".tif": "TIFF",
     ".tiff": "TIFF",
 }
-"""What can be written, by the end of the name."""
+"""Formats that can be written, by suffix."""
 JPEG_QUALITY = 95
 _MAX_SIDE = {"JPEG": 65_500, "WEBP": 16_383, "PNG": 2**31 - 1, "TIFF": 2**31 - 1}
 _XMP_KEYWORD = "XML:com.adobe.xmp"
 
 
 def check_quality(path: Path, quality: int | None) -> None:
-    """Refuse a quality that the output's format does not have.
+    """Refuse a quality that the format of the output does not have.
 
     Raises:
-        UsageError: PNG and TIFF lose nothing, and JPEG and WebP begin at 1.
+        UsageError: PNG and TIFF are lossless, and JPEG and WebP start at 1.
     """
     name = FORMATS.get(path.suffix.lower())
     if quality is None or name is None:
         return
     if name in ("PNG", "TIFF"):
-        raise UsageError(f"--quality {quality} for {name}, which loses nothing", expected="a .jpg or .webp output")
+        raise UsageError(f"--quality {quality} for {name}, which is lossless", expected="a .jpg or .webp output")
     if not 1 <= quality <= 100:
         raise UsageError(f"--quality {quality} for {name}", expected="1 to 100")
 
 
 def check_output(path: Path, *, size: tuple[int, int], channels: int, dtype: Any) -> str:
-    """Tell whether a picture can be written under a name, before anything is computed; return the format.
+    """Return the format of an output, after checking before anything is computed that it can hold the picture.
 
     Args:
         path: output file.
@@ -74,7 +74,7 @@ def check_output(path: Path, *, size: tuple[int, int], channels: int, dtype: Any
         raise UsageError("JPEG holds no alpha and the picture has some", expected="a .png, .webp or .tif output")
     if max(size) > _MAX_SIDE[name]:
         raise UsageError(
-            f"{size[1]}x{size[0]} is too large for {name}, which ends at {_MAX_SIDE[name]} pixels a side",
+            f"{size[1]}x{size[0]} is too large for {name}: at most {_MAX_SIDE[name]} pixels a side",
             expected="a .png or .tif output",
         )
     return name
@@ -92,7 +92,7 @@ def write_image(
         quality: 1 to 100, for JPEG (default 95) and WebP (default lossless).
 
     Returns:
-        One line about each thing that came with the picture and that the format cannot hold.
+        One line for each part of the input's metadata that the format cannot hold.
 
     Raises:
         UsageError: the format cannot hold the picture.
@@ -121,7 +121,7 @@ def _save_with_pillow(path: Path, pixels: NDArray[Any], name: str, like: Picture
     if like is not None:
         options = _pillow_metadata(like, name)
     if name == "JPEG":
-        # Chroma at full resolution: the network made it, subsampling would throw three quarters of it away.
+        # Chroma at full resolution: subsampling would discard three quarters of what the network computed.
         options |= {"quality": JPEG_QUALITY if quality is None else quality, "subsampling": 0}
     elif name == "WEBP":
         options |= {"lossless": True, "exact": True} if quality is None else {"quality": quality}
@@ -131,7 +131,7 @@ def _save_with_pillow(path: Path, pixels: NDArray[Any], name: str, like: Picture
     if name != "TIFF":
         image.save(path, format=name, **options)
         return
-    encoded = io.BytesIO()  # on a full disk libtiff would print lines of its own, and give no reason
+    encoded = io.BytesIO()  # on a full disk libtiff prints lines of its own and reports no reason
     image.save(encoded, format=name, **options)
     path.write_bytes(encoded.getbuffer())
     if exif:

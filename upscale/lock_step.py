@@ -1,8 +1,8 @@
-"""Exact tiles for networks with channel attention: every stage over all tiles, then the means, then the next stage.
+"""Exact tiles for networks with channel attention: run each stage over all tiles, then average, then the next stage.
 
-Feature maps wait between stages, in memory when they fit the budget and otherwise in files, read and written a row of
-tiles at a time. So memory is bounded by the budget, and time is that of the whole image plus a thin overlap (as many
-pixels as a stage's convolutions reach, 2 to 4) and the traffic of the waiting maps.
+Feature maps are stored between stages, in memory if they fit the budget and otherwise in files, read and written a row
+of tiles at a time. Memory is bounded by the budget; time is that of the whole image plus a thin overlap (the reach of a
+stage's convolutions, 2 to 4 pixels) and the traffic of the stored maps.
 """
 
 import contextlib
@@ -30,10 +30,10 @@ from srdeploy.upscale.onnx_cuts import stages_from_onnx
 from srdeploy.upscale.tiles import Planes, TilePlan, plan_tiles
 
 _SIDE = 192
-"""Side of the tiles: the overlap is so thin that larger ones save little, and these stay in the processor's cache."""
+"""Side of the tiles: with such a thin overlap larger ones save little, and these fit the processor's cache."""
 _SHARE_OF_DISK = 0.9
 _SHARE_OF_MAPS = 0.6
-"""Part of the budget that waiting maps may take; the rest is for the tiles themselves."""
+"""Share of the budget for stored maps; the rest is for the tiles."""
 
 
 def lock_step_of(runner: Runner, onnx_path: Path | None, *, threads: int | None, memory_bytes: int) -> "LockStep":
@@ -41,7 +41,7 @@ def lock_step_of(runner: Runner, onnx_path: Path | None, *, threads: int | None,
 
     Args:
         runner: the engine.
-        onnx_path: the graph that the engine computes, None when it is not at hand.
+        onnx_path: the graph that the engine computes, None if it is not available.
         threads: CPU threads, None for all.
         memory_bytes: budget for maps and tiles.
 
@@ -65,14 +65,14 @@ def lock_step_of(runner: Runner, onnx_path: Path | None, *, threads: int | None,
 
 
 class LockStep:
-    """A network cut into stages, run in lock-step over the tiles of one picture after another."""
+    """A network cut into stages, run in lock-step over the tiles of a picture."""
 
     def __init__(self, stages: Sequence[Stage], open_stage: Callable[[Stage], StageRun], *, memory_bytes: int) -> None:
-        """Take a network that is cut already.
+        """Wrap a network that is cut already.
 
         Args:
             stages: of the network, in order.
-            open_stage: makes a stage runnable; what it returns is dropped before the next stage is opened.
+            open_stage: makes a stage runnable; its result is freed before the next stage is opened.
             memory_bytes: budget for maps and tiles.
         """
         self.stages = list(stages)
@@ -85,11 +85,11 @@ class LockStep:
         return max(stage.radius for stage in self.stages)
 
     def decide(self, height: int, width: int, settings: TileSettings, *, groups: int = 1) -> Decision | None:
-        """Return how a picture runs in lock-step; None when its maps do not fit in memory and nobody insists.
+        """Return how a picture runs in lock-step; None if its maps do not fit in memory and the mode is not "exact".
 
         Args:
             height, width: of the picture.
-            settings: the user's wishes; with mode "exact" maps that do not fit in memory wait in files.
+            settings: the options given; with mode "exact" maps that do not fit in memory are stored in files.
             groups: network inputs per picture, 2 with alpha.
         """
         needed = height * width * self.map_bytes_per_pixel() * groups
@@ -116,10 +116,10 @@ class LockStep:
         """Run one picture and yield finished rows of its output.
 
         Args:
-            read_rows: gives rows begin..end of the picture's planes, (1, C, end - begin, W).
+            read_rows: returns rows begin..end of the picture's planes, (1, C, end - begin, W).
             decision: from `decide`.
             scale: output pixels per input pixel.
-            done: told how many tiles of how many stages were run.
+            done: receives the number of tiles of all stages that were run.
 
         Yields:
             (1, C, rows, W') float32.
@@ -153,7 +153,7 @@ class LockStep:
                 maps.forget_all_but({name for later in self.stages[number + 1 :] for name in later.maps_in})
 
     def map_bytes_per_pixel(self) -> int:
-        """Return the bytes that waiting maps take per pixel of the picture, at most."""
+        """Return the maximum bytes of stored maps per pixel of the picture."""
         return 4 * max(stage.channels for stage in self.stages) * live_maps(self.stages)
 
     def _check_space(self, size: tuple[int, int], folder: Path) -> None:
@@ -192,7 +192,7 @@ class _InMemory:
 
 
 class _InFile:
-    """Rows lie one after another, (H, C, W), so that some rows are one read; plain files, not mapped into memory."""
+    """Rows are consecutive, (H, C, W), so that a range of rows is one read; plain files, not mapped into memory."""
 
     def __init__(self, path: Path, channels: int, size: tuple[int, int], dtype: np.dtype[Any]) -> None:
         self._stream = path.open("w+b")
@@ -218,7 +218,7 @@ class _InFile:
 
 @dataclass
 class _Maps:
-    """All feature maps that wait."""
+    """All stored feature maps."""
 
     folder: Path
     size: tuple[int, int]
@@ -227,7 +227,7 @@ class _Maps:
     made: int = 0
 
     def write(self, name: str, begin: int, rows: NDArray[Any]) -> None:
-        """Keep rows (C, h, W) of a map."""
+        """Store rows (C, h, W) of a map."""
         if name not in self.waiting:
             self.made += 1
             self.waiting[name] = (
@@ -242,7 +242,7 @@ class _Maps:
         return self.waiting[name].read(begin, end)
 
     def forget_all_but(self, needed: set[str]) -> None:
-        """Free the maps that no later stage takes."""
+        """Free the maps that no later stage reads."""
         for name in set(self.waiting) - needed:
             self.waiting.pop(name).close()
 
@@ -265,7 +265,7 @@ class _StageRows:
     done: Callable[[int], None]
 
     def mean(self) -> NDArray[Any]:
-        """Keep the stage's maps and return the mean of its pooled map over the whole picture, (1, C, 1, 1)."""
+        """Store the stage's maps and return the mean of its pooled map over the whole picture, (1, C, 1, 1)."""
         stage, rows, columns = self.stage, self.plan.rows, self.plan.columns
         assert stage.pooled is not None
         total: NDArray[Any] | None = None
@@ -292,7 +292,7 @@ class _StageRows:
         return mean
 
     def outputs(self) -> Iterator[Planes]:
-        """Yield the rows that the last stage makes, (1, C, rows, W')."""
+        """Yield the output rows of the last stage, (1, C, rows, W')."""
         rows, columns, scale = self.plan.rows, self.plan.columns, self.scale
         for index, start in enumerate(rows.starts):
             begin, end = rows.support(index, scale, rows.size * scale)
@@ -316,7 +316,7 @@ class _StageRows:
         strips: Arrays = {}
         for name in stage.maps_in:
             if name == INPUT:
-                # Only the first stage reads the picture, from top to bottom; it keeps it for a stage that asks later.
+                # Only the first stage reads the picture, top to bottom, and stores it for stages that need it later.
                 strips[name] = self._input(start, last)
             else:
                 strips[name] = self.maps.read(name, start, last)
@@ -360,4 +360,4 @@ _STAGE_OPENERS: dict[str, Callable[[onnx.ModelProto, int], StageRun]] = {
     "onnxruntime": _onnxruntime_stage,
     "openvino": _openvino_stage,
 }
-"""Engines that run stages of an ONNX graph; built GPU engines cannot be cut."""
+"""Engines that can run stages of an ONNX graph; built GPU engines cannot be cut."""

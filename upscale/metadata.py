@@ -27,7 +27,7 @@ def kept_metadata(
     """Return a picture's metadata for an output file, and one line about each thing that cannot be kept.
 
     Args:
-        like: the picture that came in.
+        like: the input picture.
         name: format of the output: "PNG", "TIFF", "JPEG" or "WEBP".
         width, height, channels: of the output; the pixel dimensions in the EXIF block become these.
 

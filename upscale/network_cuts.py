@@ -1,10 +1,10 @@
-"""Cut a network at its global poolings, so that tiles can wait for each other there.
+"""Cut a network at its global poolings, where tiles in lock-step are synchronized.
 
 Channel attention makes every output pixel depend on the mean of whole feature maps, so no overlap makes tiles equal to
 the whole image. But between two poolings the network is local: a stage takes feature maps and the means so far, and
-gives feature maps and what the next mean is taken of. Run each stage over all tiles, average over the whole image, go
-on: the result is the whole image's. `srdeploy.upscale.lock_step` does that; here it is decided where to cut. The
-network is a list of operations by the names of their tensors, made from an ONNX graph by `onnx_cuts`.
+returns feature maps and the map to average next. Running each stage over all tiles and averaging over the whole image
+gives the result of the whole image. `srdeploy.upscale.lock_step` runs the stages; this module decides where to cut.
+The network is a list of operations by the names of their tensors, made from an ONNX graph by `onnx_cuts`.
 """
 
 import math
@@ -28,13 +28,13 @@ class Operation:
     """One operation of a network.
 
     Attributes:
-        node: what it is in its library.
+        node: the node of its library.
         label: for messages.
-        kind: "local" (an output pixel depends on a neighbourhood), "pool" (the mean of its one input over the whole
-            map) or "other", which is refused where it touches feature maps.
+        kind: "local" (an output pixel depends on a neighborhood), "pool" (the mean of its one input over the whole
+            map) or "other", which is refused on feature maps.
         inputs, outputs: names of tensors.
-        reach: pixels on each side that a local operation looks at.
-        growth: by how much it enlarges its maps.
+        reach: pixels on each side that a local operation reads.
+        growth: factor by which it enlarges its maps.
     """
 
     node: Any
@@ -98,7 +98,7 @@ def cut(operations: Sequence[Operation]) -> list[Cut]:
         target = OUTPUT if pool is None else pool.inputs[0]
         members = _operations_for(target, operations, done | means)
         made = {name for member in members for name in member.outputs if name in maps}
-        # A stage can take the mean of a map that an earlier one left: then it has nothing to compute but that.
+        # A stage may only take the mean of a map that an earlier stage stored.
         later = set() if pool is None else _taken_later(operations, maps, done | made, pools[place + 1 :])
         taken = {name for member in members for name in member.inputs if name not in made}
         maps_in = tuple(sorted(taken & (done | {INPUT}))) if members else (target,)
@@ -118,7 +118,7 @@ def cut(operations: Sequence[Operation]) -> list[Cut]:
 
 
 def live_maps(stages: Iterable[Stage]) -> int:
-    """Return the most feature maps that wait at the same time, those being written included."""
+    """Return the maximum number of feature maps stored at the same time, including those being written."""
     listed = list(stages)
     most = 0
     for index, stage in enumerate(listed):
@@ -129,7 +129,7 @@ def live_maps(stages: Iterable[Stage]) -> int:
 
 
 def _maps_and_pools(operations: Sequence[Operation]) -> tuple[set[str], list[Operation]]:
-    """Return the tensors that are maps (the size of the image, times a factor), and the poolings of such."""
+    """Return the tensors that are maps (the size of the image times a factor), and their poolings."""
     maps, pools = {INPUT}, []
     for operation in operations:
         if not maps.intersection(operation.inputs):
@@ -148,7 +148,7 @@ def _maps_and_pools(operations: Sequence[Operation]) -> tuple[set[str], list[Ope
 
 
 def _operations_for(target: str, operations: Sequence[Operation], known: set[str]) -> tuple[Operation, ...]:
-    """Return the operations that make a tensor from what is known and constants, in order."""
+    """Return the operations that compute a tensor from known tensors and constants, in order."""
     makers = {name: operation for operation in operations for name in operation.outputs}
     wanted, pending = set(), [target]
     while pending:
@@ -164,7 +164,7 @@ def _operations_for(target: str, operations: Sequence[Operation], known: set[str
 def _taken_later(
     operations: Sequence[Operation], maps: set[str], done: set[str], pools: Sequence[Operation]
 ) -> set[str]:
-    """Return the done maps that operations not done yet, or the poolings to come, take."""
+    """Return the computed maps that later operations or poolings read."""
     taken = {pool.inputs[0] for pool in pools}
     for operation in operations:
         made = maps.intersection(operation.outputs)
@@ -174,7 +174,7 @@ def _taken_later(
 
 
 def _radius(operations: Sequence[Operation], inputs: Iterable[str]) -> int:
-    """Return how far, in input pixels, the operations look in total."""
+    """Return the total reach of the operations in input pixels."""
     reach: dict[str, Fraction] = dict.fromkeys(inputs, Fraction(0))
     scale: dict[str, int] = dict.fromkeys(inputs, 1)
     for operation in operations:

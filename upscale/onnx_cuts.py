@@ -45,7 +45,7 @@ class _Graph:
         return cls(inferred, {value.name: value for value in values}, constants)
 
     def channels(self, name: str) -> int:
-        """Return the channels of a map, 0 where they are not known."""
+        """Return the channels of a map, 0 if unknown."""
         shape = self.types[name].type.tensor_type.shape.dim
         return int(shape[1].dim_value) if len(shape) == 4 else 0
 
@@ -55,7 +55,7 @@ def _operation(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> 
     kind: Literal["local", "pool", "other"] = "other"
     reach, growth = 0, 1
     if node.op_type in _POINTWISE or corrects_edges(node):
-        # What corrects a network's outermost pixels corrects those of a tile as well, where they are not the image's:
+        # A correction of the network's outermost pixels also applies to a tile, where they are not the image's border:
         # within the reach of the convolution that it belongs to, so those pixels are not used anyway.
         kind = "local"
     elif node.op_type == "DepthToSpace":
@@ -81,7 +81,7 @@ def _operation(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> 
 
 
 def _over_maps(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> bool:
-    """Tell whether a ReduceMean is over height and width, and keeps them as 1."""
+    """Return True if a ReduceMean is over height and width and keeps them as 1."""
     attributes = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
     axes = attributes.get("axes")
     if len(node.input) > 1 and node.input[1] in constants:
@@ -91,7 +91,7 @@ def _over_maps(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> 
 
 def _stage(graph: _Graph, part: Cut, maps: set[str]) -> Stage:
     nodes, pooled, outputs = [entry.node for entry in part.operations], part.pooled, list(part.maps_out)
-    if not nodes:  # the mean of a map that is there already
+    if not nodes:  # the mean of a map that is stored already
         assert pooled is not None
         again = pooled + "_again"
         nodes = [helper.make_node("Identity", [pooled], [again])]

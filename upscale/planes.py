@@ -1,4 +1,4 @@
-"""Between pixels and network planes: colour, gray and alpha, for networks on RGB and networks on Y.
+"""Convert between pixels and network planes: color, gray and alpha, for networks on RGB and on Y.
 
 A picture becomes one group of planes, or two when it has an alpha channel that is not the same everywhere: color, and
 alpha itself. Both go through the network, so both get the same edges. `srdeploy.upscale.alpha` keeps the colors under
@@ -24,10 +24,10 @@ _BICUBIC_REACH = 3  # input rows that a bicubic output row depends on, on each s
 
 
 class PixelSource(Protocol):
-    """Where pixels come from, top to bottom.
+    """Source of pixels, read from top to bottom.
 
-    `shape` is (H, W, C) with C = 1 gray, 2 gray + alpha, 3 RGB, 4 RGB + alpha; `rows` gives (end - begin, W, C) of
-    uint8, uint16, or float32 in 0..1. Ranges are asked in growing order and may overlap what was asked before.
+    `shape` is (H, W, C) with C = 1 gray, 2 gray + alpha, 3 RGB, 4 RGB + alpha; `rows` returns (end - begin, W, C) of
+    uint8, uint16, or float32 in 0..1. Ranges are requested in increasing order and may overlap earlier ones.
     """
 
     @property
@@ -60,9 +60,9 @@ class Conversion:
     """How pixels of one kind pass through a network.
 
     Attributes:
-        colours: what the network takes.
+        colours: color model of the network's input.
         channels: of the picture, 1 to 4.
-        alpha: whether alpha goes through the network; when it is the same everywhere, `constant_alpha` holds it.
+        alpha: whether alpha goes through the network; if it is constant, `constant_alpha` is its value.
         scale, trim: of the network.
     """
 
@@ -79,39 +79,39 @@ class Conversion:
         return 2 if self.alpha else 1
 
     def planes(self, pixels: NDArray[Any]) -> Planes:
-        """Return what the network takes: (H, W, C) pixels to (G, C, H, W) float32."""
+        """Return network input: (H, W, C) pixels to (G, C, H, W) float32."""
         values = unit_floats(pixels)
-        colour = values[..., :-1] if self.channels in (2, 4) else values
+        color = values[..., :-1] if self.channels in (2, 4) else values
         if not self.alpha:
-            return self._colour_planes(colour)[None]
+            return self._color_planes(color)[None]
         alpha = values[..., -1:]
-        return np.stack([self._colour_planes(colour), self._colour_planes(alpha)])
+        return np.stack([self._color_planes(color), self._color_planes(alpha)])
 
     def pixels(self, planes: Planes, around: "Chroma") -> Floats:
         """Return finished rows: network output (G, C, rows, W') to (rows, W', channels) float32, not clamped.
 
         Args:
             planes: the network's output.
-            around: the enlarged chroma of the same rows, used by Y networks on colour.
+            around: the enlarged chroma of the same rows, used by Y networks for color pictures.
         """
-        colour = self._colour(planes[0], around)
+        color = self._color(planes[0], around)
         if not self.alpha:
             if self.constant_alpha is None:
-                return colour
-            alpha = np.full((*colour.shape[:2], 1), self.constant_alpha, np.float32)
-            return np.concatenate([colour, alpha], axis=2)
-        return np.concatenate([colour, self._gray(planes[1]).clip(0, 1)], axis=2)
+                return color
+            alpha = np.full((*color.shape[:2], 1), self.constant_alpha, np.float32)
+            return np.concatenate([color, alpha], axis=2)
+        return np.concatenate([color, self._gray(planes[1]).clip(0, 1)], axis=2)
 
-    def _colour_planes(self, colour: Floats) -> Floats:
+    def _color_planes(self, color: Floats) -> Floats:
         """(H, W, 1 or 3) to (C, H, W)."""
         if self.colours == "rgb":
-            return np.ascontiguousarray(np.broadcast_to(colour, (*colour.shape[:2], 3)).transpose(2, 0, 1))
-        if colour.shape[2] == 1:
-            luma: Floats = np.float32(_LUMA_BLACK) + np.float32(_LUMA_SPAN) * colour.transpose(2, 0, 1)
+            return np.ascontiguousarray(np.broadcast_to(color, (*color.shape[:2], 3)).transpose(2, 0, 1))
+        if color.shape[2] == 1:
+            luma: Floats = np.float32(_LUMA_BLACK) + np.float32(_LUMA_SPAN) * color.transpose(2, 0, 1)
             return luma
-        return y_from_rgb(colour.astype(np.float64)).astype(np.float32)[None]
+        return y_from_rgb(color.astype(np.float64)).astype(np.float32)[None]
 
-    def _colour(self, plane: Floats, around: "Chroma") -> Floats:
+    def _color(self, plane: Floats, around: "Chroma") -> Floats:
         if self.channels <= 2:
             return self._gray(plane)
         if self.colours == "rgb":
@@ -120,7 +120,7 @@ class Conversion:
         return rgb_from_ycbcr(ycbcr)
 
     def _gray(self, plane: Floats) -> Floats:
-        """(C, H, W) to (H, W, 1): the mean of three equal-input channels, or luma back to full swing."""
+        """(C, H, W) to (H, W, 1): the mean of three equal-input channels, or luma rescaled to full range."""
         if self.colours == "rgb":
             mean: Floats = plane.mean(axis=0, dtype=np.float32, keepdims=True)
             return mean.transpose(1, 2, 0)
@@ -145,8 +145,8 @@ class Chroma:
         first = max(0, begin // scale - _BICUBIC_REACH)
         last = min(height, -(-end // scale) + _BICUBIC_REACH)
         values = unit_floats(self._source.rows(first, last))
-        colour = values[..., :3].astype(np.float64)
-        chroma = imresize(ycbcr_from_rgb(colour)[..., 1:], scale=scale)
+        color = values[..., :3].astype(np.float64)
+        chroma = imresize(ycbcr_from_rgb(color)[..., 1:], scale=scale)
         return chroma[begin - first * scale : end - first * scale, : scale * width - trim].astype(np.float32)
 
 

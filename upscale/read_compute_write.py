@@ -1,7 +1,7 @@
-"""Reading, computing and writing at the same time: two helper threads around the caller's own.
+"""Read, compute and write at the same time, in two helper threads and the caller's own.
 
-Decoders, engines and encoders all release Python's lock while they work, so the slowest of the three sets the pace. The
-queues between them are short, so memory does not grow with the length of the work.
+Decoders, engines and encoders release Python's lock, so the slowest of the three determines the speed. The queues
+between them are short, so memory does not grow with the length of the work.
 """
 
 import queue
@@ -19,7 +19,7 @@ _POLL_SECONDS = 0.1
 
 @dataclass
 class _End:
-    """The last thing in a queue; `error` is why, if reading failed."""
+    """End of a queue; `error` is set if reading failed."""
 
     error: BaseException | None = None
 
@@ -29,10 +29,10 @@ class Pipeline(Generic[Read, Made]):
     """Runs `read` in one thread, `compute` in the caller's and `write` in another, in order.
 
     Attributes:
-        read: gives the items.
+        read: yields the items.
         compute: turns an item into a result.
-        write: takes the results, in order.
-        depth: items waiting in each queue.
+        write: receives the results, in order.
+        depth: maximum number of items in each queue.
     """
 
     read: Iterable[Read]
@@ -43,10 +43,10 @@ class Pipeline(Generic[Read, Made]):
     _write_error: list[BaseException] = field(default_factory=list)
 
     def run(self) -> None:
-        """Work until `read` is exhausted and everything is written.
+        """Run until `read` is exhausted and everything is written.
 
         Raises:
-            Whatever a stage raises first; the others have stopped by then. Ctrl-C stops all three.
+            The first error of any stage, after the others have stopped. Ctrl-C stops all three.
         """
         incoming: queue.Queue[Read | _End] = queue.Queue(self.depth)
         outgoing: queue.Queue[Made | _End] = queue.Queue(self.depth)

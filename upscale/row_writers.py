@@ -1,7 +1,7 @@
-"""PNG and TIFF files written a few rows at a time, at any depth and size, with their metadata.
+"""Write PNG and TIFF files a few rows at a time, at any depth and size, with their metadata.
 
-Pillow writes 16-bit colour in neither format and needs the whole picture in memory; libvips maps its input into memory,
-which counts as resident. Both formats are simple to write, so rows go straight from the network into the file.
+Ours, because no library takes rows: Pillow has no 16-bit color and needs the whole picture, pyvips takes rows as PPM
+only (no alpha, no floats) and is optional, tifffile takes whole pages or tiles and needs imagecodecs for predictors.
 """
 
 import struct
@@ -26,13 +26,13 @@ class PngRows:
     """A PNG file of 8 or 16 bits, gray or RGB, with or without alpha."""
 
     def __init__(self, path: Path, shape: tuple[int, int, int], dtype: np.dtype[Any], like: Picture | None) -> None:
-        """Write everything that stands before the pixels.
+        """Write everything that precedes the pixels.
 
         Args:
             path: output file.
             shape: (height, width, channels).
             dtype: uint8 or uint16.
-            like: the picture whose metadata are passed on; its EXIF is written as it is.
+            like: the picture whose metadata are copied; its EXIF is written unchanged.
         """
         height, width, channels = shape
         self._stored = dtype.newbyteorder(">")
@@ -41,8 +41,8 @@ class PngRows:
         self._compressor = zlib.compressobj(_LEVEL)
         self._file: BinaryIO = path.open("wb")
         self._file.write(b"\x89PNG\r\n\x1a\n")
-        colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
-        self._chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8 * dtype.itemsize, colour_type, 0, 0, 0))
+        color_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+        self._chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8 * dtype.itemsize, color_type, 0, 0, 0))
         if like is not None:
             self._metadata(like)
 
@@ -54,7 +54,7 @@ class PngRows:
             left = row.copy()
             left[self._step :] -= row[: -self._step]
             above = row - self._above
-            # The filter whose bytes lie nearer to 0 compresses better; as signed bytes, 255 is -1.
+            # The filter whose bytes are closer to 0 compresses better; as signed bytes, 255 is -1.
             costs = [int(np.abs(option.view(np.int8).astype(np.int16)).sum()) for option in (left, above)]
             filtered[number, 0] = 1 if costs[0] < costs[1] else 2
             filtered[number, 1:] = left if costs[0] < costs[1] else above
@@ -113,7 +113,9 @@ class TiffRows:
         self._offsets: list[int] = []
         self._sizes: list[int] = []
         self._file: BinaryIO = path.open("wb")
-        self._file.write(b"II" + struct.pack("<HHHQ", 43, 8, 0, 0))  # the directory's place is filled in at the end
+        self._file.write(
+            b"II" + struct.pack("<HHHQ", 43, 8, 0, 0)
+        )  # the offset of the directory is filled in at the end
 
     def write(self, rows: NDArray[Any]) -> None:
         """Append rows (rows, W, C)."""
@@ -123,10 +125,10 @@ class TiffRows:
                 together = np.concatenate(self._waiting)
                 self._strip(together[:_STRIP_ROWS])
                 self._waiting = [together[_STRIP_ROWS:]] if len(together) > _STRIP_ROWS else []
-        self._waiting = [np.array(part) for part in self._waiting]  # the caller may use its memory again
+        self._waiting = [np.array(part) for part in self._waiting]  # the caller may reuse its memory
 
     def close(self) -> None:
-        """Write what waits, and the directory."""
+        """Write the remaining rows and the directory."""
         if self._waiting:
             self._strip(np.concatenate(self._waiting))
         self._directory()
@@ -147,7 +149,7 @@ class TiffRows:
 
     def _strip(self, rows: NDArray[Any]) -> None:
         stored = np.ascontiguousarray(rows).astype(self._dtype, copy=True)
-        if self._dtype.kind == "u":  # each pixel as its difference from the one before it
+        if self._dtype.kind == "u":  # each pixel as its difference from the previous one
             stored[:, 1:] -= rows[:, :-1]
         data = zlib.compress(stored.data, _LEVEL)
         self._offsets.append(self._file.tell())

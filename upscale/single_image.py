@@ -1,4 +1,4 @@
-"""One image file in, one image file out: the same bits, alpha, profile, EXIF and resolution, only larger."""
+"""Upscale one image file to one image file with the same bits, alpha, profile, EXIF and resolution."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from srdeploy.upscale.upscaler import ImageReport, Upscaler
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """How results are written.
+    """Options of the output.
 
     Attributes:
         as_float: 32-bit floating-point TIFF, not clamped.
@@ -31,17 +31,17 @@ class OutputOptions:
 
 
 def refuse_same(source: Path, output: Path) -> None:
-    """Refuse an output that is the input, or lies inside the input folder.
+    """Refuse an output that is the input, or is inside the input folder.
 
     Raises:
-        UsageError: so it is.
+        UsageError: it is one of these.
     """
     if output.exists() and source.exists() and output.samefile(source):
         raise UsageError(f"{output} is the input itself", next_step="choose another output name")
     inside = source.resolve() in output.resolve().parents
     if source.is_dir() and inside:
         raise UsageError(
-            f"{output} lies inside the input folder {source}",
+            f"{output} is inside the input folder {source}",
             expected="an output folder elsewhere: its pictures would become inputs of the next run",
         )
 
@@ -71,12 +71,12 @@ def upscale_file(
         source: the image.
         output: .png, .jpg, .webp or .tif.
         options: how to write.
-        progress: told about tiles.
+        progress: receives the number of tiles.
 
     Raises:
-        InputError: the source is not an image that is understood.
+        InputError: the source is not an image that can be read.
         UsageError: the output exists, is the source, or its format cannot hold the picture.
-        GateError: a tile came out broken and no fallback repaired it; nothing is written.
+        GateError: a tile is broken and no fallback repaired it; nothing is written.
         OutputError: the disk is full or the folder cannot be written.
     """
     options = options or OutputOptions()
@@ -94,10 +94,10 @@ def upscale_file(
 
 
 def is_streamed(source: Path, up: Upscaler) -> bool:
-    """Tell whether a picture is too large to be held in memory: 89 megapixels, or 358 after upscaling.
+    """Return True if a picture is too large to be held in memory: 89 megapixels, or 358 after upscaling.
 
     Raises:
-        InputError: no image, or an absurd header.
+        InputError: not an image, or its header is implausible.
     """
     with opened(source, max_pixels=None) as image:
         pixels = image.size[0] * image.size[1]

@@ -1,8 +1,8 @@
-"""Put an EXIF block into a finished TIFF file, of the classic or the big kind, without touching its pixels.
+"""Add an EXIF block to a finished TIFF or BigTIFF file without changing its pixels.
 
-TIFF keeps EXIF in directories of its own, and neither Pillow nor libvips moves a whole block into them. Here the
-block's entries are copied behind the end of the file, byte order adjusted, and a new first directory that lists them
-beside the file's own entries replaces the old one.
+Ours, because TIFF stores EXIF in directories of its own, and Pillow, libvips and tifffile do not write a whole block
+into them. The entries of the block are appended to the file in its byte order, and a new first directory that lists
+them with the file's own entries replaces the old one.
 """
 
 import struct
@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _UNITS = {3: 2, 4: 4, 5: 4, 8: 2, 9: 4, 10: 4, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
-"""Bytes that change their order together, by entry type; types not named are bytes."""
+"""Size of the units whose bytes are swapped, by entry type; other types are bytes."""
 _ABOUT_THE_PICTURE = (270, 271, 272, 274, 305, 306, 315, 33432)
 _FOLDERS = {34665: (40965,), 34853: (), 40965: ()}
 """Entries that point to directories (EXIF, GPS, interoperability), and the directories inside them."""
@@ -24,12 +24,12 @@ class _Entry:
     tag: int
     kind: int
     count: int
-    data: bytes  # in the order of the file it goes to
+    data: bytes  # in the byte order of the output
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """How a TIFF file writes numbers."""
+    """Byte order and number sizes of a TIFF file."""
 
     order: str
     big: bool
@@ -43,7 +43,7 @@ class _Layout:
         return 8 if self.big else 4
 
     def entries(self, file: BinaryIO, start: int) -> list[tuple[int, int, int, bytes]]:
-        """Read a directory: tag, type, count and the value field as it is."""
+        """Read a directory: tag, type, count and the raw value field."""
         file.seek(start)
         (count,) = struct.unpack(self.order + ("Q" if self.big else "H"), file.read(8 if self.big else 2))
         form = self.order + ("HHQ8s" if self.big else "HHI4s")
@@ -51,11 +51,11 @@ class _Layout:
 
 
 def add_exif(path: Path, exif: bytes) -> None:
-    """Add the entries of an EXIF block to a TIFF file; those that the file has already stay as they are.
+    """Add the entries of an EXIF block to a TIFF file; existing entries are not changed.
 
     Args:
         path: a TIFF file, changed in place: call this on a temporary file.
-        exif: the block, with or without its "Exif" header. What is damaged in it is left out.
+        exif: the block, with or without its "Exif" header. Damaged entries are skipped.
 
     Raises:
         OSError: the disk is full.
@@ -111,7 +111,7 @@ def _directory(block: bytes, start: int, source: str, order: str) -> list[_Entry
 
 
 def _packed(entries: list[_Entry]) -> bytes:
-    """Keep a directory's entries in one value until it is known where they will lie."""
+    """Serialize the entries of a directory until its offset is known."""
     return b"".join(struct.pack("<HHII", e.tag, e.kind, e.count, len(e.data)) + e.data for e in entries)
 
 
@@ -125,7 +125,7 @@ def _unpacked(data: bytes) -> list[_Entry]:
 
 
 def _placed(file: BinaryIO, layout: _Layout, entry: _Entry) -> bytes:
-    """Write an entry's data behind the end of the file where it is long; return its row of a directory."""
+    """Append long data of an entry to the file; return its row of a directory."""
     if entry.tag in _FOLDERS:
         rows = [_placed(file, layout, inner) for inner in _unpacked(entry.data)]
         start = _write_directory(file, layout, rows)
@@ -142,7 +142,7 @@ def _row(layout: _Layout, tag: int, kind: int, count: int, value: bytes) -> byte
 
 
 def _write_directory(file: BinaryIO, layout: _Layout, rows: list[bytes]) -> int:
-    """Append a directory, its rows sorted by tag as TIFF asks; return where it lies."""
+    """Append a directory, its rows sorted by tag as TIFF requires; return its offset."""
     rows = sorted(rows, key=lambda row: int(struct.unpack_from(layout.order + "H", row)[0]))
     count = struct.pack(layout.order + ("Q" if layout.big else "H"), len(rows))
     return _append(file, count + b"".join(rows) + struct.pack(layout.offset, 0))
@@ -151,7 +151,7 @@ def _write_directory(file: BinaryIO, layout: _Layout, rows: list[bytes]) -> int:
 def _append(file: BinaryIO, data: bytes) -> int:
     start = file.seek(0, 2)
     if start % 2:
-        start += file.write(b"\0")  # values begin at even places
+        start += file.write(b"\0")  # values begin at even offsets
     file.write(data)
     return start
 

@@ -1,11 +1,11 @@
-"""How an image is cut into windows of one shape, and how their outputs become one picture again.
+"""Cut an image into windows of one shape, and stitch their outputs together.
 
-All windows of a plan have the same shape, so an engine that specialises by shape (CUDA graphs, JIT kernels) does so
-once, and they are spread evenly: no sliver is left at the far side. Windows never reach beyond the image unless the
-engine's smallest shape does, so the network's own zero padding falls where it falls on the whole image. Neighbours
-overlap by at least twice the `halo`. With `blend` 0 the overlap is cut in its middle: when the halo is the network's
-receptive radius, every pixel kept saw everything it depends on, and tiles equal the whole image. Otherwise the middle
-of the overlap is crossfaded.
+All windows of a plan have the same shape, so an engine that specializes by shape (CUDA graphs, JIT kernels) does so
+once, and they are spread evenly, without a sliver at the far side. Windows never extend beyond the image unless the
+engine's minimum shape does, so the network's zero padding is applied where it is on the whole image. Neighbors overlap
+by at least twice the `halo`. With `blend` 0 the overlap is cut in its middle: if the halo is the network's receptive
+radius, the window contains everything that a kept pixel depends on, and tiles equal the whole image. Otherwise the
+middle of the overlap is crossfaded.
 
 Lengths here are input (low-resolution) pixels unless a name says output.
 """
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from srdeploy.core.errors import UsageError
 
 Planes = NDArray[np.float32]
-"""(G, C, H, W): G groups of network channels that belong to one picture (colour; colour and alpha)."""
+"""(G, C, H, W): G groups of network channels that belong to one picture (color; color and alpha)."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class AxisPlan:
     Attributes:
         size: length of the image.
         window: length of every window.
-        starts: where each begins; where the last reaches beyond the image, the image is padded.
-        blend: length of the crossfade between neighbours; 0 cuts.
+        starts: where each begins; if the last extends beyond the image, the image is padded.
+        blend: length of the crossfade between neighbors; 0 cuts.
     """
 
     size: int
@@ -42,16 +42,16 @@ class AxisPlan:
 
     @property
     def padding(self) -> int:
-        """Pixels to be added at the far end, because the last window reaches beyond the image."""
+        """Pixels of padding at the far end, if the last window extends beyond the image."""
         return max(0, self.starts[-1] + self.window - self.size)
 
     @property
     def seams(self) -> tuple[float, ...]:
-        """Where neighbours meet: the middles of their overlaps."""
+        """Positions of the seams: the middles of the overlaps."""
         return tuple((left + self.window + right) / 2 for left, right in itertools.pairwise(self.starts))
 
     def support(self, index: int, scale: int, output_size: int) -> tuple[int, int]:
-        """Return the output pixels, begin and end, that window `index` has a part in."""
+        """Return the output pixels, begin and end, that window `index` contributes to."""
         seams = self.seams
         begin = 0 if index == 0 else _output_seam(seams[index - 1], scale) - self.blend * scale // 2
         end = output_size if index == len(seams) else _output_seam(seams[index], scale) + self.blend * scale // 2
@@ -82,7 +82,7 @@ class TilePlan:
 
     @property
     def tiles(self) -> int:
-        """How many windows there are."""
+        """Number of windows."""
         return len(self.rows.starts) * len(self.columns.starts)
 
     @property
@@ -111,15 +111,15 @@ def plan_tiles(
 
     Args:
         height, width: of the image.
-        window: largest window, (height, width).
-        halo: least overlap on each side of a seam.
+        window: maximum window, (height, width).
+        halo: minimum overlap on each side of a seam.
         blend: length of the crossfade, at most `halo` * 2.
-        smallest: smallest window that the engine takes.
-        fixed: use exactly `window`, not the smallest even windows that need as few tiles.
+        smallest: minimum window that the engine accepts.
+        fixed: use exactly `window`, not the smallest windows that need as few tiles.
         multiple: windows begin at multiples of this, for networks that look at blocks of pixels.
 
     Raises:
-        UsageError: the window has no room for two halos and at least one pixel, so no number of tiles would do.
+        UsageError: the window has no room for two halos and at least one pixel, so no number of tiles is enough.
     """
     blend = min(blend, 2 * halo)
     return TilePlan(
@@ -147,11 +147,11 @@ def stitch(
     Args:
         plan: where the windows are.
         scale, trim: output pixels per input pixel, and output pixels missing at the bottom and right.
-        read_rows: gives input rows begin..end as (G, C, end - begin, W); called with growing, overlapping ranges.
+        read_rows: returns input rows begin..end as (G, C, end - begin, W); called with increasing, overlapping ranges.
         run: the network on a batch, (N, C, h, w) to (N, C, scale * h - trim, scale * w - trim).
-        batch: most windows per run (groups count as windows).
-        fill_batches: repeat the last window where a batch is not full, for engines of one batch size.
-        done: told how many windows were finished.
+        batch: maximum windows per run (groups count as windows).
+        fill_batches: repeat the last window if a batch is incomplete, for engines of one batch size.
+        done: receives the number of finished windows.
 
     Yields:
         (G, C, rows, W') float32.
@@ -178,11 +178,11 @@ def stitch(
 
 
 class SeamProbe:
-    """One more window across the seams in the middle of a picture, to tell how much the choice of tiles matters.
+    """One more window across the seams in the middle of a picture, to measure how much the choice of tiles matters.
 
     Where tiles differ from the whole image (channel attention, overlaps below the receptive radius), the whole image
-    does not fit, so there is nothing to compare with. But a window that has the seams in its middle is as good as the
-    tiles around it, and sees other surroundings: the two differ about as much as either does from the whole image.
+    does not fit, so there is no reference. But a window centered on the seams is as good as the tiles around it and
+    has other surroundings: the two differ about as much as either differs from the whole image.
     """
 
     def __init__(self, plan: TilePlan, *, scale: int, trim: int, multiple: int = 1) -> None:
@@ -190,7 +190,7 @@ class SeamProbe:
         axes = plan.rows, plan.columns
         self._size = plan.rows.window, plan.columns.window
         self._place = _across(plan.rows, multiple), _across(plan.columns, multiple)
-        # Where it is judged, in output pixels: near its border the window is no better than a tile.
+        # The evaluated part, in output pixels: near its border the window is no better than a tile.
         self._box = []
         for axis, place in zip(axes, self._place, strict=True):
             edge = axis.window // 4 if axis.seams else 0
@@ -201,21 +201,21 @@ class SeamProbe:
         self._output: Planes | None = None
 
     def see(self, begin: int, strip: Planes) -> None:
-        """Take what is needed of input rows (G, C, rows, W) from `begin` on."""
+        """Copy the needed part of input rows (G, C, rows, W) from `begin` on."""
         (top, left), (height, width) = self._place, self._size
         if self._input is None:
             self._input = np.zeros((*strip.shape[:2], height, width), np.float32)
         _copy_rows(strip[..., left : left + width], begin, self._input, top)
 
     def take(self, begin: int, band: Planes) -> None:
-        """Take what is needed of finished output rows (G, C, rows, W') from `begin` on."""
+        """Copy the needed part of finished output rows (G, C, rows, W') from `begin` on."""
         (top, bottom), (left, right) = self._box
         if self._output is None:
             self._output = np.zeros((*band.shape[:2], bottom - top, right - left), np.float32)
         _copy_rows(band[..., left:right], begin, self._output, top)
 
     def fidelity_db(self, run: Callable[[Planes], Planes]) -> float | None:
-        """Run the window and return its PSNR to the finished picture, in its inner part; None when they are equal."""
+        """Run the window and return its PSNR to the finished picture, in its inner part; None if they are equal."""
         assert self._input is not None
         assert self._output is not None
         inner = [
@@ -228,18 +228,18 @@ class SeamProbe:
 
 
 def seam_score(image: NDArray[np.floating], plan: TilePlan, scale: int) -> float | None:
-    """Tell how visible the seams of a finished picture are; see `seam_score_at`."""
+    """Return how visible the seams of a finished picture are; see `seam_score_at`."""
     return seam_score_at(image, plan.rows.seams, plan.columns.seams, scale)
 
 
 def seam_score_at(
     image: NDArray[np.floating], rows: Sequence[float], columns: Sequence[float], scale: int
 ) -> float | None:
-    """Tell how visible seams are, without a reference.
+    """Return how visible seams are, without a reference.
 
-    The step across each seam is compared with steps one to three input pixels away, where the picture alone makes them,
-    and at the same place within an input pixel, because upsampling has a pattern of its own. 1.0 means that seams look
-    like the rest; a visible grid is well above.
+    The step across each seam is compared with steps one to three input pixels away, caused by the picture alone, at the
+    same place within an input pixel because upsampling has a pattern of its own. 1.0 means that seams look like the
+    rest; a visible grid is well above.
 
     Args:
         image: (H', W', C) finished output, any range.
@@ -247,10 +247,10 @@ def seam_score_at(
         scale: output pixels per input pixel.
 
     Returns:
-        The ratio of the mean absolute step at the seams to that beside them; None without seams.
+        The ratio of the mean absolute step at the seams to that next to them; None without seams.
     """
     at_seams: list[float] = []
-    beside: list[float] = []
+    nearby: list[float] = []
     for axis, seams in ((0, rows), (1, columns)):
         length = image.shape[axis]
         for seam in seams:
@@ -261,16 +261,16 @@ def seam_score_at(
             near = np.take(image, range(position - reach - 1, position + reach + 1), axis=axis).astype(np.float64)
             steps = np.abs(np.diff(near, axis=axis)).mean(axis=tuple({0, 1, 2} - {axis}))[::scale]  # 7, the 4th crosses
             at_seams.append(float(steps[3]))
-            beside.append(float(np.delete(steps, 3).mean()))
+            nearby.append(float(np.delete(steps, 3).mean()))
     if not at_seams:
         return None
-    return float((np.mean(at_seams) + 1e-12) / (np.mean(beside) + 1e-12))
+    return float((np.mean(at_seams) + 1e-12) / (np.mean(nearby) + 1e-12))
 
 
 def _plan_axis(size: int, window: int, halo: int, blend: int, smallest: int, fixed: bool, multiple: int) -> AxisPlan:
     if size <= window:
         return AxisPlan(size, window if fixed else max(size, smallest), (0,))
-    # Rounding a window's begin down to a multiple can cost up to multiple - 1 pixels of overlap: plan with more.
+    # Rounding the begin of a window down to a multiple costs up to multiple - 1 pixels of overlap: plan with more.
     reach = halo + (multiple - 1)
     if window < 2 * reach + 1:
         raise UsageError(
@@ -285,15 +285,15 @@ def _plan_axis(size: int, window: int, halo: int, blend: int, smallest: int, fix
     inner = [index * (size - window) / (count - 1) for index in range(1, count - 1)]
     starts = (0, *(round(start / multiple) * multiple for start in inner), size - window)
     if (size - window) % multiple:
-        # The last window would begin off the grid: it begins earlier, and the image is padded behind it.
+        # The last window would begin off the grid: start it earlier and pad the image at its end.
         starts = (*starts[:-1], math.ceil((size - window) / multiple) * multiple)
-    # A crossfade longer than the way to the next seam would let three windows overlap.
+    # A crossfade longer than the distance to the next seam would make three windows overlap.
     nearest = min(right - left for left, right in itertools.pairwise(starts))
     return AxisPlan(size, window, starts, min(blend, nearest))
 
 
 def _across(axis: AxisPlan, multiple: int) -> int:
-    """Return where a window begins that has the middlemost seam in its middle."""
+    """Return the begin of a window centered on the middle seam."""
     if not axis.seams:
         return 0
     seam = axis.seams[len(axis.seams) // 2]
@@ -316,7 +316,7 @@ def _padded(strip: Planes, bottom: int, right: int) -> Planes:
     if bottom == 0 and right == 0:
         return strip
     for axis, count in ((2, bottom), (3, right)):
-        # Mirrored: no step for the network to sharpen. An axis too short for that repeats its edge too.
+        # Mirror, which leaves no step to sharpen. An axis too short for that repeats its edge too.
         widths = [(0, count if index == axis else 0) for index in range(4)]
         strip = np.pad(strip, widths, mode="reflect" if count < strip.shape[axis] else "symmetric")
     return strip

@@ -1,4 +1,4 @@
-"""Torch tensors in and out of an upscaler, without copies where the network takes the picture as it is."""
+"""Run torch tensors through an upscaler, without copies if the tensor is a network input already."""
 
 from typing import TYPE_CHECKING
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 def upscale_tensor(up: "Upscaler", image: torch.Tensor) -> torch.Tensor:
-    """Upscale planes.
+    """Upscale a tensor.
 
     Args:
         up: the upscaler.
-        image: (C, H, W) or (N, C, H, W), uint8 or float32 in 0..1; C as for numpy pictures. Float planes of the
-            network's own colours that run as a whole are given to the engine in their own memory, on the CPU or, where
-            the engine takes tensors there, on the GPU. All others are converted, CUDA tensors on the host.
+        image: (C, H, W) or (N, C, H, W), uint8 or float32 in 0..1; C as for numpy pictures. Float planes in the
+            network's color model that run as a whole are passed to the engine without a copy, on the CPU or, if the
+            engine accepts tensors there, on the GPU. All others are converted, CUDA tensors on the host.
 
     Returns:
         The same layout, type and device.
@@ -50,7 +50,7 @@ def _on_host(up: "Upscaler", picture: torch.Tensor) -> torch.Tensor:
 
 
 def _is_input(up: "Upscaler", batch: torch.Tensor) -> bool:
-    """Tell whether planes can go into the network as they are: its colours, and every picture as a whole."""
+    """Return True if planes are a network input as they are: its color model, and every picture as a whole."""
     if batch.dtype != torch.float32 or batch.shape[1] != up.contract.channels or up.contract.colours != "rgb":
         return False
     if up.info.profile is not None and not up.info.profile.contains(tuple(batch.shape)):
@@ -60,7 +60,7 @@ def _is_input(up: "Upscaler", batch: torch.Tensor) -> bool:
 
 
 def _on_gpu(up: "Upscaler", batch: torch.Tensor) -> torch.Tensor | None:
-    """Run float planes where they are; None when the engine, the type or the size asks for the ordinary road."""
+    """Run float planes on their GPU; None if the engine, the type or the size does not allow it."""
     if batch.device.type != "cuda" or not hasattr(up.runner, "run_tensors") or not _is_input(up, batch):
         return None
     output: torch.Tensor = up.run_tensors({INPUT: batch})[OUTPUT]

@@ -3,8 +3,8 @@
     with Upscaler.open("rcan_x4.srd") as up:
         large = up(small)  # numpy (H, W, C) uint8, uint16 or float32; torch (C, H, W) or (N, C, H, W)
 
-The picture runs as a whole when it fits the memory budget and the engine, else in tiles. Every tile is checked for
-NaN, infinity and collapse to one colour (`srdeploy.upscale.guards`).
+A picture runs as a whole if it fits the memory budget and the engine, else in tiles. Every tile is checked for NaN,
+infinity and collapse to one color (`srdeploy.upscale.guards`).
 """
 
 import contextlib
@@ -50,11 +50,11 @@ class ImageReport:
         size: (H, W) of the input.
         output_size: (H', W').
         decision: tiles or whole, and why.
-        tally: tiles run, and tiles repaired on the fallback.
-        seam_score: see `srdeploy.upscale.tiles.seam_score`; None without seams or where the output was not kept.
-        fidelity_db: see `srdeploy.upscale.tiles.SeamProbe`; None where tiles equal the whole image or
-            reach beyond it, and for engines that take nothing but full batches.
-        notes: what came with the picture and could not be kept, one line each.
+        tally: number of tiles run, and of tiles repaired on the fallback.
+        seam_score: see `srdeploy.upscale.tiles.seam_score`; None without seams or if the output was not kept.
+        fidelity_db: see `srdeploy.upscale.tiles.SeamProbe`; None if tiles equal the whole image or
+            extend beyond it, and for engines that only take full batches.
+        notes: one line for each part of the input that could not be kept.
     """
 
     size: tuple[int, int]
@@ -123,7 +123,7 @@ class Upscaler:
         self._onnx = onnx
         self._threads = threads
         self._stages: LockStep | None = None
-        # Asked once: frames of a video must not change from whole to tiles because memory was free or not for a moment.
+        # Measured once: frames of a video must not alternate between whole and tiles as free memory fluctuates.
         self._free_memory = default_memory()
         self._gpu_limit = gpu_memory(runner.info.device)
         self._tried: set[tuple[int, ...]] = set()
@@ -143,15 +143,15 @@ class Upscaler:
         fallback: Path | None = None,
         alpha: AlphaMode = "spread",
     ) -> "Upscaler":
-        """Open an engine, an ONNX file (ONNX Runtime unless `engine` says otherwise) or a bundle.
+        """Open an engine, an ONNX file (on ONNX Runtime unless `engine` is given) or a bundle.
 
         Args:
-            path: the file, or the bundle's folder; of a bundle the best engine that runs here is taken.
+            path: the file, or the folder of a bundle, whose best engine that runs here is opened.
             settings: tiles and memory.
-            engine, precision: take only these from a bundle; `engine` also for an ONNX file.
+            engine, precision: restrict the choice from a bundle; `engine` also applies to an ONNX file.
             device: "auto", "cpu", "cuda" or "cuda:N".
             threads: CPU threads, None for all.
-            fallback: FP32 ONNX file for tiles that the engine fails on; a bundle brings its own.
+            fallback: FP32 ONNX file for tiles that the engine fails on; a bundle has its own.
             alpha: see `AlphaMode`.
 
         Raises:
@@ -168,13 +168,13 @@ class Upscaler:
             fallback = fallback or bundled
         elif path.suffix != ".onnx" and not manifest_path(path).exists():
             raise InputError(
-                f"{path} is no ONNX file, and no readable manifest {manifest_path(path).name} lies beside it",
+                f"{path} is not an ONNX file, and there is no readable manifest {manifest_path(path).name} next to it",
                 expected="an engine, an ONNX file or a bundle",
                 next_step=f"if it is a checkpoint: srdeploy export {path} -o model.onnx",
             )
         runner = open_engine(path, engine=engine, device=device, threads=threads)
-        # Lock-step cuts the graph that the engine computes. A built FP32 engine computes what the FP32 graph says; one
-        # of another precision does not, and stays uncut.
+        # Lock-step cuts the graph that the engine computes. A built FP32 engine computes the FP32 graph; an engine of
+        # another precision computes a different one and is not cut.
         onnx = path if path.suffix == ".onnx" and not is_engine(path) else None
         if fallback is not None and runner.info.contract.precision is Precision.FP32:
             onnx = fallback
@@ -207,18 +207,18 @@ class Upscaler:
 
     @property
     def identity(self) -> str:
-        """What decides the result: network bytes, engine family and tile settings, in one string."""
+        """Everything that determines the result (network bytes, engine family, tile settings) as one string."""
         settings = self._settings
         return f"{self._identity} {settings.mode} {settings.side} {settings.overlap} {self._alpha}"
 
     @property
     def info(self) -> RunnerInfo:
-        """What engine runs."""
+        """Description of the engine."""
         return self._runner.info
 
     @property
     def contract(self) -> ModelContract:
-        """What network it is: scale, colours."""
+        """Contract of the network: scale, colors."""
         return self._runner.info.contract
 
     @overload
@@ -242,7 +242,7 @@ class Upscaler:
         Raises:
             UsageError: another type or shape, or the tile settings do not fit.
             InputError: a float image holds NaN or infinity.
-            GateError: a tile came out as NaN, infinity or one colour, and no fallback could repair it.
+            GateError: a tile is NaN, infinity or one color, and no fallback could repair it.
         """
         if isinstance(image, np.ndarray):
             return self.upscale(image)[0]
@@ -255,7 +255,7 @@ class Upscaler:
     def upscale(
         self, image: NDArray[Any], *, dtype: Any = None, progress: Progress = SILENT
     ) -> tuple[NDArray[Any], ImageReport]:
-        """Upscale a numpy picture, and tell how: as calling the upscaler; `dtype` asks for another output type."""
+        """Upscale a numpy picture and return it with a report; `dtype` selects another output type."""
         pixels = _checked(image)
         target = np.dtype(dtype or pixels.dtype)
         rows, report = self.rows(ArraySource(pixels), progress=progress)
@@ -271,7 +271,7 @@ class Upscaler:
         return (output[..., 0] if image.ndim == 2 else output), report
 
     def decide(self, height: int, width: int, channels: int = 3, *, memory_bytes: int | None = None) -> Decision:
-        """Tell how a picture of this size would be run; `memory_bytes` is the budget where the settings name none."""
+        """Return how a picture of this size would be run; `memory_bytes` is the budget if the settings have none."""
         groups = 2 if channels in (2, 4) else 1
         settings = replace(self._settings, memory_bytes=self._budget(memory_bytes))
         if self._wants_lock_step(height, width, settings):
@@ -281,7 +281,7 @@ class Upscaler:
         return decide(height, width, self.contract, self.info.profile, settings, groups=groups)
 
     def _wants_lock_step(self, height: int, width: int, settings: TileSettings) -> bool:
-        """Tell whether channel attention meets a picture in tiles, and nothing speaks for overlapped ones."""
+        """Return True if a network with channel attention needs tiles, and overlapped ones are not requested."""
         if self.contract.receptive_radius is not None or settings.mode in ("whole", "overlapped"):
             return False
         if not needs_tiles(height, width, self.contract, self.info.profile, settings):
@@ -294,9 +294,9 @@ class Upscaler:
         """Upscale a picture that may be too large for memory.
 
         Args:
-            source: gives its rows.
-            memory_bytes: budget where the settings name none.
-            progress: told about tiles.
+            source: provides the rows.
+            memory_bytes: budget if the settings have none.
+            progress: receives the number of tiles.
 
         Returns:
             Finished rows from top to bottom, each (rows, W', C) float32 not clamped; and the report, complete when the
@@ -322,7 +322,7 @@ class Upscaler:
         return run(source, conversion, report, progress), report
 
     def run_planes(self, planes: Planes) -> Planes:
-        """Run what is the network's input already, as a whole: (N, C, H, W) to (N, C, H', W'), every picture checked.
+        """Run planes that are network inputs already, untiled: (N, C, H, W) to (N, C, H', W'). Every output is checked.
 
         Raises:
             InputError, GateError: as calling the upscaler.
@@ -331,14 +331,14 @@ class Upscaler:
         return Guard(self._run, self.info.name, self._fallback_run(), Tally())(planes)
 
     def run_tensors(self, feeds: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
-        """Run tensors on the engine's device, unchecked; for engines that take them there."""
+        """Run tensors on the engine's device without checks, for engines that accept them."""
         runner: Any = self.runner
         with self._lock:
             outputs: dict[str, torch.Tensor] = runner.run_tensors(feeds)
         return outputs
 
     def close(self) -> None:
-        """Free the engines; the upscaler cannot be used any more."""
+        """Free the engines. The upscaler cannot be used afterwards."""
         self._closed = True
         self._resources.close()
 
@@ -452,7 +452,7 @@ class Upscaler:
                 yield conversion.pixels(planes, chroma)
 
     def _can_cut(self) -> bool:
-        """Tell whether this engine's network can be run in stages."""
+        """Return True if the network of this engine can be run in stages."""
         try:
             self._lock_step()
         except UsageError:
@@ -502,7 +502,7 @@ def _checked(image: NDArray[Any]) -> NDArray[Any]:
 
 
 def _constant_alpha(source: PixelSource) -> float | None:
-    """Return the alpha that all pixels share; None when they differ, or there is none, or nobody looked."""
+    """Return the alpha that all pixels share; None without alpha, if it differs, or outside memory."""
     if source.shape[2] not in (2, 4) or not isinstance(source, ArraySource):
         return None
     alpha = source.pixels[..., -1]

@@ -130,7 +130,7 @@ def test_broken_engine_is_exit_6_without_output_and_repaired_by_a_fallback(
         (["model.onnx", "empty", "-o", "out", "--format", "xyz"], 2, "--format xyz"),
         (["photo.png", "photo.png", "-o", "out.png"], 3, "photo.png"),
         (["model.onnx", "photo.png", "-o", "out.png", "--codec", "libx264"], 2, "--codec does not apply to an image"),
-        (["model.onnx", "photo.png", "-o", "out.png", "--quality", "9"], 2, "PNG, which loses nothing"),
+        (["model.onnx", "photo.png", "-o", "out.png", "--quality", "9"], 2, "PNG, which is lossless"),
     ],
     ids=[
         "no model", "no source", "same path", "format", "memory", "precision", "engine", "device", "tiles", "empty",
@@ -185,7 +185,7 @@ def test_ctrl_c_in_a_video_keeps_finished_segments_and_the_next_run_goes_on(mode
     errors = child.communicate(timeout=60)[1]
 
     assert child.returncode == 130
-    assert "the same command goes on" in errors
+    assert "run the same command to resume" in errors
     assert not (tmp_path / "out.mp4").exists()
     assert sorted(path.suffix for path in parts.iterdir())[0] == ".jsonl"
     assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []

@@ -144,7 +144,7 @@ def test_files_that_are_no_pictures_are_counted_by_suffix(source: Path, up: Upsc
 
 
 def test_output_inside_the_input_is_refused(source: Path, up: Upscaler) -> None:
-    with pytest.raises(UsageError, match="lies inside the input folder"):
+    with pytest.raises(UsageError, match="is inside the input folder"):
         upscale_folder(up, source, source / "out")
 
 

@@ -116,7 +116,7 @@ def test_interlaced_and_truncated_files_are_refused(nearest_onnx: Callable[..., 
 
 @pytest.mark.parametrize(
     ("name", "kind", "words"),
-    [("out.webp", CapabilityError, "WEBP cannot be written in a stream"), ("out.xyz", UsageError, "a name ending in")],
+    [("out.webp", CapabilityError, "WEBP cannot be streamed"), ("out.xyz", UsageError, "a name ending in")],
     ids=["format", "suffix"],
 )
 def test_outputs_that_cannot_be_streamed_are_refused(

@@ -339,7 +339,7 @@ def test_bad_tile_without_fallback_is_an_error(nearest_onnx: Callable[..., Path]
     image = picture(20, 20)
     image[3, 3, 0] = 200
     broken = nearest_onnx(poison=float(np.float32(200) / np.float32(255)))
-    with Upscaler.open(broken, threads=1) as up, pytest.raises(GateError, match="gave NaN for a tile.*--fallback"):
+    with Upscaler.open(broken, threads=1) as up, pytest.raises(GateError, match="returned NaN for a tile.*--fallback"):
         up(image)
 
 
@@ -392,7 +392,7 @@ def test_bundle_opens_its_best_engine_with_the_fp32_graph_as_fallback(
 def test_checkpoint_is_told_to_be_exported_first(tmp_path: Path) -> None:
     (tmp_path / "rcan.pt").write_bytes(b"weights")
 
-    with pytest.raises(InputError, match="no ONNX file.*no readable manifest.*srdeploy export"):
+    with pytest.raises(InputError, match="not an ONNX file.*no readable manifest.*srdeploy export"):
         Upscaler.open(tmp_path / "rcan.pt")
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Numbers of the H.273 colour tables, as FFmpeg uses them.
+# Numbers of the H.273 color tables, as FFmpeg uses them.
 BT709, UNSPECIFIED, FCC, BT470BG, SMPTE170M, SMPTE240M, BT2020 = 1, 2, 4, 5, 6, 7, 9
 MPEG, JPEG = 1, 2
 SWSCALE_MATRIX = {BT709: 1, FCC: 4, BT470BG: 5, SMPTE170M: 5, SMPTE240M: 7, BT2020: 9}
@@ -17,9 +17,9 @@ LUMA_WEIGHTS = {
 
 
 def yuv_from_rgb(pixels: NDArray[Any], matrix: int, *, full_range: bool, bits: int) -> NDArray[Any]:
-    """Convert RGB to YUV, rounded. swscale is as exact for limited range in 8 bits, and for nothing else.
+    """Convert RGB to YUV, rounded. swscale is as exact for 8 bits of limited range only.
 
-    It cuts full-range chroma off, half a step too low on average, and is wrong by up to four steps of 10 bits.
+    It truncates full-range chroma, half a step too low on average, and is off by up to four steps of 10 bits.
 
     Args:
         pixels: (H, W, 3) uint8 or uint16.
@@ -58,6 +58,6 @@ def _yuv_arithmetic(matrix: int, full_range: bool, bits: int) -> tuple[NDArray[n
 
 
 def accurate(av: Any) -> int:
-    """Return swscale's most exact road: bicubic chroma at full resolution, rounded, the same on every processor."""
+    """Return flags of swscale's most exact conversion: bicubic chroma, rounded, the same on every processor."""
     kinds = av.video.reformatter.Interpolation
     return int(kinds.BICUBIC | kinds.ACCURATE_RND | kinds.FULL_CHR_H_INP | kinds.FULL_CHR_H_INT | kinds.BITEXACT)

@@ -1,8 +1,8 @@
 """Upscale a video: decode, compute and encode at the same time, in segments that survive being killed.
 
-Finished segments lie in OUTPUT.parts/ with a journal of what they hold and what they were made from; the same command
-takes them up again. At the end they are joined without encoding again, together with the audio, subtitles, chapters and
-metadata of the input, and the folder is removed. Memory does not grow with the length of the video.
+Finished segments are in OUTPUT.parts/ with a journal of their content and origin; the same command resumes after them.
+At the end they are joined without encoding again, with the audio, subtitles, chapters and metadata of the input, and
+the folder is removed. Memory does not grow with the length of the video.
 """
 
 import contextlib
@@ -31,12 +31,12 @@ from srdeploy.upscale.video.rehearsal import rehearse
 from srdeploy.upscale.video.writer import VideoWriter
 
 SEGMENT_FRAMES = 120
-"""Frames per segment: what a kill can cost, and the longest distance between key frames."""
+"""Frames per segment: the work that a kill can lose, and the maximum distance between key frames."""
 
 
 @dataclass(frozen=True)
 class VideoOptions:
-    """How a video is written.
+    """Options of the output.
 
     Attributes:
         codec: FFmpeg's name of the encoder; None for libx264, libvpx-vp9 in .webm.
@@ -55,17 +55,17 @@ class VideoOptions:
 
 @dataclass
 class VideoReport:
-    """How a video was made.
+    """Result of upscaling a video.
 
     Attributes:
         frames: in the output.
-        resumed: of these, frames taken over from an earlier run.
+        resumed: of these, frames made by an earlier run.
         seconds: wall time of this run.
         stage_seconds: time that decoding, computing and encoding took each; they overlap.
         repaired: tiles run again on the fallback, by fault.
         mode: tiles or whole, and why.
         encoding: codec, stored format, options.
-        notes: lines a user should read.
+        notes: what differs from the input, one line each.
     """
 
     frames: int = 0
@@ -79,7 +79,7 @@ class VideoReport:
 
     @property
     def frames_per_second(self) -> float:
-        """Frames made by this run per second of wall time."""
+        """Frames computed by this run per second of wall time."""
         return (self.frames - self.resumed) / self.seconds if self.seconds else 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -105,19 +105,19 @@ def upscale_video(
     *,
     progress: Progress = SILENT,
 ) -> VideoReport:
-    """Upscale a video file; an interrupted run is taken up where its last whole segment ended.
+    """Upscale a video file; an interrupted run resumes after its last finished segment.
 
     Args:
         up: the network.
         source: anything FFmpeg's libraries decode; the first video stream is upscaled, audio and subtitles are copied.
         output: .mp4, .mkv, .mov or .webm.
         options: how to write.
-        progress: told about frames, with frames per second.
+        progress: receives the number of frames, with frames per second.
 
     Raises:
         InputError: damaged, truncated, interlaced, or no video.
         UsageError: the output exists or is the source, or the container or codec cannot hold the result.
-        GateError: a frame came out broken and no fallback repaired it; nothing is written.
+        GateError: a frame is broken and no fallback repaired it; nothing is written.
         OutputError: the disk is full or the folder cannot be written; finished segments stay for the next run.
     """
     options = options or VideoOptions()
@@ -138,7 +138,9 @@ def upscale_video(
             if not job.parts.frames:
                 job.parts.remove()
             elif isinstance(error, KeyboardInterrupt):
-                progress.note(f"{job.parts.frames} frames are kept in {job.parts.folder}; the same command goes on")
+                progress.note(
+                    f"{job.parts.frames} frames are kept in {job.parts.folder}; run the same command to resume"
+                )
             raise
         with progress.task("joining segments, copying audio and subtitles"):
             _join(job, source, temporary)
@@ -173,7 +175,7 @@ class _OpenSegment:
         self.last_duration = frame.duration
 
     def finish(self) -> Segment:
-        """Encode what the encoder still holds and give the file its name; on failure nothing is left of it."""
+        """Flush the encoder and rename the file to its name; on failure the file is removed."""
         with self.file:
             try:
                 self.writer.close()
@@ -183,7 +185,7 @@ class _OpenSegment:
         return Segment(self.path, tuple(self.pts), self.last_duration)
 
     def drop(self) -> None:
-        """Throw an unfinished segment away."""
+        """Discard an unfinished segment."""
         self._abort()
         with contextlib.suppress(_Dropped), self.file:
             raise _Dropped
@@ -195,7 +197,7 @@ class _OpenSegment:
 
 @dataclass
 class _VideoJob:
-    """The three stages of a video."""
+    """Read, compute and write a video."""
 
     up: Upscaler
     reader: VideoReader
@@ -228,7 +230,7 @@ class _VideoJob:
         self.finishing: Future[None] | None = None
 
     def rehearse(self, progress: Progress) -> None:
-        """Find out what the output will lack, and print it before anything is computed.
+        """Print what the output will lack, before anything is computed.
 
         Raises:
             UsageError: see `rehearse`.
@@ -240,10 +242,10 @@ class _VideoJob:
             progress.note(line)
 
     def run(self, progress: Progress) -> VideoReport:
-        """Make the segments that are missing."""
+        """Compute the missing segments."""
         self.report.resumed = self.parts.frames
         if self.parts.frames:
-            progress.note(f"going on after {self.parts.frames} frames made earlier")
+            progress.note(f"resuming after {self.parts.frames} frames")
         total = self.reader.survey.packets or None
         with progress.task("upscaling frames", total=total) as advance:
             advance(self.parts.frames)
@@ -298,7 +300,7 @@ class _VideoJob:
             return _OpenSegment(path, writer, file.pop_all())
 
     def _end_segment(self, finisher: ThreadPoolExecutor) -> None:
-        """Finish a segment beside the next one: an encoder holds dozens of frames back until it is told the end."""
+        """Finish a segment in parallel to the next one: an encoder delays dozens of frames until it is flushed."""
         self._wait_for_finishing()
         if self.segment is not None:
             segment, self.segment = self.segment, None

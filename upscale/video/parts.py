@@ -43,7 +43,7 @@ class Parts:
     """The finished segments of one video, in OUTPUT.parts/."""
 
     def __init__(self, folder: Path, key: str) -> None:
-        """Take up the segments made with the same key; others are removed.
+        """Load the segments made with the same key; others are removed.
 
         Raises:
             OutputError: the folder cannot be written.
@@ -64,7 +64,7 @@ class Parts:
         return sum(len(segment.pts) for segment in self.segments)
 
     def path(self, number: int) -> Path:
-        """Return where a segment belongs. Matroska holds every codec."""
+        """Return the path of a segment. Matroska holds every codec."""
         return self.folder / f"{number:06d}.mkv"
 
     def add(self, segment: Segment) -> None:
@@ -83,7 +83,7 @@ class Parts:
         whole = []
         for entry in self._journal.entries:
             segment = self._segment(entry)
-            if segment is None:  # what follows a gap is of no use
+            if segment is None:  # segments after a gap cannot be used
                 break
             whole.append(entry)
             self.segments.append(segment)

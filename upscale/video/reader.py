@@ -22,7 +22,7 @@ from srdeploy.upscale.video.survey import Survey, survey_video
 from srdeploy.upscale.video.timestamps import FrameClock, PacketClock
 
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
-"""FFmpeg's own decoders of these drop the alpha that Matroska stores beside the picture."""
+"""FFmpeg's own decoders of these ignore the alpha that Matroska stores next to the picture."""
 
 
 @dataclass(frozen=True, eq=False)

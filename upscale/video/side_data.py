@@ -1,4 +1,4 @@
-"""What a frame carries beside its pixels: display matrix, HDR10 metadata, and what cannot be kept."""
+"""Side data of frames: display matrix, HDR10 metadata, and what cannot be kept."""
 
 import struct
 from collections.abc import Iterator

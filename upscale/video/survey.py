@@ -85,8 +85,8 @@ class _Stamps:
         """Return the times of frames in order of presentation if the file states decoding times only, else None.
 
         AVI, and codecs wrapped from it, state no time of presentation; what FFmpeg reports is a guess, and wrong where
-        frames are dropped. Timestamps that only grow, in a stream whose frames are reordered, are not those of the
-        frames beside them either. Frame n is then shown at the n-th time.
+        frames are dropped. Timestamps that only grow, in a stream whose frames are reordered, do not belong to
+        the frames of their packets either. Frame n is then shown at the n-th time.
         """
         stamps = self.dts or self.pts
         if form == "avi":

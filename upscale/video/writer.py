@@ -63,12 +63,12 @@ class VideoWriter:
         self._mux(stored)
 
     def close(self) -> None:
-        """Write what the encoder still holds, and end the file."""
+        """Flush the encoder and end the file."""
         self._mux(None)
         self._container.close()
 
     def abort(self) -> None:
-        """Close without finishing; the file is thrown away."""
+        """Close without finishing; the file is discarded."""
         self._container.close()
 
     def _mux(self, frame: Any) -> None:
