@@ -49,6 +49,7 @@ HEADERS = (
     "measured",
     "speed-up",
     "median",
+    "x floor",
     "p90 ms",
     "p99",
     "min",
@@ -142,7 +143,7 @@ def command(options: BenchOptions) -> None:
         engines = _engines(options, loaded, stack)
         groups = _groups(options, engines, loaded, stack, progress)
         _check_studies(options, groups)
-        results = measure_groups(groups, options.shape, effort=effort, progress=progress)
+        results = measure_groups(groups, options.shape, cost=loaded.spec, effort=effort, progress=progress)
         studies = _studies(options, groups, loaded, effort, progress)
     files = {runner.info.name: (path, options.engine) for path, runner in zip(options.candidates, engines, strict=True)}
     results = with_process_memories(results, files, options.threads)
@@ -358,13 +359,14 @@ def _row(result: "BenchResult", row: "Row") -> list[str]:
     from srdeploy.runtime.bench.latency import NOT_MEASURED
 
     numbers = row.statistics
-    ratio = result.ratio(row)
+    ratio, distance = result.ratio(row), result.distance(row)
     memory = result.memory.get(row.runner.name, NOT_MEASURED)
     cells = [
         row.runner.name,
         row.kind,
         "" if ratio is None else ratio.label,
         row.median_label,
+        "" if distance is None else f"{distance:.1f}",
         f"{numbers.p90_ms:.3g}",
         f"{numbers.p99_ms:.3g}",
         f"{numbers.min_ms:.3g}",

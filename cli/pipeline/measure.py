@@ -14,7 +14,8 @@ from srdeploy.core.shapes import Shape, format_shape
 from srdeploy.models.checkpoint.load import LoadedCheckpoint
 from srdeploy.runtime.bench.baselines import default_baselines, open_baselines
 from srdeploy.runtime.bench.conditions import conditions
-from srdeploy.runtime.bench.latency import BenchResult, bench, with_process_memory
+from srdeploy.runtime.bench.floor import Cost
+from srdeploy.runtime.bench.latency import BenchResult, bench, with_floors, with_process_memory
 from srdeploy.runtime.bench.naming import measured_runner
 from srdeploy.runtime.bench.turns import Effort
 from srdeploy.runtime.engines.registry import open_engine
@@ -40,11 +41,18 @@ def measure_groups(
     groups: Sequence[Sequence[Runner]],
     shape: Shape,
     *,
+    cost: Cost | None = None,
     effort: Effort | None = None,
     progress: Progress = SILENT,
 ) -> list[BenchResult]:
-    """Measure each group of `with_baselines` in turns; ratios refer to its first runner, eager FP32 on that device."""
-    return [bench(group, shape=shape, effort=effort, environment=conditions(), progress=progress) for group in groups]
+    """Measure each group of `with_baselines` in turns; ratios refer to its first runner, eager FP32 on that device.
+
+    With the `cost` of the network, rows state their distance to the device's floor.
+    """
+    results = [
+        bench(group, shape=shape, effort=effort, environment=conditions(), progress=progress) for group in groups
+    ]
+    return results if cost is None else [with_floors(result, cost) for result in results]
 
 
 def with_process_memories(
@@ -98,7 +106,7 @@ def measure_engines(
             ).runners
 
         groups = with_baselines(runners, baselines)
-        results = measure_groups(groups, shape, effort=effort, progress=work.progress)
+        results = measure_groups(groups, shape, cost=checkpoint.spec, effort=effort, progress=work.progress)
     files: dict[str, tuple[Path, str | None]] = {
         entry.name: (work.folder / entry.file, entry.engine) for entry in candidates
     }

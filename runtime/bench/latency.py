@@ -26,6 +26,7 @@ from srdeploy.core.errors import UnstableError, UsageError
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.runner import MeteredRunner, Runner, RunnerInfo, TimedRunner
 from srdeploy.core.shapes import Shape, format_shape
+from srdeploy.runtime.bench.floor import Cost, Floor, Rates, floor_of, measure_rates
 from srdeploy.runtime.bench.inputs import bench_image
 from srdeploy.runtime.bench.memory import ALLOCATOR, LOWER_BOUND, ON_CPU, Memory, process_memory, run_memory
 from srdeploy.runtime.bench.naming import ReopenedRunner
@@ -95,6 +96,8 @@ class BenchResult:
         memory: peak memory by runner name, with what it is in words; see `srdeploy.runtime.bench.memory`.
         environment: the machine and its state, see `srdeploy.runtime.bench.conditions`.
         first_run_ms: by runner name, the first run at this shape: allocation, kernel selection, compilation.
+        floors: by runner name, see `srdeploy.runtime.bench.floor`.
+        rates: measured rates of the device that the floors refer to; None without floors.
         openings: by runner name, how many times it was opened; runners that are not named were opened once.
     """
 
@@ -105,6 +108,8 @@ class BenchResult:
     environment: Mapping[str, Any] = field(default_factory=dict)
     first_run_ms: Mapping[str, float] = field(default_factory=dict)
     openings: Mapping[str, int] = field(default_factory=dict)
+    floors: Mapping[str, Floor] = field(default_factory=dict)
+    rates: Rates | None = None
 
     @property
     def unstable(self) -> tuple[Row, ...]:
@@ -141,6 +146,11 @@ class BenchResult:
         base = self.row(self.rows[0].runner.name, row.kind)
         return row.statistics.median_ms if ratio is None or base is None else base.statistics.median_ms / ratio.value
 
+    def distance(self, row: Row) -> float | None:
+        """Return a row's latency over its floor: 1.0 is a machine fully used; None without a floor."""
+        floor = self.floors.get(row.runner.name)
+        return None if floor is None else self.typical_ms(row) / floor.ms
+
     def fastest(self, names: Sequence[str], kind: Kind = "end-to-end") -> Fastest | None:
         """Return the fastest of some runners and those that cannot be told from it; None when none was measured."""
         rows = [row for name in names if (row := self.row(name, kind)) is not None]
@@ -170,6 +180,7 @@ class BenchResult:
             "shape": format_shape(self.shape),
             "effort": {**asdict(self.effort), "visit": self.effort.visit},
             "rows": [self._row_json(row) for row in self.rows],
+            "rates": None if self.rates is None else self.rates.to_json(),
             "environment": dict(self.environment),
         }
 
@@ -185,6 +196,8 @@ class BenchResult:
             **ratio_json(self.ratio(row)),
             "first_run_ms": self.first_run_ms.get(name),
             "openings": self.openings.get(name, 1),
+            "floor": None if name not in self.floors else self.floors[name].to_json(),
+            "floor_distance": self.distance(row),
             **self.memory.get(name, NOT_MEASURED).to_json(),
             "times_ms": [round(value, 4) for value in row.times_ms],
         }
@@ -265,6 +278,18 @@ def bench(
         rows.append(Row(runner.info, kind, statistics, reason is None, reason, tuple(times)))
     openings = {runner.info.name: runner.openings for runner in runners if isinstance(runner, ReopenedRunner)}
     return BenchResult(shape, effort, tuple(rows), memory, environment or {}, first_run_ms, openings)
+
+
+def with_floors(result: BenchResult, cost: Cost) -> BenchResult:
+    """Return a result whose rows state their distance to the floor; measures the rates of the device.
+
+    Args:
+        result: of `bench`; all runners compute the same network on the same device.
+        cost: of the network.
+    """
+    rates = measure_rates(result.rows[0].runner.device)
+    floors = {row.runner.name: floor_of(row.runner, result.shape, cost, rates) for row in result.rows}
+    return replace(result, floors=floors, rates=rates)
 
 
 def with_process_memory(

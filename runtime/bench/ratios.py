@@ -75,7 +75,7 @@ def ratio_label(value: float, low: float | None, high: float | None) -> str:
     if low is None or high is None:
         return f"{value:.2f}x"
     width = high - low
-    digits = 2 if width <= 0 else min(2, max(0, -math.floor(math.log10(width))))
+    digits = 2 if width < 0.1 else 1 if width < 10 else 0
     return f"{value:.{digits}f}x, {low:.{digits}f} to {high:.{digits}f}"
 
 

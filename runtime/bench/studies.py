@@ -4,30 +4,19 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Any
 
 from srdeploy.core.contract import INPUT
 from srdeploy.core.environment import cpu_count
 from srdeploy.core.errors import SrdeployError
+from srdeploy.core.precision import Precision
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.runner import Runner
 from srdeploy.core.shapes import Shape
+from srdeploy.runtime.bench.floor import Cost, Rates, measure_rates
 from srdeploy.runtime.bench.inputs import bench_image
 from srdeploy.runtime.bench.latency import bench
-from srdeploy.runtime.bench.turns import Effort, measure
-from srdeploy.runtime.engines.timer import timed
-
-
-class Cost(Protocol):
-    """What a network costs per low-resolution pixel; `srdeploy.models.networks.spec.ModelSpec` says it."""
-
-    @property
-    def macs_per_pixel(self) -> float:
-        """Multiply-adds."""
-
-    @property
-    def traffic_per_pixel(self) -> float:
-        """Values read and written."""
+from srdeploy.runtime.bench.turns import Effort
 
 
 def scaling(
@@ -39,28 +28,24 @@ def scaling(
     *,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Measure squares of several sides, beside the times that arithmetic and memory traffic alone would take.
+    """Measure squares of several sides, next to the times that arithmetic and memory traffic alone would take.
 
-    Both floors come from rates that are measured in the same run on the device of the runners. *Arithmetic*: the
-    network's multiply-adds at the rate of a large matrix product (FP32 on a CPU, FP16 on a GPU); Winograd's algorithm,
-    and on a CPU BF16 and INT8, can be below it. *Memory*: every layer's maps, read and written once in that type, at
-    the rate of a copy beyond the caches; small images, whose maps stay in a cache, narrower types, and engines that
-    fuse layers tile by tile can be below it.
+    Both floors (see `srdeploy.runtime.bench.floor`) are those of FP32 on a CPU and of FP16 on a GPU, at rates measured
+    on the device of the runners.
 
     Args:
-        runners: opened engines; sizes outside a profile are left out for that engine.
+        runners: opened engines; sizes outside a profile are skipped for that engine.
         shape: batch and channels are taken from it.
         sides: sides in low-resolution pixels.
         cost: of the network.
         effort: per runner and size.
-        progress: told about every size.
+        progress: advanced at every size.
 
     Returns:
-        JSON values: "peak" (the measured rates), "floor" and "memory_floor", "runners" with their points, and a "note"
-        in words.
+        JSON values: "peak" (the measured rates), "floor" and "memory_floor", "runners" with their points, and a "note".
     """
     device = next((runner.info.device for runner in runners if runner.info.device != "cpu"), "cpu")
-    peak = machine_peak(device)
+    peak = _peak(measure_rates(device))
     batch, channels = shape[:2]
     points: dict[str, list[dict[str, Any]]] = {runner.info.name: [] for runner in runners}
     for side in sides:
@@ -78,6 +63,19 @@ def scaling(
         "floor": [{"pixels": count, "ms": 2e3 * cost.macs_per_pixel * count / peak["flops"]} for count in pixels],
         "memory_floor": [{"pixels": count, "ms": 1e3 * moved * count / peak["bytes_per_second"]} for count in pixels],
         "runners": [{"name": name, "points": entry} for name, entry in points.items()],
+    }
+
+
+def _peak(rates: Rates) -> dict[str, Any]:
+    """Return the rates in the type of a curve's floors: FP32 on a CPU, FP16 on a GPU."""
+    precision = Precision.FP32 if rates.device == "cpu" else Precision.FP16
+    return {
+        "device": rates.device,
+        "type": precision.value.upper(),
+        "bytes_per_value": 4 if precision is Precision.FP32 else 2,
+        "flops": 2.0 * rates.macs_per_second[precision],
+        "bytes_per_second": rates.bytes_per_second,
+        "threads": rates.threads,
     }
 
 
@@ -116,10 +114,10 @@ def stream_throughput(
         shape: of each run.
         streams: numbers of runs at once.
         effort: its `seconds` are the length of each measurement.
-        progress: told about every number.
+        progress: advanced at every number.
 
     Returns:
-        JSON values: "runners" with their points, and a "note" in words.
+        JSON values: "runners" with their points, and a "note".
     """
     entries = []
     for name, opener in openers.items():
@@ -132,47 +130,6 @@ def stream_throughput(
                 points.append({"streams": count, "images_per_second": _together(runners, shape, effort)})
         entries.append({"name": name, "points": points})
     return {"note": "runs at once, the processor's threads shared out among them", "runners": entries}
-
-
-def machine_peak(device: str = "cpu") -> dict[str, Any]:
-    """Measure what a device reaches: a matrix product in FLOP/s, copying in bytes read and written per second.
-
-    On the CPU in FP32 with all threads of PyTorch, on a GPU in FP16; the best of several runs, as a peak is what the
-    machine can do when undisturbed.
-    """
-    import torch
-
-    on_gpu = device != "cpu"
-    size, count = (8192, 2**28) if on_gpu else (1536, 2**26)  # copies of 512 and 256 MiB, beyond the caches
-    dtype = torch.float16 if on_gpu else torch.float32
-    first, second = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(first)
-    source = torch.ones(count, dtype=dtype, device=device)
-    target = torch.empty_like(source)
-
-    def ended(work: Callable[[], object]) -> Callable[[], None]:
-        def run() -> None:
-            work()
-            if on_gpu:
-                torch.cuda.synchronize(device)
-
-        return run
-
-    products, copies = measure(
-        [
-            timed(ended(lambda: torch.mm(first, second, out=out))),
-            timed(ended(lambda: target.copy_(source))),
-        ],
-        Effort(warmup_runs=1, warmup_seconds=0.1, min_runs=10, max_runs=40, seconds=1.0),
-    )
-    return {
-        "device": device,
-        "type": "FP16" if on_gpu else "FP32",
-        "bytes_per_value": source.element_size(),
-        "flops": 2.0 * size**3 / (min(products) / 1e3),
-        "bytes_per_second": 2.0 * source.nbytes / (min(copies) / 1e3),
-        "threads": None if on_gpu else torch.get_num_threads(),
-    }
 
 
 def _measured(runners: Sequence[Runner], shape: Shape, effort: Effort, progress: Progress) -> dict[str, dict[str, Any]]:

@@ -251,7 +251,8 @@ def _speed_sentence(fastest: Fastest, lines: Sequence[Mapping[str, Any]], bench:
     base = bench.rows[0].runner.name
     details = []
     if row is not None and (ratio := bench.ratio(row)) is not None and fastest.name != base:
-        details.append(f"{ratio.label} the speed of {base}")
+        value, _, interval = ratio.label.partition(", ")
+        details += [f"{value} the speed of {base}", interval]
     if line["fidelity_min_db"] is not None:
         details.append(f"fidelity {line['fidelity_min_db']:.1f} dB")
     if line["psnr_drop_db"] is not None:

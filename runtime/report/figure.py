@@ -83,8 +83,14 @@ def tick_label(value: float) -> str:
     return f"{value:.4g}"
 
 
-def label_points(axes: "Axes", points: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write (x, y, label, color) beside their points, each moved down until it covers no dot and no other label."""
+def label_points(axes: "Axes", points: Sequence[tuple[float, float, str, str]], *, below: bool = False) -> None:
+    """Write (x, y, label, color) next to their points, each moved down until it covers no dot and no other label.
+
+    Args:
+        axes: with its final limits.
+        points: in data coordinates.
+        below: start under the point instead of beside it, where a horizontal bar goes through the point.
+    """
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()  # the layout decides where the points are
@@ -96,14 +102,15 @@ def label_points(axes: "Axes", points: Sequence[tuple[float, float, str, str]]) 
         zip(dots, points, strict=True), key=lambda entry: (-entry[0][1], entry[0][0])
     ):
         width = 6.0 * len(label)
-        leftward = cx + 10 + width > right
-        start = cx - 10 - width if leftward else cx + 10
-        level = cy
+        gap = -5 if below else 10
+        leftward = cx + gap + width > right
+        start = cx - gap - width if leftward else cx + gap
+        level = cy - 13 if below else cy
         while any(abs(level - other) < 12 and start < end and begin < start + width for begin, end, other in taken):
             level -= 3
         taken.append((start, start + width, level))
         axes.annotate(
-            label, (x, y), (-10 if leftward else 10, level - cy), textcoords="offset points",
+            label, (x, y), (-gap if leftward else gap, level - cy), textcoords="offset points",
             ha="right" if leftward else "left", va="center", color=color, weight="bold", annotation_clip=False,
         )  # fmt: skip
 

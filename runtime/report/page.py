@@ -33,7 +33,8 @@ _VERDICTS = {
 
 
 _NEWER = {
-    "memory_bytes": None, "memory_note": "", "device_memory_bytes": None, "device_memory_note": "", "first_run_ms": None
+    "memory_bytes": None, "memory_note": "", "device_memory_bytes": None, "device_memory_note": "",
+    "first_run_ms": None, "floor": None, "floor_distance": None,
 }  # fmt: skip
 """What a row lacks in a report that was written before these figures were kept."""
 
@@ -63,6 +64,7 @@ def page(document: Document, pictures: Mapping[str, bytes]) -> str:
         "percent": percent_words,
         "difference": difference_words,
         "gates": gates_words,
+        "rates": rates_words,
     }
     sources = {
         key: "data:image/webp;base64," + base64.b64encode(data).decode("ascii") for key, data in pictures.items()
@@ -429,6 +431,16 @@ def ratio_words(latency: Mapping[str, Any] | None) -> str:
     if not latency or latency["ratio"] is None:
         return "–"
     return ratio_label(latency["ratio"], latency.get("ratio_low"), latency.get("ratio_high")).replace("x", "×")
+
+
+def rates_words(rates: Mapping[str, Any]) -> str:
+    """Write the measured rates that floors refer to."""
+    types = [f"{precision.upper()} {rate / 1e9:.0f}" for precision, rate in rates["macs_per_second"].items()]
+    return (
+        f"× floor: latency over the time that its multiply-adds or its memory traffic alone would take at the rates "
+        f"measured in this run, the larger of the two: {', '.join(types)} G multiply-adds/s, copies "
+        f"{rates['bytes_per_second'] / 1e9:.0f} GB/s."
+    )
 
 
 def percent_words(value: float | str) -> str:

@@ -265,7 +265,7 @@ def _quality_over_speed(
     axes.set_xlim(0.0, 1.15 * max(right, 1.0))
     axes.set_xlabel(f"times faster than {base}, end to end, with the 95 % interval")
     axes.set_ylabel(label)
-    label_points(axes, labels)
+    label_points(axes, labels, below=True)
     return svg_of(figure, f"{label.partition(',')[0]} over speed-up", hints)
 
 

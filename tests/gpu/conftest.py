@@ -9,9 +9,11 @@ import torch
 from gpu_simulator.cuda import Simulator
 from gpu_simulator.install import Setting, simulated
 
+from srdeploy.core.precision import Precision
 from srdeploy.models.checkpoint.load import Evidence, LoadedCheckpoint
 from srdeploy.models.networks.rcan import RcanConfig
 from srdeploy.models.networks.spec import network_of, spec_of
+from srdeploy.runtime.bench.floor import Rates
 from srdeploy.runtime.engines.gpu import why_no_gpu
 
 HERE = Path(__file__).parent
@@ -56,6 +58,14 @@ def no_rule_is_broken(machine: Simulator | None) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def own_engine_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SRDEPLOY_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(autouse=True)
+def rates_of_a_simulated_gpu(machine: Simulator | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """State the rates that floors refer to: large matrix products on a simulated GPU would take minutes."""
+    if machine is not None:
+        rates = Rates("cuda:0", {Precision.FP32: 5e13, Precision.FP16: 5e14, Precision.INT8: 1e15}, 4e12, None)
+        monkeypatch.setattr("srdeploy.runtime.bench.latency.measure_rates", lambda device: rates)
 
 
 @pytest.fixture(scope="session")

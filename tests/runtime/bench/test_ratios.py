@@ -70,11 +70,12 @@ def test_rounds_that_cannot_be_compared_are_refused(base: list[float], times: li
     [
         (5.13, 4.91, 5.31, "5.1x, 4.9 to 5.3"),
         (2.517, 2.501, 2.533, "2.52x, 2.50 to 2.53"),
-        (7.2, 5.1, 9.4, "7x, 5 to 9"),
+        (7.2, 5.1, 9.4, "7.2x, 5.1 to 9.4"),
+        (17.2, 9.8, 29.4, "17x, 10 to 29"),
         (1.0, 1.0, 1.0, "1.00x, 1.00 to 1.00"),
         (2.517, None, None, "2.52x"),
     ],
-    ids=["tenths", "hundredths", "units", "exact", "older-report"],
+    ids=["tenths", "hundredths", "wide", "units", "exact", "older-report"],
 )
 def test_a_ratio_is_written_with_the_digits_that_its_interval_supports(
     value: float, low: float | None, high: float | None, expected: str

@@ -9,7 +9,7 @@ from srdeploy.core.shapes import ShapeProfile
 from srdeploy.models.checkpoint.load import LoadedCheckpoint, load_checkpoint
 from srdeploy.runtime.bench.conditions import conditions
 from srdeploy.runtime.bench.naming import named
-from srdeploy.runtime.bench.studies import machine_peak, scaling, stream_throughput, throughput
+from srdeploy.runtime.bench.studies import scaling, stream_throughput, throughput
 from srdeploy.runtime.bench.turns import Effort
 from srdeploy.runtime.engines.eager import open_eager
 
@@ -20,14 +20,6 @@ SHORT = Effort(warmup_runs=1, warmup_seconds=0.0, min_runs=5, max_runs=5, second
 @pytest.fixture(scope="module")
 def checkpoint() -> LoadedCheckpoint:
     return load_checkpoint(RCAN)
-
-
-def test_the_machine_has_a_plausible_peak() -> None:
-    peak = machine_peak()
-
-    assert 1e9 < peak["flops"] < 1e14
-    assert 1e8 < peak["bytes_per_second"] < 1e13
-    assert (peak["device"], peak["type"], peak["bytes_per_value"]) == ("cpu", "FP32", 4)
 
 
 def test_curves_have_the_points_that_were_asked_for(checkpoint: LoadedCheckpoint) -> None:
@@ -57,6 +49,7 @@ def test_curves_have_the_points_that_were_asked_for(checkpoint: LoadedCheckpoint
     points = {entry["name"]: [point["pixels"] for point in entry["points"]] for entry in sizes["runners"]}
     assert points == {"eager fp32": [16, 64], "narrow": [16]}
     peak, spec = sizes["peak"], checkpoint.spec
+    assert (peak["device"], peak["type"], peak["bytes_per_value"]) == ("cpu", "FP32", 4)
     assert sizes["floor"][0]["ms"] == pytest.approx(2e3 * spec.macs_per_pixel * 16 / peak["flops"])
     assert sizes["memory_floor"][1]["ms"] == pytest.approx(4e3 * spec.traffic_per_pixel * 64 / peak["bytes_per_second"])
     (line,) = batches["runners"]

@@ -214,7 +214,7 @@ def test_a_busy_machine_still_has_a_fastest_engine_and_every_point_with_its_bar(
 
     assert not any(line["latency"]["end-to-end"]["stable"] for line in document["engines"])
     assert document["verdict"]["best"] == "openvino fp32"
-    assert "3.00x, 3.00 to 3.00 the speed of eager fp32" in document["verdict"]["headline"]
+    assert "(3.00x the speed of eager fp32, 3.00 to 3.00, fidelity" in document["verdict"]["headline"]
     drawing = plots.fidelity_over_speed(document)
     assert drawing is not None
     assert all(f'<g id="engine-{index}-fidelity"><title>{name}: ' in drawing for index, name in enumerate(names))
