@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from srdeploy.core.errors import CapabilityError
 from srdeploy.core.precision import Precision
 from srdeploy.core.runner import RunnerInfo
 from srdeploy.core.shapes import Shape
@@ -105,9 +106,23 @@ def floor_of(info: RunnerInfo, shape: Shape, cost: Cost, rates: Rates) -> Floor:
 
 @functools.cache
 def measure_rates(device: str = "cpu") -> Rates:
-    """Measure what a device reaches, once per process; the best of several runs, as a peak is undisturbed."""
+    """Measure what a device reaches, once per process; the best of several runs, as a peak is undisturbed.
+
+    Raises:
+        CapabilityError: PyTorch does not see the GPU, or its memory is full.
+    """
     import torch
 
+    on_gpu = device != "cpu"
+    if on_gpu and not torch.cuda.is_available():
+        raise CapabilityError(f"the rates of {device} cannot be measured: PyTorch sees no NVIDIA GPU")
+    try:
+        return _measured_rates(torch, device)
+    except torch.cuda.OutOfMemoryError as error:
+        raise CapabilityError(f"the rates of {device} cannot be measured: its memory is full") from error
+
+
+def _measured_rates(torch: Any, device: str) -> Rates:
     on_gpu = device != "cpu"
     size, count = (8192, 2**27) if on_gpu else (1536, 2**25)  # copies of 512 and 128 MiB, beyond the caches
     source = torch.ones(count, dtype=torch.float32, device=device)

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srdeploy.core.contract import INPUT
-from srdeploy.core.errors import UnstableError, UsageError
+from srdeploy.core.errors import CapabilityError, UnstableError, UsageError
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.runner import MeteredRunner, Runner, RunnerInfo, TimedRunner
 from srdeploy.core.shapes import Shape, format_shape
@@ -281,13 +281,16 @@ def bench(
 
 
 def with_floors(result: BenchResult, cost: Cost) -> BenchResult:
-    """Return a result whose rows state their distance to the floor; measures the rates of the device.
+    """Return a result whose rows state their distance to the floor; without rates of the device, the result as it is.
 
     Args:
         result: of `bench`; all runners compute the same network on the same device.
         cost: of the network.
     """
-    rates = measure_rates(result.rows[0].runner.device)
+    try:
+        rates = measure_rates(result.rows[0].runner.device)
+    except CapabilityError:
+        return result
     floors = {row.runner.name: floor_of(row.runner, result.shape, cost, rates) for row in result.rows}
     return replace(result, floors=floors, rates=rates)
 

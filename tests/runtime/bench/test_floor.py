@@ -1,10 +1,11 @@
 """Floors: the rates are plausible, and each multiply-add counts at the rate of the type that computes it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+import torch
 
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.precision import Precision
@@ -53,6 +54,17 @@ def test_the_machine_has_plausible_rates() -> None:
     assert rates.macs_per_second[Precision.INT8] > 1e9
     assert 1e8 < rates.bytes_per_second < 1e13
     assert measure_rates() is rates, "measured once per process"
+
+
+def test_rows_of_a_device_that_cannot_be_measured_state_no_distance() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    times = (10.0, 10.1, 9.9, 10.0, 10.0)
+    row = Row(replace(info(Precision.FP16), device="cuda:0"), "compute", statistics_of(times), True, None, times)
+
+    result = BenchResult((1, 3, 64, 64), Effort(), (row,))
+
+    assert with_floors(result, Network()) is result
 
 
 def test_rows_state_their_distance() -> None:
