@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from srdeploy.cli.main import VERBS
+from srdeploy.cli.main import VERBS, cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GPU = "## On an NVIDIA GPU"
+EXCEPT_GPU = README[: README.index(GPU)] + README[README.index("## From Python") :]
 PAGES = sorted(path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
 
 SMALLER = {"deploy": ["--size", "24x32", "--engine", "onnxruntime"], "bench": ["--seconds", "0.5", "--allow-unstable"]}
@@ -37,37 +39,74 @@ def cut_photos(source: Path, target: Path) -> None:
             picture.crop((60, 60, 132, 132)).save(target / photo.name)
 
 
-def test_the_commands_of_the_road_run_in_their_order(tmp_path: Path) -> None:
-    commands = [line for block in shell_blocks(README) for line in block if line.startswith("srdeploy ")]
-    shutil.copy(ROOT / "examples" / "rcan_x2_demo.pt", tmp_path / "rcan_x4.pt")
-    cut_photos(ROOT / "examples" / "photos" / "calibration", tmp_path / "photos")
-    shutil.copy(tmp_path / "photos" / "cup.png", tmp_path / "photo.png")
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the commands of the README were run in their order, but for those that need a GPU."""
+    folder = tmp_path_factory.mktemp("readme")
+    commands = [line for block in shell_blocks(EXCEPT_GPU) for line in block if line.startswith("srdeploy ")]
+    shutil.copy(ROOT / "examples" / "rcan_x2_demo.pt", folder / "rcan_x4.pt")
+    cut_photos(ROOT / "examples" / "photos" / "calibration", folder / "photos")
+    shutil.copy(folder / "photos" / "cup.png", folder / "photo.png")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "SRDEPLOY_CACHE_DIR": str(tmp_path / "cache")}
-
+    environment = {**os.environ, "PATH": path, "SRDEPLOY_CACHE_DIR": str(folder / "cache")}
     for line in commands:
         words = [REPLACED.get(word, word) for word in shlex.split(line, comments=True)]
         words += SMALLER.get(words[1], [])
         # A second picture of the same name is a new user's second step: let it be replaced.
         words += ["--force"] if words[1] == "upscale" else []
-        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
-
     assert {shlex.split(line)[1] for line in commands} >= {"deploy", "export", "quantize", "build", "verify", "bench"}
-    assert (tmp_path / "photo_x4.png").exists()
-    assert (tmp_path / "rcan_x4.srd" / "report" / "report.html").exists()
+    return folder
 
 
-def test_the_python_example_runs(tmp_path: Path) -> None:
-    (block,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    shutil.copy(ROOT / "examples" / "rcan_x2_demo.pt", tmp_path / "rcan.pt")
-    export = [sys.executable, "-m", "srdeploy.cli.main", "export", "rcan.pt", "-o", "model.onnx"]
-    subprocess.run(export, cwd=tmp_path, check=True, capture_output=True)
-    script = block.replace("rcan_x4.srd", "model.onnx") + "\nprint(large.shape)\n"
+def test_the_commands_run_in_their_order(workplace: Path) -> None:
+    assert (workplace / "photo_x4.png").exists()
+    assert (workplace / "rcan_x4.srd" / "report" / "report.html").exists()
 
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+
+def test_the_section_about_gpus_is_short_and_its_commands_exist() -> None:
+    section = README[README.index(GPU) : README.index("## From Python")]
+    commands = [shlex.split(line, comments=True) for block in shell_blocks(section) for line in block]
+
+    assert len(section.strip().splitlines()) <= 15
+    assert [words[1] for words in commands if words[0] == "srdeploy"] == ["doctor", "deploy"]
+    with pytest.raises(SystemExit) as ended:  # the options are known: only the file is missing
+        cli.main([*commands[-1][1:], "--device", "cuda:1"], prog_name="srdeploy")
+    assert ended.value.code == 2
+
+
+def test_two_engines_are_compared_and_timed_in_fifteen_lines(workplace: Path) -> None:
+    compare, _ = python_blocks()
+    assert len([line for line in compare.splitlines() if line]) <= 15
+
+    done = run_python(compare.replace("180, 320", "24, 32"), workplace)
+
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert re.fullmatch(r"openvino int8: at least [0-9.]+ dB", lines[0])
+    assert len(lines) == 5, done.stdout
+    assert all(re.fullmatch(r"openvino (fp32|int8), (compute|end-to-end): [0-9.]+ ms", line) for line in lines[1:])
+
+
+def test_the_upscaling_example_runs(workplace: Path) -> None:
+    _, upscale = python_blocks()
+
+    done = run_python(upscale + "\nprint(large.shape)\n", workplace)
 
     assert done.stdout == "(240, 320, 3)\n", done.stderr
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def run_python(script: str, folder: Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True)
+
+
+def test_nothing_is_quick() -> None:
+    assert re.findall(r"\bquick\w*", README) == []
 
 
 def test_the_make_targets_of_the_readme_exist() -> None:

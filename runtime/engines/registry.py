@@ -179,9 +179,11 @@ def open_engine(
         return _open_built(path, engine, device, threads, parity, outputs)
     chosen = family(engine or "onnxruntime")
     if not chosen.opens_onnx:
+        shapes = "" if chosen.name in CPU_FAMILIES else " --profile-images IMAGES"
+        output = f"{path.stem}{chosen.suffix}"
         raise UsageError(
             f"{chosen.name} runs built engines, and {path} is an ONNX file",
-            next_step=f"build one with: srdeploy build {path} --engine {chosen.name} -o {path.stem}{chosen.suffix}",
+            next_step=f"build one with: srdeploy build {path} --engine {chosen.name}{shapes} -o {output}",
         )
     _refuse_device(chosen, device)
     graph = read_graph(path)

@@ -1,0 +1,306 @@
+"""What messages advise leads somewhere: commands parse, options, extras and pages exist, and next steps are taken."""
+
+import ast
+import re
+import shlex
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import onnx
+import pytest
+
+from srdeploy.cli.main import VERBS, cli
+
+from .conftest import Command
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("core", "models", "export", "calibration", "runtime", "upscale", "cli")
+
+VERBS_OF = {
+    # Where a message is raised, and the verbs that show it. An option that it names belongs to one of them.
+    "core": set(VERBS),
+    "models": {"inspect", "export", "verify", "bench", "deploy"},
+    "export": {"export", "deploy"},
+    "calibration": {"quantize", "deploy"},
+    "runtime/verify": {"verify", "deploy"},
+    "runtime/bench": {"bench", "deploy"},
+    "runtime/report": {"report", "verify", "bench", "deploy"},
+    "runtime/engines": {"build", "verify", "bench", "upscale", "deploy"},
+    "runtime": {"upscale", "inspect", "deploy"},
+    "upscale": {"upscale"},
+    "cli": set(VERBS),
+}
+NOT_OURS = {"--force-reinstall", "--index-url", "--query-gpu", "--format"}
+"""Options of pip and nvidia-smi."""
+OTHER_PROGRAMS = re.compile(r"\b(polygraphy|sha256sum)\b.*", re.DOTALL)
+
+
+def literals(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield line and text of every string in a module that is not a docstring; "{...}" stands for what is filled in."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    skipped: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            skipped.add(id(node.value))  # a docstring
+        if isinstance(node, ast.JoinedStr):
+            skipped |= {id(part) for part in ast.walk(node)} - {id(node)}
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.lineno, node.value
+        elif isinstance(node, ast.JoinedStr):
+            parts = (
+                "{" + ast.unparse(part.value) + "}" if isinstance(part, ast.FormattedValue) else ast.literal_eval(part)
+                for part in node.values
+            )
+            yield node.lineno, "".join(parts)
+
+
+def messages() -> list[tuple[str, str]]:
+    """Return place ("runtime/bundle.py:184") and text of every string of the product."""
+    found = []
+    for folder in FOLDERS:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            place = path.relative_to(ROOT).as_posix()
+            found += [(f"{place}:{line}", text) for line, text in literals(path)]
+    return found
+
+
+MESSAGES = messages()
+COMMAND = re.compile(r"\bsrdeploy (?P<verb>[a-z]+)(?P<rest>(?: +(?:\S+))*)")
+
+
+def command_of(verb: str) -> click.Command:
+    command = cli.get_command(click.Context(cli), verb)
+    assert command is not None
+    return command
+
+
+def options_of(verb: str) -> set[str]:
+    command = command_of(verb)
+    commands = command.commands.values() if isinstance(command, click.Group) else [command]
+    return {
+        option
+        for each in commands
+        for parameter in each.params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    } | {"--help"}
+
+
+def verbs_for(place: str, text: str) -> set[str]:
+    """Return the verbs that show a message, and those that it names."""
+    folder = next(name for name in sorted(VERBS_OF, key=len, reverse=True) if place.startswith(name + "/"))
+    named = {verb for verb in VERBS if re.search(rf"\b{verb}\b", text)}
+    return VERBS_OF[folder] | named
+
+
+def test_every_option_in_a_message_exists_where_the_message_is_shown() -> None:
+    unknown = []
+    for place, text in MESSAGES:
+        allowed = set().union(*(options_of(verb) for verb in verbs_for(place, text))) | NOT_OURS
+        named = re.findall(r"(?<![\w{-])--[a-z][a-z0-9-]+", OTHER_PROGRAMS.sub("", re.sub(r"\{[^}]*\}", " ", text)))
+        unknown += [f"{place}: {option} in {text!r}" for option in named if option not in allowed]
+
+    assert unknown == []
+
+
+def test_every_command_in_a_message_names_a_verb_and_options_of_it() -> None:
+    wrong = []
+    for place, text in MESSAGES:
+        for found in COMMAND.finditer(text):
+            verb = found["verb"]
+            command = re.split(r"[;,)`]", found["rest"])[0]
+            if verb in VERBS:
+                named = re.findall(r"(?<=\s)--?[a-z][a-z0-9-]*", command)
+                wrong += [f"{place}: {verb} {option}" for option in named if option not in options_of(verb)]
+            elif "--" in command or re.search(rf"(?:with|run|try):? {re.escape(found[0])}", text):
+                wrong.append(f"{place}: {found[0]}")
+
+    assert wrong == []
+
+
+def test_every_extra_page_and_target_in_a_message_exists() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    makefile = (ROOT / "Makefile").read_text()
+    wrong = []
+    for place, text in MESSAGES:
+        given = [name for group in re.findall(r"srdeploy\[([^\]{]*)\]", text) for name in group.split(",")]
+        wrong += [f"{place}: extra {name}" for name in given if name not in extras]
+        wrong += [f"{place}: {page}" for page in re.findall(r"docs/\S+?\.md", text) if not (ROOT / page).exists()]
+        targets = re.findall(r"`make ([a-z-]+)`", text)
+        wrong += [f"{place}: make {name}" for name in targets if f"\n{name}:" not in makefile]
+
+    assert wrong == []
+
+
+def test_the_checks_would_notice() -> None:
+    """The scan sees advice in f-strings and tables, and options that no verb has."""
+    texts = [text for _, text in MESSAGES]
+
+    assert any(text.startswith("build one with: srdeploy build {path}") for text in texts)
+    assert any("--bisect" in text for text in texts)
+    assert "--no-such-option" not in options_of("verify")
+    assert len([text for text in texts if COMMAND.search(text)]) > 30
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Taken
+
+
+def next_line(stderr: str) -> list[str]:
+    """Return the words of the command that a verb printed as the next one."""
+    (line,) = [line for line in stderr.splitlines() if line.startswith("next: ")]
+    return shlex.split(line.removeprefix("next: "))
+
+
+@pytest.fixture
+def here(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with links to the workshop's files, as the working folder."""
+    for path in workshop.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.setenv("SRDEPLOY_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+FILLED = {"CHECKPOINT": "good.pt", "IMAGES": "photos", "DIR": "photos", "IMAGE": "photo.png", "MODEL.onnx": "good.onnx"}
+"""What a user writes for the words in capitals."""
+BRIEF = {
+    "bench": ["--seconds", "0.05", "--min-runs", "5", "--no-baselines", "--allow-unstable"],
+    "verify": ["--limit", "1"],
+}
+
+
+def taken(srdeploy: Command, words: list[str]) -> str:
+    """Run an advised command, its placeholders filled in, and return what it printed on stderr."""
+    words = [FILLED.get(word, word) for word in words]
+    done = srdeploy(*words[1:], *BRIEF.get(words[1], []))
+    assert done.code == 0, f"{shlex.join(words)}\n{done.stderr}"
+    return done.stderr
+
+
+def test_following_the_next_commands_leads_from_a_checkpoint_to_its_latency(here: Path, srdeploy: Command) -> None:
+    words = ["srdeploy", "inspect", "good.pt"]
+    verbs = []
+    for _ in range(5):
+        verbs.append(words[1])
+        words = next_line(taken(srdeploy, words))
+
+    assert verbs == ["inspect", "export", "verify", "bench", "verify"]
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_following_the_next_commands_leads_from_a_graph_to_an_engine(
+    here: Path, srdeploy: Command, engine: str
+) -> None:
+    words = ["srdeploy", "quantize", "good.onnx", "--precision", "fp16", "--target", engine, "-o", "fp16.onnx"]
+    verbs = []
+    for _ in range(3):
+        verbs.append(words[1])
+        words = next_line(taken(srdeploy, words))
+
+    assert verbs == ["quantize", "build", "verify"]
+
+
+ADVICE = {
+    # A command that is refused, and what its message advises, written as a user would.
+    "an ONNX file of others": (
+        ["upscale", "plain.onnx", "photo.png", "-o", "out.png"],
+        "srdeploy export CHECKPOINT -o model.onnx",
+    ),
+    "a checkpoint to upscale with": (
+        ["upscale", "good.pt", "photo.png", "-o", "out.png"],
+        "srdeploy export good.pt -o model.onnx",
+    ),
+    "the machine's lacks": (
+        ["deploy", "good.pt", "--images", "photos", "--device", "cuda", "-o", "a.srd"],
+        "srdeploy doctor",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ADVICE)
+def test_the_advised_command_is_printed_and_runs(here: Path, srdeploy: Command, name: str) -> None:
+    refused, advised = ADVICE[name]
+    plain = onnx.load("good.onnx")
+    del plain.metadata_props[:]
+    onnx.save(plain, "plain.onnx")
+
+    done = srdeploy(*refused)
+
+    assert done.code != 0
+    assert advised in done.stderr
+    taken(srdeploy, shlex.split(advised))
+
+
+def test_an_engine_for_onnx_files_can_be_built_as_advised(here: Path, srdeploy: Command) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+
+    done = srdeploy("upscale", "good.onnx", "photo.png", "--engine", "tensorrt-rtx", "-o", "out.png")
+
+    advised = shlex.split(done.stderr[done.stderr.index("srdeploy build") :])
+    taken(srdeploy, advised)
+
+
+@pytest.mark.parametrize(
+    ("refused", "added", "words"),
+    [
+        (["export", "good.pt", "-o", "there.onnx"], ["--force"], "--force"),
+        (["quantize", "good.onnx", "--precision", "int8", "-o", "a.onnx"], ["--images", "photos"], "--images"),
+        (["verify", "good.onnx", "--against", "good.pt"], ["--images", "photos"], "--images, --hr or both"),
+        (["verify", "good.onnx", "--against", "good.pt"], ["--hr", "photos"], "--images, --hr or both"),
+        (
+            ["verify", "good.onnx", "--against", "good.pt", "--images", "photos", "--max-psnr-drop", "1"],
+            None,
+            "use --min-fidelity",
+        ),
+        (
+            ["upscale", "good.onnx", "photos", "-o", "out", "--codec", "ffv1"],
+            None,
+            "remove --codec",
+        ),
+    ],
+    ids=["exists", "calibration", "images", "ground truth", "bound", "option"],
+)
+def test_the_advised_option_makes_the_command_work(
+    here: Path, srdeploy: Command, refused: list[str], added: list[str] | None, words: str
+) -> None:
+    (here / "there.onnx").write_text("older")
+
+    done = srdeploy(*refused)
+
+    assert done.code == 2
+    assert words in done.stderr
+    better = [*refused, *added] if added is not None else refused[:-2]
+    taken(srdeploy, ["srdeploy", *better])
+
+
+def test_damaged_engines_in_the_cache_are_removed_as_advised(here: Path, srdeploy: Command) -> None:
+    assert srdeploy("build", "good.onnx", "--engine", "onnxruntime", "-o", "a.ort.onnx").code == 0
+    cached = [path for path in (here / "cache").rglob("*") if path.is_file() and path.suffix not in (".json", ".lock")]
+    for path in cached:
+        path.chmod(0o600)
+        path.write_bytes(b"damaged")
+
+    done = srdeploy("cache", "verify")
+
+    assert done.code == 3
+    assert "srdeploy cache gc" in done.stderr
+    assert srdeploy("cache", "gc").code == 0
+    assert srdeploy("cache", "verify").code == 0
+
+
+def test_pip_understands_the_advised_extras() -> None:
+    """The name and extras of `pip install 'srdeploy[...]'` are read as such; nothing is installed."""
+    found = {group for _, text in MESSAGES for group in re.findall(r"pip install '(srdeploy\[[^'{]*\])'", text)}
+
+    for requirement in found:
+        subprocess.run(
+            ["python3", "-c", f"from pip._vendor.packaging.requirements import Requirement as R; R({requirement!r})"],
+            check=True,
+        )
+    assert found
