@@ -32,6 +32,7 @@ JSON = "Print one JSON document on stdout."
 FORCE = "Replace an existing output."
 DEVICE = "auto, cpu, cuda or cuda:N."
 THREADS = "CPU threads; default: all."
+MEMORY = "Memory that the work may take, such as 8GiB; default: half of what is free."
 
 _KEY = "command line"
 

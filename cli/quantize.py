@@ -8,9 +8,11 @@ import click
 from srdeploy.cli.console import RichProgress, emit_json, next_command, table, warning_line
 from srdeploy.cli.options import (
     ANY_PATH,
+    BYTES,
     EXISTING,
     FORCE,
     JSON,
+    MEMORY,
     OUTPUT_PATH,
     POSITIVE,
     EnumChoice,
@@ -131,6 +133,7 @@ class QuantizeVerbOptions:
         default=None,
         help="A ranges.json of this model, instead of collecting ranges again.",
     )
+    memory: int | None = option("--memory", type=BYTES, default=None, help=MEMORY)
     threads: int | None = option(
         "--threads", type=POSITIVE, default=None, help="CPU threads of the engine that evaluates graphs."
     )
@@ -201,6 +204,7 @@ def _calibration(
         whole=options.whole,
         seed=options.seed,
         skip_bad=options.skip_bad,
+        memory_bytes=options.memory,
         progress=progress,
     )
     for entry in calibration.document["passed_over"]:

@@ -12,10 +12,12 @@ import click
 from srdeploy.cli.checkpoint_options import CheckpointOptions, load_from_options
 from srdeploy.cli.console import RichProgress, emit_json, markdown_table, next_command, table, warning_line
 from srdeploy.cli.options import (
+    BYTES,
     DEVICE,
     EXISTING,
     FORCE,
     JSON,
+    MEMORY,
     OUTPUT_PATH,
     POSITIVE,
     THREADS,
@@ -65,6 +67,7 @@ class VerifyOptions:
     engine: str | None = option("--engine", default=None, help="Engine family for ONNX files (default onnxruntime).")
     device: str = option("--device", default="auto", show_default=True, help=DEVICE)
     threads: int | None = option("--threads", type=POSITIVE, default=None, help=THREADS)
+    memory: int | None = option("--memory", type=BYTES, default=None, help=MEMORY)
     min_fidelity: float | None = option(
         "--min-fidelity",
         type=float,
@@ -156,7 +159,7 @@ def _check(options: VerifyOptions) -> None:
 
 def _results(options: VerifyOptions, loaded: "LoadedCheckpoint", progress: RichProgress) -> "list[VerifyResult]":
     from srdeploy.cli.pipeline.opening import open_candidates
-    from srdeploy.cli.pipeline.verify import compare_with_eager
+    from srdeploy.cli.pipeline.verify import compare_with_eager, side_within
     from srdeploy.core.samples import SampleFolder
     from srdeploy.runtime.verify.parity import Gates
 
@@ -178,7 +181,7 @@ def _results(options: VerifyOptions, loaded: "LoadedCheckpoint", progress: RichP
             contract=loaded.contract(),
             profile=profile,
             limit=options.limit,
-            max_side=options.max_side,
+            max_side=side_within(options.memory, loaded.contract(), options.max_side, progress),
         )
         gates = [
             Gates.of(

@@ -5,27 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from srdeploy.calibration.options import QuantizeOptions
+from srdeploy.cli.console import warning_line
 from srdeploy.cli.pipeline.types import FP16_ONNX, FP32_ONNX, Candidate, DeployOptions
 from srdeploy.core.errors import CapabilityError, UsageError
 from srdeploy.core.precision import Precision, Target
-from srdeploy.runtime.engines.registry import CPU_FAMILIES, engine_status, family
+from srdeploy.runtime.engines.gpu import find_gpu
+from srdeploy.runtime.engines.recommend import precisions_of, recommended
+from srdeploy.runtime.engines.registry import CPU_FAMILIES, ENGINES, engine_status, family
 from srdeploy.runtime.engines.tensorrt.products import parse_capability
-
-PRECISIONS: dict[str, tuple[Precision, ...]] = {
-    # What is worth building on each engine. The CPU engines compute FP16 layers in FP32, so FP16 gains nothing there;
-    # on TensorRT for RTX FP16 is faster than INT8 for these networks.
-    "onnxruntime": (Precision.FP32, Precision.INT8),
-    "openvino": (Precision.FP32, Precision.INT8),
-    "tensorrt-rtx": (Precision.FP16,),
-    "tensorrt": (Precision.FP16, Precision.INT8),
-    "onnxruntime-cuda": (Precision.FP16,),
-    "onnxruntime-tensorrt": (Precision.FP16,),
-}
-DEFAULT_WITHOUT_GPU = ("onnxruntime", "openvino", "tensorrt-rtx")
-"""Engines that are built by default where no GPU can be used, those that are installed; TensorRT for RTX builds here
-what runs on other machines."""
-DEFAULT_ON_GPU = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
-"""Engines that are built by default on an NVIDIA GPU, those that run on it. TensorRT replaces TensorRT for RTX."""
 
 
 @dataclass(frozen=True)
@@ -92,37 +79,44 @@ def _placements(engines: Sequence[str], devices: Sequence[str]) -> tuple[Placeme
                 next_step=f"add --device {'cpu' if on_cpu else 'cuda'}, or choose another engine",
             )
         _refuse_impossible(name)
-        placements += [Placement(name, device) for device in fitting or ["cpu" if on_cpu else "cuda:0"]]
+        placements += [Placement(name, device) for device in fitting or [_usual_device(name)]]
     return tuple(placements)
 
 
 def _default_placements(devices: Sequence[str]) -> tuple[Placement, ...]:
-    on_gpu = [] if devices and "cpu" in devices and len(devices) == 1 else _running(DEFAULT_ON_GPU)
-    if "tensorrt" in on_gpu and "tensorrt-rtx" in on_gpu:
-        on_gpu.remove("tensorrt-rtx")
-    if not devices and on_gpu:
-        return tuple(Placement(name, "cuda:0") for name in on_gpu)
     if not devices:
-        possible = [name for name in DEFAULT_WITHOUT_GPU if why_not_made(name) is None]
-        if not possible:
+        usual = recommended()
+        placements = tuple(Placement(entry.engine, _usual_device(entry.engine)) for entry in usual)
+        if not placements:
             raise CapabilityError("no engine is installed", next_step="install one with: pip install 'srdeploy[cpu]'")
-        return tuple(Placement(name, "cpu" if name in CPU_FAMILIES else "cuda:0") for name in possible)
-    placements: list[Placement] = []
+        found = find_gpu()
+        if found is not None and not any(entry.runs_here and entry.engine not in CPU_FAMILIES for entry in usual):
+            warning_line(f"{found} is not used: no engine for it is installed; to see what is missing: srdeploy doctor")
+        return placements
+    chosen: list[Placement] = []
     for device in devices:
-        names = _running(CPU_FAMILIES) if device == "cpu" else on_gpu
+        on_cpu = device == "cpu"
+        names = [
+            entry.engine
+            for entry in recommended(device)
+            if entry.runs_here and (entry.engine in CPU_FAMILIES) == on_cpu
+        ]
         if not names:
-            candidates = CPU_FAMILIES if device == "cpu" else DEFAULT_ON_GPU
-            reasons = "; ".join(f"{name}: {engine_status(name).why_not_run}" for name in candidates)
+            reasons = [(name, engine_status(name, device).why_not_run) for name in _families(on_cpu)]
             raise CapabilityError(
-                f"no engine runs on {device} here ({reasons})",
+                f"no engine runs on {device} here ({'; '.join(f'{name}: {reason}' for name, reason in reasons)})",
                 next_step="to see what this machine lacks: srdeploy doctor",
             )
-        placements += [Placement(name, device) for name in names]
-    return tuple(placements)
+        chosen += [Placement(name, device) for name in names]
+    return tuple(chosen)
 
 
-def _running(names: Sequence[str]) -> list[str]:
-    return [name for name in names if engine_status(name).why_not_run is None]
+def _families(on_cpu: bool) -> list[str]:
+    return [entry.name for entry in ENGINES if (entry.name in CPU_FAMILIES) == on_cpu]
+
+
+def _usual_device(engine: str) -> str:
+    return "cpu" if engine in CPU_FAMILIES else "cuda:0"
 
 
 def why_not_made(name: str) -> str | None:
@@ -149,7 +143,7 @@ def candidates_for(placements: Sequence[Placement]) -> list[Candidate]:
             shared=engines.count(entry.engine) > 1,
         )
         for entry in placements
-        for precision in PRECISIONS[entry.engine]
+        for precision in precisions_of(entry.engine, None if entry.device == "cpu" else find_gpu(entry.device))
     ]
 
 

@@ -53,7 +53,11 @@ def calibrate(work: Work, checkpoint: LoadedCheckpoint, report: list[str]) -> Ca
     """Make the calibration set."""
     options = work.options
     calibration = make_calibration_set(
-        options.images, contract=checkpoint.contract(), hr=options.hr, progress=work.progress
+        options.images,
+        contract=checkpoint.contract(),
+        hr=options.hr,
+        memory_bytes=options.memory,
+        progress=work.progress,
     )
     (work.folder / "calibration").mkdir()
     report.append(f"{len(calibration)} crops from {len(calibration.image_hashes)} images")

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from srdeploy.cli.checkpoint_options import CheckpointOptions
 from srdeploy.cli.options import (
     ANY_PATH,
+    BYTES,
     EXISTING,
     FORCE,
     JSON,
+    MEMORY,
     OUTPUT_PATH,
     POSITIVE,
     SIZE,
@@ -88,6 +90,7 @@ class DeployOptions:
     threads: int | None = option(
         "--threads", type=POSITIVE, default=None, help="CPU threads of what runs on the CPU; default: all."
     )
+    memory: int | None = option("--memory", type=BYTES, default=None, help=MEMORY)
     output: Path = option("-o", "--output", type=OUTPUT_PATH, help="Bundle folder, NAME.srd.")
     force: bool = option("--force", default=False, help=FORCE)
     as_json: bool = option("--json", default=False, help=JSON)

@@ -1,5 +1,6 @@
 """Verification against the eager FP32 network on the engine's own device: for `verify`, and a stage of `deploy`."""
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,10 +15,12 @@ from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import CapabilityError
 from srdeploy.core.extras import is_installed
 from srdeploy.core.imaging.read import find_images
+from srdeploy.core.memory import bytes_per_pixel, default_memory
 from srdeploy.core.precision import Precision
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.runner import Runner
 from srdeploy.core.samples import Sample, SampleFolder
+from srdeploy.core.sizes import format_bytes
 from srdeploy.runtime.bench.naming import named
 from srdeploy.runtime.engines.eager import open_eager
 from srdeploy.runtime.engines.registry import open_engine
@@ -76,6 +79,34 @@ def compare_with_eager(
             )
         found |= {id(runner): result for runner, result in zip(group, results, strict=True)}
     return [found[id(runner)] for runner in runners]
+
+
+def side_within(
+    memory_bytes: int | None, contract: ModelContract, max_side: int | None, progress: Progress = SILENT
+) -> int:
+    """Return the maximum side of an image in LR pixels: a square of it runs within a memory budget.
+
+    Args:
+        memory_bytes: the budget; None for half of the free memory.
+        contract: of the network.
+        max_side: a limit that holds in any case; None for none.
+        progress: receives the budget, and what it pays for.
+
+    Raises:
+        CapabilityError: the budget does not pay for 32 x 32 pixels or the network's minimum.
+    """
+    budget = memory_bytes or default_memory()
+    needed = max(32, contract.min_size)
+    side = math.isqrt(int(budget / bytes_per_pixel(contract)))
+    if side < needed:
+        raise CapabilityError(
+            f"a memory budget of {format_bytes(budget)}",
+            expected=f"at least {format_bytes(needed**2 * bytes_per_pixel(contract))} for {needed}x{needed} pixels",
+            next_step="allow more with --memory",
+        )
+    if max_side is None or side < max_side:
+        progress.note(f"memory budget {format_bytes(budget)}: larger images are cropped to {side} pixels per axis")
+    return side if max_side is None else min(side, max_side)
 
 
 def verify_engines(
@@ -138,8 +169,9 @@ def _gates(runner: Runner, max_psnr_drop: float | None) -> Gates:
 class _Files(Sequence[Sample]):
     """Single files as samples, decoded on access."""
 
-    def __init__(self, files: Sequence[Path], hr: bool, contract: ModelContract) -> None:
+    def __init__(self, files: Sequence[Path], hr: bool, contract: ModelContract, memory_bytes: int | None) -> None:
         side = max(64, min(320, int((MAX_MACS / contract.macs_per_pixel) ** 0.5)))
+        side = side_within(memory_bytes, contract, side)
         self._folders = [
             SampleFolder(None if hr else path, path if hr else None, contract=contract, max_side=side) for path in files
         ]
@@ -175,4 +207,4 @@ def _samples(work: Work, contract: ModelContract, calibration: "CalibrationSet")
     chosen = (
         [files[index * len(files) // MAX_IMAGES] for index in range(MAX_IMAGES)] if len(files) > MAX_IMAGES else files
     )
-    return _Files(chosen, options.hr, contract)
+    return _Files(chosen, options.hr, contract, options.memory)

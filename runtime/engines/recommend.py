@@ -1,8 +1,7 @@
-"""The engines that are worth building on this machine, and in which order engines are preferred."""
+"""The engines that are worth building on this machine."""
 
 from dataclasses import dataclass
 
-from srdeploy.core.errors import SrdeployError
 from srdeploy.core.precision import Precision
 from srdeploy.runtime.engines.gpu import Gpu, find_gpu
 from srdeploy.runtime.engines.registry import CPU_FAMILIES, EngineStatus, engine_status, family
@@ -60,19 +59,6 @@ def precisions_of(engine: str, found: Gpu | None) -> tuple[Precision, ...]:
     """
     precisions: tuple[Precision, ...] = family(engine).load().precisions(found)
     return precisions
-
-
-def preference(engine: str, device: str = "auto") -> int:
-    """Return the rank of a family on this machine, 0 first: GPU engines that run here, then the CPU's.
-
-    Engines of the same rank are ordered by what was measured.
-    """
-    if engine in CPU_FAMILIES or device == "cpu":
-        return 1
-    try:
-        return 0 if family(engine).load().why_not_run(device) is None else 2
-    except SrdeployError:
-        return 2
 
 
 def _usable(status: EngineStatus) -> bool:

@@ -18,15 +18,18 @@ from srdeploy.cli.pipeline.engines import checked_placements
 from srdeploy.cli.pipeline.measure import measure_groups, with_baselines
 from srdeploy.cli.pipeline.opening import by_device, engine_opener
 from srdeploy.cli.pipeline.types import Candidate, DeployOptions, Outcome, Work
-from srdeploy.cli.pipeline.verify import compare_with_eager
+from srdeploy.cli.pipeline.verify import compare_with_eager, side_within
 from srdeploy.core.errors import CapabilityError, SrdeployError, UsageError
+from srdeploy.core.memory import bytes_per_pixel
 from srdeploy.core.precision import Precision, Target
 from srdeploy.core.runner import Runner, RunnerInfo
 from srdeploy.core.samples import Sample
 from srdeploy.models.checkpoint.load import LoadedCheckpoint, load_checkpoint
 from srdeploy.runtime.bench import baselines
 from srdeploy.runtime.bench.turns import Effort
+from srdeploy.runtime.engines import recommend
 from srdeploy.runtime.engines.eager import EagerRunner, open_eager
+from srdeploy.runtime.engines.gpu import Gpu
 from srdeploy.runtime.engines.registry import EngineStatus, open_engine
 from srdeploy.runtime.verify.parity import Gates
 
@@ -226,7 +229,7 @@ def test_engines_are_those_of_the_machine(
     ("runs", "engines", "devices", "words"),
     [
         (NOTHING, (), (), r"pip install 'srdeploy\[cpu\]'"),
-        (CPU, (), ("cuda",), "no engine runs on cuda:0 here .tensorrt: lacks it"),
+        (CPU, (), ("cuda",), "no engine runs on cuda:0 here .tensorrt-rtx: lacks it; tensorrt: lacks it"),
         (CPU, ("onnxruntime-cuda",), (), "onnxruntime-cuda cannot be made here: lacks it"),
     ],
     ids=["nothing installed", "no GPU", "requested engine"],
@@ -242,12 +245,15 @@ def test_an_engine_that_cannot_be_made_is_named_before_any_work(
 
 def assume(monkeypatch: pytest.MonkeyPatch, runs: set[str], builds: set[str]) -> None:
     """Pretend a machine on which these engines run and build; what runs builds too."""
+    gpu = Gpu("cuda:0", "GPU", (8, 6), 8 << 30) if runs & {"tensorrt", "tensorrt-rtx", "onnxruntime-cuda"} else None
 
-    def status(name: str) -> EngineStatus:
+    def status(name: str, device: str = "auto") -> EngineStatus:
         why_not_run = None if name in runs else "lacks it"
         return EngineStatus(name, "", None if name in builds | runs else "lacks it", why_not_run, {})
 
     monkeypatch.setattr(engines_module, "engine_status", status)
+    monkeypatch.setattr(recommend, "engine_status", status)
+    monkeypatch.setattr(recommend, "find_gpu", lambda device: gpu)
 
 
 OPTIONS = DeployOptions(checkpoint=Path("none.pt"), images=Path("none"), output=Path("a.srd"))
@@ -272,6 +278,17 @@ def test_options_are_checked_before_any_work(changes: dict[str, Any], words: str
         pytest.importorskip("tensorrt_rtx")
     with pytest.raises(UsageError, match=words):
         checked_placements(replace(OPTIONS, **changes))
+
+
+def test_images_are_cropped_to_what_the_memory_pays_for(loaded: LoadedCheckpoint) -> None:
+    contract = loaded.contract()
+    budget = int(100 * 100 * bytes_per_pixel(contract))
+
+    assert side_within(budget, contract, None) in (99, 100)
+    assert side_within(budget, contract, 64) == 64
+    assert side_within(budget // 4, contract, 64) in (49, 50)
+    with pytest.raises(CapabilityError, match="allow more with --memory"):
+        side_within(1000, contract, None)
 
 
 def test_an_engine_on_a_gpu_gets_no_cpu_threads(

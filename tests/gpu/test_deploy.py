@@ -13,9 +13,9 @@ from gpu_simulator.install import Setting, simulated
 from PIL import Image
 
 from srdeploy.cli.console import RichProgress
-from srdeploy.cli.pipeline import measure
+from srdeploy.cli.pipeline import engines, measure
 from srdeploy.cli.pipeline.deploy import deploy
-from srdeploy.cli.pipeline.engines import PRECISIONS, checked_placements
+from srdeploy.cli.pipeline.engines import checked_placements
 from srdeploy.cli.pipeline.types import DeployOptions, Outcome
 from srdeploy.core.precision import Precision
 from srdeploy.runtime.bench.turns import Effort
@@ -62,8 +62,8 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> DeployOptions:
 @pytest.fixture(scope="module")
 def outcome(options: DeployOptions, machine: Simulator | None) -> Iterator[Outcome]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRECISIONS, "tensorrt", (Precision.FP16,))
-        patch.setitem(PRECISIONS, "onnxruntime", (Precision.FP32,))
+        few = {"tensorrt": (Precision.FP16,), "onnxruntime": (Precision.FP32,)}
+        patch.setattr(engines, "precisions_of", lambda engine, found: few[engine])
         if machine is not None:  # compiled baselines need a real GPU, and memory has tests of its own
             patch.setattr(measure, "default_baselines", lambda device: ("eager", "half"))
             patch.setattr(measure, "with_process_memories", lambda results, files, threads: results)
