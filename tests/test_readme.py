@@ -134,6 +134,21 @@ def test_links_to_files_lead_somewhere(page: Path) -> None:
     assert broken == []
 
 
+def test_the_names_on_the_page_about_the_code_are_in_the_files_that_they_link_to() -> None:
+    page = (ROOT / "docs" / "code.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(\w+)`,?\s+\(?\[[\w.]+\]\(\.\./([\w/.]+)\)", page)
+
+    missing = [
+        f"{name} in {path}"
+        for name, path in named
+        if not re.search(rf"^(def|class) {name}\b", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+
+    assert missing == []
+    assert len(named) > 30
+    assert len(page.splitlines()) <= 100
+
+
 def test_the_manual_lists_every_page() -> None:
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
 
