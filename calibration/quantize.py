@@ -11,10 +11,12 @@ import onnx
 from srdeploy.calibration.fp32 import read_fp32_graph
 from srdeploy.calibration.half import Island, convert_to_half, emulate_half, find_islands
 from srdeploy.calibration.images.dataset import CalibrationSet
+from srdeploy.calibration.images.effort import select_half_held_out, select_overflow_samples
 from srdeploy.calibration.int8.builder import GraphBuilder
 from srdeploy.calibration.int8.placement import RECIPES, macs_share_of
 from srdeploy.calibration.int8.ranges import Ranges, read_ranges
 from srdeploy.calibration.journal import Journal
+from srdeploy.calibration.measurements import Measurements
 from srdeploy.calibration.observe import observe_magnitudes
 from srdeploy.calibration.options import QuantizeOptions
 from srdeploy.calibration.rewrites.deconvolution import rewrite_deconvolutions
@@ -31,6 +33,7 @@ from srdeploy.core.manifest import Manifest, Source, manifest_path
 from srdeploy.core.onnx_graph import Graph
 from srdeploy.core.precision import Precision, Target
 from srdeploy.core.progress import SILENT, Progress
+from srdeploy.core.samples import Sample
 
 CPU_TARGETS = (Target.OPENVINO, Target.ONNXRUNTIME)
 DECONVOLUTIONS_REWRITTEN = "OpenVINO has no INT8 kernel for these deconvolutions: they became exact convolutions"
@@ -102,6 +105,31 @@ class QuantizeResult:
 
 
 @dataclass(frozen=True)
+class _Job:
+    """What a graph is made from and for; see `quantize`."""
+
+    model: onnx.ModelProto
+    contract: ModelContract
+    sha256: str
+    precision: Precision
+    target: Target
+    calibration: CalibrationSet | None
+    options: QuantizeOptions
+    ranges: Ranges | None
+    open_engine: OpenEngine | None
+    measurements: Measurements
+    progress: Progress
+
+    def key(self, form: str) -> str:
+        """Name what decides a measurement: the network, the images and the form that the graph was rewritten to."""
+        return f"{self.sha256}:{self.calibration.sha256 if self.calibration else ''}:{form}"
+
+    def evaluator(self, model: onnx.ModelProto, samples: Sequence[Sample]) -> Evaluator:
+        """Return an evaluator whose reference outputs are shared by all graphs of this network."""
+        return Evaluator(model, samples, self.contract, measurements=self.measurements, key=self.key("any"))
+
+
+@dataclass(frozen=True)
 class _Outcome:
     """A finished graph before it is written."""
 
@@ -122,6 +150,7 @@ def quantize(
     open_engine: OpenEngine | None = None,
     force: bool = False,
     progress: Progress = SILENT,
+    shared: Measurements | None = None,
 ) -> QuantizeResult:
     """Bring an FP32 graph to another precision and write it with a manifest.
 
@@ -136,6 +165,7 @@ def quantize(
             what really became 8-bit are then measured on it.
         force: replace existing outputs.
         progress: where to report.
+        shared: measurements to share with other graphs of the same network and images; see `Measurements`.
 
     Raises:
         InputError: the graph or the images do not fit, or an activation is not finite.
@@ -150,14 +180,20 @@ def quantize(
     folder = artifacts_folder(output)
     paths = {"set": folder / "set.json", "ranges": folder / "ranges.json", "sensitivity": folder / "sensitivity.json"}
     with atomic_files(output, manifest_path(output), *paths.values(), force=force) as temporaries:
-        if precision in (Precision.FP16, Precision.BF16):
-            made = _make_half(model, contract, precision, target, calibration, progress)
-        else:
-            assert calibration is not None
-            ranges = read_ranges(options.ranges, model_sha256=sha256) if options.ranges else None
-            made = _make_quantized(
-                model, contract, sha256, precision, target, calibration, options, ranges, open_engine, progress
-            )
+        job = _Job(
+            model=model,
+            contract=contract,
+            sha256=sha256,
+            precision=precision,
+            target=target,
+            calibration=calibration,
+            options=options,
+            ranges=read_ranges(options.ranges, model_sha256=sha256) if options.ranges else None,
+            open_engine=open_engine,
+            measurements=shared or Measurements(),
+            progress=progress,
+        )
+        made = _make_half(job) if precision in (Precision.FP16, Precision.BF16) else _make_quantized(job)
         _describe(made.model, contract, precision, target, made.result, calibration, sha256)
         data = made.model.SerializeToString()
         temporaries[0].write_bytes(data)
@@ -202,131 +238,95 @@ def _check(precision: Precision, target: Target, calibration: CalibrationSet | N
         raise UsageError(f"precision fp8 for {target.value}", expected="target tensorrt or tensorrt-rtx")
 
 
-def _make_half(
-    model: onnx.ModelProto,
-    contract: ModelContract,
-    precision: Precision,
-    target: Target,
-    calibration: CalibrationSet | None,
-    progress: Progress,
-) -> _Outcome:
+def _make_half(job: _Job) -> _Outcome:
     notes = []
-    if precision == Precision.BF16 and target not in CPU_TARGETS:
+    model, precision, calibration = job.model, job.precision, job.calibration
+    if precision == Precision.BF16 and job.target not in CPU_TARGETS:
         model, rewritten = rewrite_deconvolutions(model, phases=False)
         if rewritten:
             notes.append(f"{rewritten} deconvolutions became 2x2 convolutions: TensorRT has no BF16 deconvolution")
     graph = Graph(model)
     largest = None
     if calibration is not None:
-        largest = observe_magnitudes(graph, calibration, count=len(calibration), progress=progress)
+        samples = select_overflow_samples(calibration.samples, job.contract.macs_per_pixel)
+        batches = (sample.image for sample in samples)
+        largest = observe_magnitudes(graph, batches, count=len(samples), progress=job.progress)
     else:
         notes.append("no images were given: that no activation overflows was not checked")
     islands = find_islands(graph, precision, largest)
     typed = convert_to_half(model, precision, islands)
     quality = None
     if calibration is not None:
-        emulated = emulate_half(model, precision, islands)
-        quality = Evaluator(model, calibration.held_out, contract).evaluate_model(emulated)
-    result = QuantizeResult(Path(), precision, target, quality, islands=islands, notes=tuple(notes))
+        held_out = select_half_held_out(calibration.held_out, job.contract.macs_per_pixel)
+        quality = job.evaluator(model, held_out).evaluate_model(emulate_half(model, precision, islands))
+    result = QuantizeResult(Path(), precision, job.target, quality, islands=islands, notes=tuple(notes))
     return _Outcome(typed, result)
 
 
-def _make_quantized(
-    model: onnx.ModelProto,
-    contract: ModelContract,
-    sha256: str,
-    precision: Precision,
-    target: Target,
-    calibration: CalibrationSet,
-    options: QuantizeOptions,
-    ranges: Ranges | None,
-    open_engine: OpenEngine | None,
-    progress: Progress,
-) -> _Outcome:
+def _make_quantized(job: _Job) -> _Outcome:
     """Quantize; where the engine leaves deconvolutions float, quantize again with exact 2x2 convolutions instead."""
-    arguments = (model, contract, sha256, precision, target, calibration)
     try:
-        return _quantize_graph(*arguments, options, ranges, open_engine, progress)
+        return _quantize_graph(job)
     except BuildError:
-        has = any(node.op_type == "ConvTranspose" for node in model.graph.node)
-        if target != Target.OPENVINO or options.deconvolution != "auto" or not has:
+        has = any(node.op_type == "ConvTranspose" for node in job.model.graph.node)
+        if job.target != Target.OPENVINO or job.options.deconvolution != "auto" or not has:
             raise
-    progress.note(DECONVOLUTIONS_REWRITTEN)
-    made = _quantize_graph(*arguments, replace(options, deconvolution="rewrite"), None, open_engine, progress)
+    job.progress.note(DECONVOLUTIONS_REWRITTEN)
+    made = _quantize_graph(replace(job, options=replace(job.options, deconvolution="rewrite"), ranges=None))
     return replace(made, result=replace(made.result, notes=(*made.result.notes, DECONVOLUTIONS_REWRITTEN)))
 
 
-def _quantize_graph(
-    model: onnx.ModelProto,
-    contract: ModelContract,
-    sha256: str,
-    precision: Precision,
-    target: Target,
-    calibration: CalibrationSet,
-    options: QuantizeOptions,
-    ranges: Ranges | None,
-    open_engine: OpenEngine | None,
-    progress: Progress,
-) -> _Outcome:
+def _quantize_graph(job: _Job) -> _Outcome:
+    options, target, calibration, model = job.options, job.target, job.calibration, job.model
+    assert calibration is not None
     recipe = options.apply_to_recipe(RECIPES[target])
+    form = "as exported"
     if recipe.deconvolution == "rewrite":
-        model, _ = rewrite_deconvolutions(model, phases=target in CPU_TARGETS)
+        phases = target in CPU_TARGETS
+        model, rewritten = rewrite_deconvolutions(model, phases=phases)
         recipe = replace(recipe, deconvolution="int8")
+        form = f"deconvolutions rewritten, phases {phases}" if rewritten else form
     merged: tuple[str, ...] = ()
     if recipe.merge_tail:
         model, merged = merge_tail(model, apart=options.keep)
         recipe = replace(recipe, merge_tail=bool(merged))
-    journal = Journal(sha256, calibration.sha256, repr(recipe), precision.value)
+    journal = Journal(job.sha256, calibration.sha256, repr(recipe), job.precision.value)
     if recipe.reader_scales:
         model = add_reader_scales(model)
     if journal.resumed:
-        progress.note("going on with what an earlier, interrupted run measured")
-    builder = GraphBuilder(model, recipe, precision, calibration, progress, ranges, journal)
-    missing = [tensor for tensor in builder.tensors if ranges is not None and tensor not in ranges.ranges]
-    if missing:
-        raise InputError(
-            f"{options.ranges} has no range of {missing[0]}: it was made for a graph laid out otherwise",
-            expected="the --target, --keep and --deconvolution of the run that wrote it",
-            next_step="leave --ranges out to collect new ones",
-        )
-    # An engine that is known to compute this graph wrongly here cannot evaluator it.
+        job.progress.note("resuming: measurements of an interrupted run are used")
+    builder = GraphBuilder(
+        model, recipe, job.precision, calibration, job.progress, job.ranges, journal, job.measurements, job.key(form)
+    )
+    _check_ranges(builder, job)
+    # An engine that is known to compute this graph wrongly here cannot evaluate it.
     foreign = target in CPU_TARGETS and int8_weights_overflow(recipe.weight_bits)
-    runnable = open_engine if target in CPU_TARGETS and not foreign else None
-    choice = choose(builder, contract, options, runnable, calibration.samples, calibration.held_out, journal, progress)
+    runnable = job.open_engine if target in CPU_TARGETS and not foreign else None
+    evaluator = job.evaluator(model, calibration.held_out)
+    choice = choose(builder, job.contract, options, runnable, calibration.samples, evaluator, journal, job.progress)
     quantized, placement = builder.build(choice.decisions)
     islands: tuple[Island, ...] = ()
+    quality = choice.taken.quality
     if recipe.half:
-        islands = find_islands(
-            builder.equalized(choice.decisions.strength)[0],
-            Precision.FP16,
-            builder.magnitudes(choice.decisions.strength),
-        )
-        emulated = emulate_half(quantized, Precision.FP16, islands)
+        strength = choice.decisions.strength
+        islands = find_islands(builder.equalized(strength)[0], Precision.FP16, builder.magnitudes(strength))
+        quality = evaluator.evaluate_model(emulate_half(quantized, Precision.FP16, islands))
         quantized = convert_to_half(quantized, Precision.FP16, islands)
-    evaluator = Evaluator(model, calibration.held_out, contract)
+        _check_bound(options, quality)
     readback, latency = None, None
     if runnable is not None:
         with open_model(quantized, runnable) as runner, open_model(model, runnable) as float_runner:
-            quality = evaluator.evaluate_runner(runner)
-            quick, slow = evaluator.latencies_ms(runner, float_runner)
-            latency = quick, slow
+            int8_ms, float_ms = evaluator.latencies_ms(runner, float_runner)
+            latency = int8_ms, float_ms
             readback = read_back(runner.info, builder.graph, placement)
-    else:
-        quality = evaluator.evaluate_model(emulated if recipe.half else quantized)
-    if not options.is_satisfied_by(quality):  # FP16 around the 8-bit layers, or another run, tips it over the edge
-        raise GateError(
-            f"the finished graph loses {quality.drop_db:.4f} dB at a fidelity of {quality.fidelity_db:.2f} dB",
-            expected=options.bound(),
-            next_step="allow a little more, or use --precision fp16",
-        )
     result = QuantizeResult(
         output=Path(),
-        precision=precision,
+        precision=job.precision,
         target=target,
         quality=quality,
         int8_layers=placement.layers,
         int8_macs=macs_share_of(builder.graph, placement.layers),
-        weight_bits=recipe.weight_bits if precision == Precision.INT8 else None,
+        weight_bits=recipe.weight_bits if job.precision == Precision.INT8 else None,
         floats=placement.floats,
         islands=islands,
         readback=readback,
@@ -335,7 +335,27 @@ def _quantize_graph(
         merged=merged,
         notes=(*_notes(target, latency), *((NOT_RUN_HERE,) if foreign else ())),
     )
-    return _Outcome(quantized, result, builder.ranges(choice.decisions, model_sha256=sha256), journal)
+    return _Outcome(quantized, result, builder.ranges(choice.decisions, model_sha256=job.sha256), journal)
+
+
+def _check_ranges(builder: GraphBuilder, job: _Job) -> None:
+    missing = [tensor for tensor in builder.tensors if job.ranges is not None and tensor not in job.ranges.ranges]
+    if missing:
+        raise InputError(
+            f"{job.options.ranges} has no range of {missing[0]}: it was made for a graph laid out otherwise",
+            expected="the --target, --keep and --deconvolution of the run that wrote it",
+            next_step="leave --ranges out to collect new ones",
+        )
+
+
+def _check_bound(options: QuantizeOptions, quality: GraphQuality) -> None:
+    """Refuse a graph that FP16 around its 8-bit layers has brought below the bound."""
+    if not options.is_satisfied_by(quality):
+        raise GateError(
+            f"the finished graph loses {quality.drop_db:.4f} dB at a fidelity of {quality.fidelity_db:.2f} dB",
+            expected=options.bound(),
+            next_step="allow a little more, or use --precision fp16",
+        )
 
 
 def _notes(target: Target, latency: tuple[float, float] | None) -> tuple[str, ...]:

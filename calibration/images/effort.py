@@ -6,11 +6,14 @@ multiply-adds per pixel) sees fewer and smaller windows: its ranges come from tw
 take half a minute on two cores, where the full set would take three minutes.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import CapabilityError
 from srdeploy.core.memory import bytes_per_pixel
+from srdeploy.core.samples import Sample, windows_of
 from srdeploy.core.sizes import format_bytes
 
 MAX_CROPS = 64
@@ -23,9 +26,22 @@ RANGE_MACS = 1.2e12
 """Multiply-adds of all crops in one pass, and of all whole images in one pass."""
 HELD_OUT_MACS = 1.0e12
 """Multiply-adds of all held-out images in one evaluation."""
+HALF_MACS = 6e11
+"""Multiply-adds of the images on which overflow of FP16 is looked for; a factor of four is allowed for others."""
+HALF_EVALUATION_MACS = 3e11
+"""Multiply-adds of the held-out images on which FP16 and BF16 are evaluated; all images agree within a decibel."""
+TUNING_MACS = 1.6e11
+"""Multiply-adds of the windows on which ways to quantize are compared, a dozen times."""
+ROUNDING_MACS = 4e11
+"""Multiply-adds of the windows that covariances are taken from."""
 _MIN_CROPS = 12
 """The extremes (black, white, six hues) and some of the strata."""
 _HELD_OUT_IMAGES = 8
+_TUNING_WINDOWS = 8
+_ROUNDING_WINDOWS = 16
+_WINDOW_SIDE = 64
+_MIN_WINDOW_SIDE = 32
+_MIN_ROUNDING_WINDOWS = 6
 
 BASE_BYTES = 400 << 20
 """The interpreter, numpy, ONNX Runtime and OpenVINO."""
@@ -111,3 +127,37 @@ def plan_windows(contract: ModelContract, *, memory_bytes: int, count: int | Non
     held_out = min(HELD_OUT_PIXELS, fitting, max(crop * crop, int(HELD_OUT_MACS / (macs * _HELD_OUT_IMAGES))))
     limited = (chosen, whole_pixels, held_out) != (wanted, WHOLE_PIXELS, HELD_OUT_PIXELS)
     return WindowPlan(memory_bytes, chosen, whole_pixels, held_out, memory_bytes // _DECODED_BYTES, limited)
+
+
+def select_tuning_windows(samples: Sequence[Sample], macs_per_pixel: float) -> list[Sample]:
+    """Return small windows of the calibration samples, to compare ways to quantize on."""
+    side = math.isqrt(int(TUNING_MACS / (_TUNING_WINDOWS * max(macs_per_pixel, 1.0))))
+    return windows_of(samples, _TUNING_WINDOWS, min(_WINDOW_SIDE, max(_MIN_WINDOW_SIDE, side)))
+
+
+def select_rounding_windows(samples: Sequence[Sample], macs_per_pixel: float) -> list[Sample]:
+    """Return small windows of the calibration samples, to take covariances of what layers read from."""
+    affordable = int(ROUNDING_MACS / (_WINDOW_SIDE**2 * max(macs_per_pixel, 1.0)))
+    return windows_of(samples, min(_ROUNDING_WINDOWS, max(_MIN_ROUNDING_WINDOWS, affordable)), _WINDOW_SIDE)
+
+
+def select_overflow_samples(samples: Sequence[Sample], macs_per_pixel: float) -> list[Sample]:
+    """Return the samples on which overflow is looked for: the largest, then the crops, the extreme ones first."""
+    largest = max(samples, key=lambda sample: sample.image.size)
+    return _affordable([largest, *(entry for entry in samples if entry is not largest)], macs_per_pixel, HALF_MACS)
+
+
+def select_half_held_out(samples: Sequence[Sample], macs_per_pixel: float) -> list[Sample]:
+    """Return the held-out images on which an FP16 or BF16 graph is evaluated."""
+    return _affordable(samples, macs_per_pixel, HALF_EVALUATION_MACS)
+
+
+def _affordable(samples: Sequence[Sample], macs_per_pixel: float, macs: float) -> list[Sample]:
+    """Return as many of the first samples as a number of multiply-adds pays for, at least one."""
+    chosen: list[Sample] = []
+    for sample in samples:
+        macs -= sample.image.shape[2] * sample.image.shape[3] * macs_per_pixel
+        if chosen and macs < 0:
+            break
+        chosen.append(sample)
+    return chosen

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from srdeploy.calibration.images.dataset import CalibrationSet
+from srdeploy.calibration.images.effort import select_rounding_windows
 from srdeploy.calibration.int8.arithmetic import (
     WEIGHT_TOPS,
     QuantParams,
@@ -21,22 +22,19 @@ from srdeploy.calibration.int8.arithmetic import (
     quantize_weights,
     weight_scales,
 )
-from srdeploy.calibration.int8.placement import Placement, Recipe, place
+from srdeploy.calibration.int8.placement import Placement, Recipe, list_quantizable, place
 from srdeploy.calibration.int8.qdq import QuantWeight, insert_qdq, quantize_weights_fp8
 from srdeploy.calibration.int8.ranges import Method, Ranges, compute_range
-from srdeploy.calibration.int8.rounding import collect_covariances, round_with_compensation
+from srdeploy.calibration.int8.rounding import round_with_compensation, scale_covariances
 from srdeploy.calibration.journal import Journal
-from srdeploy.calibration.observe import Observation, observe
+from srdeploy.calibration.measurements import Measurements
+from srdeploy.calibration.observe import Observation
 from srdeploy.calibration.rewrites.equalize import equalize_channels
 from srdeploy.calibration.rewrites.streams import fold_reader_scales
 from srdeploy.core.contract import INPUT
 from srdeploy.core.onnx_graph import Graph
 from srdeploy.core.precision import Precision
 from srdeploy.core.progress import SILENT, Progress
-from srdeploy.core.samples import windows_of
-
-COMPENSATION_SAMPLES = 16
-"""Images whose feature maps tell which weights make each other's errors good; more gain nothing."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,8 @@ class GraphBuilder:
         progress: where the passes over the images report.
         stored: ranges of this graph from an earlier run: no pass over the images is made.
         journal: remembers passes over the images.
+        measurements: shared with graphs for other targets; None measures for this graph alone.
+        key: names the network, its rewrites and the calibration set among `measurements`.
     """
 
     def __init__(
@@ -88,6 +88,8 @@ class GraphBuilder:
         progress: Progress = SILENT,
         stored: Ranges | None = None,
         journal: Journal | None = None,
+        measurements: Measurements | None = None,
+        key: str = "",
     ) -> None:
         self.graph = Graph(model)
         self.recipe = recipe
@@ -96,6 +98,8 @@ class GraphBuilder:
         self._progress = progress
         self.stored = stored
         self._journal = journal
+        self._measurements = measurements or Measurements()
+        self.key = key
         self._equalized: dict[float, tuple[Graph, dict[str, NDArray[np.float64]]]] = {}
         self._ranges: dict[tuple[float, Method], dict[str, tuple[float, float]]] = {}
         self._codes: dict[tuple[float, str], QuantWeight] = {}
@@ -104,22 +108,22 @@ class GraphBuilder:
     @cached_property
     def tensors(self) -> tuple[str, ...]:
         """The activations that may become 8-bit: inputs of layers, and the features behind concatenations."""
-        wide = place(self.graph, self.recipe, precision=self.precision, share=False)
-        deep = place(self.graph, self.recipe, precision=self.precision, share=True)
-        split = place(self.graph, self.recipe, precision=self.precision, splits=deep.layers)
-        sites = (*deep.sites, *wide.sites, *split.sites)
-        return tuple(dict.fromkeys(site.tensor for site in sites if not self._is_concat(site.tensor)))
+        return list_quantizable(self.graph, self.recipe, self.precision)
 
     @cached_property
     def seen(self) -> dict[str, Observation]:
         """What was observed of `tensors` in the graph as it was given: one pass over the images."""
         if self.stored is not None:
             return self._remembered()
-        return self._journal.observations("0.0", self._observe) if self._journal else self._observe()
-
-    def _observe(self) -> dict[str, Observation]:
-        count = len(self._calibration)
-        return observe(self.graph, self.tensors, self._calibration, count=count, progress=self._progress)
+        return self._measurements.observations(
+            self.key,
+            self.graph,
+            self.tensors,
+            self._calibration,
+            precision=self.precision,
+            journal=self._journal,
+            progress=self._progress,
+        )
 
     def equalized(self, strength: float) -> tuple[Graph, dict[str, NDArray[np.float64]]]:
         """Return the equalized graph, and the factor of each channel by tensor."""
@@ -252,12 +256,16 @@ class GraphBuilder:
         graph, _ = self.equalized(decisions.strength)
         placement = place(graph, self.recipe, precision=self.precision, share=decisions.share)
         layers = [x for x in graph.layers if x.name in placement.layers and graph.is_plain_convolution(x)]
-        batches = [sample.image for sample in windows_of(self._calibration.samples, COMPENSATION_SAMPLES)]
+        macs = sum(layer.macs for layer in graph.layers)
+        batches = [sample.image for sample in select_rounding_windows(self._calibration.samples, macs)]
         top = WEIGHT_TOPS[self.recipe.weight_bits]
-        for layer, covariances in collect_covariances(graph, layers, batches, progress=self._progress):
+        covariances = self._measurements.covariances(self.key, self.graph, layers, batches, progress=self._progress)
+        factors = self.equalized(decisions.strength)[1]
+        for layer in layers:
             # The activation's own rounding is noise that no weight can make good.
             step = params_for_range(*self._range(layer.input, decisions), self.recipe.kind).scale
-            noisy = [covariance + np.eye(len(covariance)) * step**2 / 12 for covariance in covariances]
+            scaled = scale_covariances(covariances[layer.name], factors.get(layer.input, np.ones(1)))
+            noisy = [covariance + np.eye(len(covariance)) * step**2 / 12 for covariance in scaled]
             weights = graph.array(layer.weight)
             scales = weight_scales(weights, layer.axis, self.recipe.weight_bits)
             codes, scales = round_with_compensation(weights, scales, noisy, top, self._representable)

@@ -198,6 +198,15 @@ def place(
     return Placement(tuple(layer.name for layer in chosen), sites, floats)
 
 
+def list_quantizable(graph: Graph, recipe: Recipe, precision: Precision) -> tuple[str, ...]:
+    """Return the activations that may become 8-bit: inputs of layers, and the features behind concatenations."""
+    wide = place(graph, recipe, precision=precision, share=False)
+    deep = place(graph, recipe, precision=precision, share=True)
+    split = place(graph, recipe, precision=precision, splits=deep.layers)
+    sites = (*deep.sites, *wide.sites, *split.sites)
+    return tuple(dict.fromkeys(site.tensor for site in sites if not _is_concat(graph, site.tensor)))
+
+
 def can_split(graph: Graph, layer: Layer) -> bool:
     """Tell whether a layer can be computed as two 8-bit convolutions: what it reads must exist as floats.
 

@@ -34,6 +34,10 @@ _BLOCK = 64
 _SMALLEST = 1e-12
 
 
+Covariances = list[NDArray[np.float32]]
+"""Of the windows that a layer reads: one matrix (d, d), or several of consecutive input channels."""
+
+
 @dataclass
 class _Moments:
     """Sums over windows, or parts of windows; they are taken relative to an `offset` near their mean."""
@@ -54,9 +58,10 @@ class _Moments:
         self.total += windows.sum(axis=0, dtype=np.float64)
         self.count += windows.shape[0]
 
-    def covariance(self) -> NDArray[np.float64]:
+    def covariance(self) -> NDArray[np.float32]:
         mean = self.total / self.count
-        return self.products.astype(np.float64) / self.count - np.outer(mean, mean)
+        result = self.products.astype(np.float64) / self.count - np.outer(mean, mean)
+        return result.astype(np.float32)
 
 
 def collect_covariances(
@@ -66,7 +71,7 @@ def collect_covariances(
     *,
     seed: int = 0,
     progress: Progress = SILENT,
-) -> Iterator[tuple[Layer, list[NDArray[np.float64]]]]:
+) -> Iterator[tuple[Layer, Covariances]]:
     """Yield layers with the covariances of the windows that they read.
 
     A layer with d = in * kh * kw weights per output channel has one covariance (d, d); where that is more than LARGEST,
@@ -96,6 +101,28 @@ def collect_covariances(
                 advance()
             for layer in members:
                 yield layer, [entry.covariance() for entry in moments.pop(layer.name)]
+
+
+def covariance_bytes(covariances: Iterable[Covariances]) -> int:
+    """Return the memory that covariances take."""
+    return sum(part.nbytes for parts in covariances for part in parts)
+
+
+def scale_covariances(covariances: Covariances, factors: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+    """Return the covariances of windows whose channels are multiplied by a factor each.
+
+    Args:
+        covariances: as `collect_covariances` yields them.
+        factors: (C,), per input channel, or (1,).
+    """
+    size = sum(len(part) for part in covariances)
+    taps = np.repeat(np.broadcast_to(factors, factors.size), size // factors.size)  # a channel's taps are consecutive
+    scaled, start = [], 0
+    for part in covariances:
+        own = taps[start : start + len(part)]
+        scaled.append(part.astype(np.float64) * own[:, None] * own)
+        start += len(part)
+    return scaled
 
 
 def round_with_compensation(

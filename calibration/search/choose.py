@@ -18,6 +18,7 @@ from typing import Any
 
 import onnx
 
+from srdeploy.calibration.images.effort import select_tuning_windows
 from srdeploy.calibration.int8.builder import Decisions, GraphBuilder
 from srdeploy.calibration.int8.placement import macs_share_of
 from srdeploy.calibration.int8.ranges import Method
@@ -38,11 +39,10 @@ from srdeploy.core.errors import BuildError, GateError, UsageError
 from srdeploy.core.precision import Precision
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.runner import Runner
-from srdeploy.core.samples import Sample, windows_of
+from srdeploy.core.samples import Sample
 
 STRENGTHS = (0.5, 0.7)
 AUTOMATIC_METHODS: tuple[Method, ...] = ("mse", "percentile")  # entropy lost everywhere it was measured
-TUNING_SAMPLES = 8
 AS_WRITTEN_DB = 3.0
 """Engines differ from a graph's own arithmetic by codes rounded the other way, which halves the error power at most."""
 
@@ -92,11 +92,21 @@ class Point:
 
 @dataclass(frozen=True)
 class Choice:
-    """The decisions taken and everything that was measured for them."""
+    """The decisions taken and everything that was measured for them.
+
+    Attributes:
+        decisions: of the graph that is written.
+        trials: ways to quantize that were compared.
+        points: graphs evaluated on the held-out images, in order.
+        taken: the point of `decisions`.
+        sensitivities: of groups of layers; empty when no search was needed.
+        notes: for people.
+    """
 
     decisions: Decisions
     trials: tuple[Trial, ...]
     points: tuple[Point, ...]
+    taken: Point
     sensitivities: tuple[Sensitivity, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -123,7 +133,7 @@ def choose(
     options: QuantizeOptions,
     open_engine: OpenEngine | None,
     samples: Sequence[Sample],
-    held_out: Sequence[Sample],
+    evaluator: Evaluator,
     journal: Journal,
     progress: Progress = SILENT,
 ) -> Choice:
@@ -133,9 +143,9 @@ def choose(
         builder: makes candidates.
         contract: of the network.
         options: what the user decided already, the bound and the time.
-        open_engine: the target's engine; None held_out on ONNX Runtime's plain kernels.
+        open_engine: the target's engine; None evaluates with ONNX Runtime, in float.
         samples: calibration samples, of which some are used to compare candidates.
-        held_out: images kept aside for the bound.
+        evaluator: evaluates on the held-out images.
         journal: remembers what was measured.
         progress: where to report.
 
@@ -145,12 +155,11 @@ def choose(
     """
     deadline = time.monotonic() + options.time_budget_s
     _check_kept(builder, options)
-    tuning = Evaluator(builder.graph.model, windows_of(samples, TUNING_SAMPLES), contract)
+    tuning = Evaluator(builder.graph.model, select_tuning_windows(samples, contract.macs_per_pixel), contract)
     decisions, trials = _tune(builder, tuning, options, deadline, journal, progress)
-    evaluator = Evaluator(builder.graph.model, held_out, contract)
     first = _measure_point(builder, evaluator, decisions, open_engine, check=True)
     if options.is_satisfied_by(first.quality):
-        return Choice(decisions, tuple(trials), (first,))
+        return Choice(decisions, tuple(trials), (first,), first)
     return _meet_bound(
         builder, tuning, evaluator, decisions, trials, first, options, open_engine, deadline, journal, progress
     )
@@ -243,14 +252,16 @@ def _meet_bound(
             points.append(_measure_point(builder, evaluator, _apply_changes(decisions, done, total), open_engine))
             advance(0, note=f"{points[-1].quality.drop_db:.4f} dB")
             if options.is_satisfied_by(points[-1].quality):
+                taken = points[-1]
                 needed = remove_superfluous(done, first.quality, points[-1].quality, options)
                 if len(needed) < len(done) and time.monotonic() < deadline:
                     points.append(
                         _measure_point(builder, evaluator, _apply_changes(decisions, needed, total), open_engine)
                     )
-                    done = needed if options.is_satisfied_by(points[-1].quality) else done
-                taken = _apply_changes(decisions, done, total)
-                return Choice(taken, tuple(trials), tuple(points), tuple(sensitivities))
+                    if options.is_satisfied_by(points[-1].quality):
+                        done, taken = needed, points[-1]
+                chosen = _apply_changes(decisions, done, total)
+                return Choice(chosen, tuple(trials), tuple(points), taken, tuple(sensitivities))
             if time.monotonic() > deadline:
                 break
     best_point = max(points, key=lambda point: point.quality.fidelity_db)

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from srdeploy.calibration.measurements import Measurements
 from srdeploy.core.contract import INPUT, OUTPUT, ModelContract
 from srdeploy.core.imaging.psnr import drop_for_fidelity, psnr_db, y_psnr_db
 from srdeploy.core.imaging.read import to_uint8
@@ -65,11 +66,18 @@ class GraphQuality:
 class Evaluator:
     """Compares graphs with the FP32 graph on fixed samples; its outputs, `expected`, are computed once."""
 
-    def __init__(self, reference: onnx.ModelProto, samples: Sequence[Sample], contract: ModelContract) -> None:
+    def __init__(
+        self,
+        reference: onnx.ModelProto,
+        samples: Sequence[Sample],
+        contract: ModelContract,
+        *,
+        measurements: Measurements | None = None,
+        key: str = "",
+    ) -> None:
         self.samples = tuple(samples)
         self._contract = contract
-        session = cpu_session(reference, arithmetic="float")
-        self.expected = [session.run([OUTPUT], {INPUT: sample.image})[0] for sample in self.samples]
+        self.expected = (measurements or Measurements()).reference_outputs(key, reference, self.samples)
 
     def first(self, count: int) -> "Evaluator":
         """Return a evaluator of the first images only."""
