@@ -241,7 +241,7 @@ def test_ranges_are_reused_without_looking_at_the_images_again(
         return (tmp_path / name).read_bytes()
 
     first = run("one.onnx", None)
-    monkeypatch.setattr("srdeploy.calibration.int8.builder.observe", None)  # a pass over the images would now fail
+    monkeypatch.setattr("srdeploy.calibration.measurements.observe", None)  # a pass over the images would now fail
     second = run("two.onnx", artifacts_folder(tmp_path / "one.onnx") / "ranges.json")
 
     quantized = [onnx.load_model_from_string(data).graph for data in (first, second)]
