@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from srdeploy.calibration.images.dataset import CalibrationSet, make_calibration_set
+from srdeploy.calibration.measurements import Measurements
 from srdeploy.calibration.options import QuantizeOptions
-from srdeploy.calibration.quantize import artifacts_folder, quantize
+from srdeploy.calibration.quantize import CPU_TARGETS, artifacts_folder, quantize
 from srdeploy.calibration.search.choose import Choice
 from srdeploy.cli.checkpoint_options import load_from_options
 from srdeploy.cli.pipeline.engines import Placement, candidates_for, graphs_to_quantize, target_of
@@ -70,9 +71,12 @@ def quantize_all(
     """Make the graph of every precision that some engine needs; one that misses its gate is left out."""
     candidates = candidates_for(placements)
     refused: dict[str, SrdeployError] = {}
-    for onnx, entry in graphs_to_quantize(candidates, fp16=True).items():
+    graphs = graphs_to_quantize(candidates, fp16=True)
+    targets = {target_of(entry.engine) for entry in graphs.values() if entry.precision is Precision.INT8}
+    shared = Measurements([target for target in CPU_TARGETS if target in targets])
+    for onnx, entry in graphs.items():
         try:
-            report.append(_quantize(work, onnx, entry.engine, entry.precision, calibration))
+            report.append(_quantize(work, onnx, entry.engine, entry.precision, calibration, shared))
         except (GateError, BuildError) as error:
             refused[onnx] = error
     for entry in candidates:
@@ -81,7 +85,9 @@ def quantize_all(
     return [entry for entry in candidates if entry.onnx not in refused]
 
 
-def _quantize(work: Work, onnx: str, engine: str, precision: Precision, calibration: CalibrationSet) -> str:
+def _quantize(
+    work: Work, onnx: str, engine: str, precision: Precision, calibration: CalibrationSet, shared: Measurements
+) -> str:
     output = work.folder / onnx
     int8 = precision is Precision.INT8
     result = quantize(
@@ -93,6 +99,7 @@ def _quantize(work: Work, onnx: str, engine: str, precision: Precision, calibrat
         options=QuantizeOptions(max_psnr_drop=work.options.max_psnr_drop if int8 else None),
         open_engine=engine_opener(target_of(engine), work.options.threads),
         progress=work.progress,
+        shared=shared,
     )
     if int8 and not result.int8_macs:
         output.unlink()
