@@ -5,6 +5,7 @@ sound stay together; it is deterministic, and reading the file again gives the s
 frames strictly increasing times.
 """
 
+import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,14 +24,29 @@ _MATROSKA_TICK = Fraction(1, 1000)
 
 @dataclass
 class _StreamClock:
-    """One stream in `PacketClock`: its epoch, and the corrected time when its last packet ends.
+    """One stream in `PacketClock`, in ticks of the stream.
 
     Packets of a `timed` stream (video, audio) follow each other without gaps; those of subtitles do not.
+
+    Attributes:
+        tick: seconds per tick.
+        back, forward: steps from packet to packet below and above these are jumps.
+        epoch: index of the stream's epoch.
+        shift: what is added to timestamps in this epoch.
+        end: corrected time when the last packet ends; None at the start of an epoch.
     """
 
     timed: bool
+    tick: Fraction
+    back: float
+    forward: float
     epoch: int = 0
-    end: Fraction | None = None
+    shift: int = 0
+    end: int | None = None
+
+    def jumps(self, dts: int) -> bool:
+        """Return True if a packet's decoding time does not follow the last packet's."""
+        return self.end is not None and not self.back <= dts + self.shift - self.end <= self.forward
 
 
 @dataclass
@@ -43,11 +59,11 @@ class PacketClock:
 
     Attributes:
         jumps_allowed: the format's clock may jump forward too.
-        first_video: index of the video stream that sparse streams follow.
+        video: index of the video stream, whose epoch subtitles follow.
     """
 
     jumps_allowed: bool
-    first_video: int
+    video: int
     _offsets: list[Fraction]
     _streams: dict[int, _StreamClock] = field(default_factory=dict)
 
@@ -59,39 +75,46 @@ class PacketClock:
 
     @property
     def jumps(self) -> int:
-        """How often the clock jumped so far."""
+        """Number of jumps so far."""
         return len(self._offsets) - 1
 
     def correct(self, packet: Any) -> None:
         """Change a packet's timestamps in place. Call it for every packet, in the order of the file."""
-        if packet.dts is None and packet.pts is None:
+        pts, dts = packet.pts, packet.dts
+        if dts is None and pts is None:
             return
-        timed = packet.stream.type in ("video", "audio")
-        own = self._streams.setdefault(packet.stream.index, _StreamClock(timed))
-        tick = packet.time_base
-        if not timed:
-            own.epoch = self._streams[self.first_video].epoch if self.first_video in self._streams else 0
-        elif packet.dts is not None:  # times of presentation are out of order: they say nothing about jumps
-            self._enter_epoch(own, packet.dts * tick)
-        shift = round(self._offsets[own.epoch] / tick)
-        if packet.dts is not None:
-            packet.dts += shift
-            end = (packet.dts + (packet.duration or 0)) * tick
+        index = packet.stream.index
+        own = self._streams.get(index) or self._begin(index, packet)
+        if not own.timed:
+            video = self._streams.get(self.video)
+            if video is not None and video.epoch != own.epoch:
+                self._enter(own, video.epoch)
+        elif dts is not None and own.jumps(dts):  # times of presentation are out of order: not evidence of a jump
+            if own.epoch == self.jumps:
+                self._offsets.append(self._end() - dts * own.tick)
+            self._enter(own, own.epoch + 1)
+        if dts is not None:
+            packet.dts = dts + own.shift
+            end = dts + own.shift + (packet.duration or 0)
             own.end = end if own.end is None else max(own.end, end)
-        if packet.pts is not None:
-            packet.pts += shift
+        if pts is not None:
+            packet.pts = pts + own.shift
 
-    def _enter_epoch(self, own: _StreamClock, raw: Fraction) -> None:
-        if own.end is None or not self._jumps(raw + self._offsets[own.epoch] - own.end):
-            return
-        if own.epoch == self.jumps:
-            ends = [other.end for other in self._streams.values() if other.end is not None and other.timed]
-            self._offsets.append(max(ends) - raw)
-        own.epoch += 1
-        own.end = None
+    def _begin(self, index: int, packet: Any) -> _StreamClock:
+        tick = Fraction(packet.time_base)
+        forward = float(_FORWARD / tick) if self.jumps_allowed else math.inf
+        own = _StreamClock(packet.stream.type in ("video", "audio"), tick, float(-_BACK / tick), forward)
+        self._streams[index] = own
+        self._enter(own, self.jumps)
+        return own
 
-    def _jumps(self, step: Fraction) -> bool:
-        return step < -_BACK or (self.jumps_allowed and step > _FORWARD)
+    def _enter(self, own: _StreamClock, epoch: int) -> None:
+        own.epoch, own.end = epoch, None
+        own.shift = round(self._offsets[epoch] / own.tick)
+
+    def _end(self) -> Fraction:
+        """Return the corrected time in seconds when the longest audio or video stream ends."""
+        return max(own.end * own.tick for own in self._streams.values() if own.end is not None and own.timed)
 
 
 @dataclass
