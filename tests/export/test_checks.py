@@ -1,6 +1,8 @@
 """The checks catch what exporters get wrong, each beside a graph that is right."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -8,6 +10,7 @@ import onnx_ir
 import onnx_ir.passes
 import pytest
 import torch
+from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import nn
 
@@ -16,7 +19,10 @@ from srdeploy.core.errors import ExportError
 from srdeploy.core.precision import Precision
 from srdeploy.export import checks
 from srdeploy.export.canonical import canonical_graph
-from srdeploy.export.checks import check_against_network, check_structure
+from srdeploy.export.checks import Expected, check_against_expected, check_against_network, check_structure, expected_of
+from srdeploy.export.exporter import export_onnx
+from srdeploy.models.checkpoint.load import LoadedCheckpoint
+from srdeploy.models.networks.spec import NetworkConfig
 
 CONTRACT = ModelContract("rcan", {}, 2, "rgb", Precision.FP32, None, 1.0, 1, "0" * 64)
 
@@ -105,7 +111,7 @@ def test_reference_evaluator_serves_where_onnxruntime_is_missing(
     network = SubPixel()
     path = saved(GOOD, network, tmp_path)
     monkeypatch.setattr(checks, "is_installed", lambda module: False)
-    monkeypatch.setattr(checks, "SIZES", ((1, 1), (3, 4)))
+    monkeypatch.setattr(checks, "GRID", (((1, 1), (1,)), ((3, 4), (2,))))
 
     check = check_against_network(path, network, CONTRACT)
 
@@ -148,20 +154,134 @@ def test_wrong_output_size_is_caught(tmp_path: Path) -> None:
         check_against_network(path, network, CONTRACT)
 
 
-@pytest.mark.parametrize(("amplitude", "passes"), [(1.0, False), (100.0, True)], ids=["in-range", "large-outputs"])
-def test_tolerance_grows_only_with_the_outputs(amplitude: float, passes: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("amplitude", [1.0, 1e4], ids=["small outputs", "large outputs"])
+def test_tolerance_follows_the_networks_own_roundings(amplitude: float, tmp_path: Path) -> None:
     network = SubPixel()
-    network.convolution.bias.data.fill_(amplitude)  # type: ignore[union-attr]
+    for parameter in network.parameters():
+        parameter.data *= amplitude
     model = model_of(GOOD, network.convolution)
-    bias = numpy_helper.to_array(model.graph.initializer[1]) + np.float32(1e-4)
-    model.graph.initializer[1].CopyFrom(numpy_helper.from_array(bias, "bias"))
     onnx.save(model, tmp_path / "model.onnx")
 
-    if passes:
-        check_against_network(tmp_path / "model.onnx", network, CONTRACT)
-    else:
-        with pytest.raises(ExportError, match="expected at most"):
-            check_against_network(tmp_path / "model.onnx", network, CONTRACT)
+    check = check_against_network(tmp_path / "model.onnx", network, CONTRACT)
+
+    assert check.network_error < 1e-6  # relative
+    assert max(entry.tolerance for entry in check.deviations) < 1e-5 * amplitude
+    assert check.to_json()["reference"] == "the network in float64"
+
+
+def test_a_network_that_overflows_is_refused(tmp_path: Path) -> None:
+    network = SubPixel()
+    network.convolution.weight.data.fill_(1e38)
+
+    with pytest.raises(ExportError, match="the network gives values that are not finite"):
+        check_against_network(saved(GOOD, network, tmp_path), network, CONTRACT)
+
+
+Perturbation = Callable[[onnx.ModelProto, onnx.NodeProto], None]
+
+
+def weight_of(model: onnx.ModelProto, node: onnx.NodeProto) -> onnx.TensorProto:
+    return next(tensor for tensor in model.graph.initializer if tensor.name == node.input[1])
+
+
+def put(tensor: onnx.TensorProto, weights: NDArray[np.float32]) -> None:
+    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(weights), tensor.name))
+
+
+def pads_of(node: onnx.NodeProto) -> Any:
+    return next((entry.ints for entry in node.attribute if entry.name == "pads"), [0, 0, 0, 0])
+
+
+def change_one_weight(checkpoint: LoadedCheckpoint) -> Perturbation:
+    """Change the weight that the output depends on most by 1 %."""
+    image = torch.rand(1, checkpoint.config.channels, 17, 22)
+    output = checkpoint.reference(image)
+    (output * torch.randn_like(output)).sum().backward()
+    most = {}
+    for name, values in checkpoint.network.named_parameters():
+        assert values.grad is not None
+        most[name] = int((values * values.grad).abs().argmax())
+
+    def perturb(model: onnx.ModelProto, node: onnx.NodeProto) -> None:
+        tensor = weight_of(model, node)
+        weights = numpy_helper.to_array(tensor).copy()
+        weights.ravel()[most[tensor.name]] *= 1.01
+        put(tensor, weights)
+
+    return perturb
+
+
+def shuffle_channels(model: onnx.ModelProto, node: onnx.NodeProto) -> None:
+    """Give each output channel the weights of its neighbor."""
+    tensor = weight_of(model, node)
+    put(tensor, np.roll(numpy_helper.to_array(tensor), 1, axis=0 if node.op_type == "Conv" else 1))
+
+
+def shift_by_a_pixel(model: onnx.ModelProto, node: onnx.NodeProto) -> None:
+    pads = pads_of(node)
+    pads[:] = [pads[0] + 1, pads[1], pads[2] - 1, pads[3]]
+
+
+def repeat_the_border(model: onnx.ModelProto, node: onnx.NodeProto) -> None:
+    """Pad with the outermost pixels instead of zeros."""
+    pads = pads_of(node)
+    sizes = np.array([0, 0, *pads[:2], 0, 0, *pads[2:]], dtype=np.int64)
+    model.graph.initializer.append(numpy_helper.from_array(sizes, "border"))
+    pad = onnx.helper.make_node("Pad", [node.input[0], "border"], ["padded"], mode="edge")
+    model.graph.node.insert(list(model.graph.node).index(node), pad)
+    node.input[0] = "padded"
+    pads[:] = [0, 0, 0, 0]
+
+
+def passes(path: Path, expected: tuple[Expected, ...], contract: ModelContract) -> bool:
+    try:
+        check_against_expected(path, expected, contract)
+    except ExportError as error:
+        return "differs from the network" not in error.found
+    return True
+
+
+@pytest.mark.parametrize("name", ["rcan-x2", "rcan-255-matrix", "srdensenet-all", "srdensenet-shuffles-rgb-matrix"])
+def test_a_small_mistake_in_any_layer_is_caught(
+    name: str,
+    checkpoint_of: Callable[[NetworkConfig], LoadedCheckpoint],
+    variants: dict[str, NetworkConfig],
+    tmp_path: Path,
+) -> None:
+    checkpoint, path = checkpoint_of(variants[name]), tmp_path / "model.onnx"
+    with torch.no_grad():
+        for key, values in checkpoint.network.named_parameters():
+            # No gate is shut by its ReLU or saturated: what nothing depends on can be anything.
+            if key.endswith("squeeze.bias"):
+                values += 1.0
+            elif key.endswith("squeeze.weight"):
+                values /= checkpoint.spec.value_range**0.5
+    export_onnx(checkpoint, path)
+    contract = checkpoint.contract()
+    expected = expected_of(checkpoint.reference, contract)
+    plain = onnx.load(path)
+    layers = [node for node in plain.graph.node if node.op_type in ("Conv", "ConvTranspose")]
+    padded = [node.name for node in layers if node.op_type == "Conv" and any(pads_of(node))]
+    several = [node.name for node in layers if weight_of(plain, node).dims[0 if node.op_type == "Conv" else 1] > 1]
+    perturbations: dict[Perturbation, list[str]] = {
+        change_one_weight(checkpoint): [node.name for node in layers],
+        shuffle_channels: several,
+        shift_by_a_pixel: padded,
+        repeat_the_border: padded,
+    }
+
+    missed = []
+    for perturb, names in perturbations.items():
+        for layer in names:
+            model = onnx.load(path)
+            perturb(model, next(node for node in model.graph.node if node.name == layer))
+            onnx.save(model, tmp_path / "wrong.onnx")
+            if passes(tmp_path / "wrong.onnx", expected, contract):
+                missed.append((perturb.__name__, layer))
+
+    assert passes(path, expected, contract)
+    assert padded
+    assert missed == []
 
 
 def test_structure_of_a_broken_graph_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,92 @@
+"""Export random configurations of every dialect, with weights from 100 times too small to 100 times too large.
+
+Nothing valid may be refused: each checkpoint is written under its family's own keys, loaded, its convolutions scaled by
+a random factor, exported, and checked against the network in float64. Printed is how large the graphs' errors are
+beside the eager FP32 networks' own, which is what `srdeploy.export.checks.MULTIPLE` bounds.
+
+    python benchmarks/export_sweep.py --count 300 -o benchmarks/results/export_sweep.json
+
+Weights that drive the FP32 network itself beyond its range are not valid; they are counted apart.
+"""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "fuzz"))
+from checkpoint_fuzzing.references import CASES, random_sizes, write_checkpoint
+
+from srdeploy.core.errors import ExportError
+from srdeploy.export import checks
+from srdeploy.export.exporter import export_onnx
+from srdeploy.models.checkpoint.load import Choices, LoadedCheckpoint, load_checkpoint
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--first", type=int, default=0, help="number of the first configuration; it is its seed")
+    parser.add_argument("-o", "--output", type=Path)
+    options = parser.parse_args()
+    rows = []
+    for seed in range(options.first, options.first + options.count):
+        rows.append(one(seed))
+        print(json.dumps(rows[-1]), flush=True)
+    document = summary(rows)
+    print(json.dumps(document, indent=2))
+    if options.output:
+        options.output.write_text(json.dumps({**document, "rows": rows}, indent=1) + "\n")
+
+
+def one(seed: int) -> dict[str, Any]:
+    """Export one random configuration and return how it went."""
+    choose = random.Random(seed)
+    case = CASES[seed % len(CASES)]
+    factor = 10.0 ** choose.uniform(-2, 2)
+    row: dict[str, Any] = {"seed": seed, "dialect": case.dialect, "factor": round(factor, 4)}
+    with tempfile.TemporaryDirectory() as name:
+        path = write_checkpoint(case, random_sizes(case, choose), seed, Path(name))
+        checkpoint = load_checkpoint(path, Choices(**case.choices))
+        scale_weights(checkpoint, factor)
+        try:
+            check = export_onnx(checkpoint, Path(name) / "model.onnx").check
+        except ExportError as error:
+            finite = "the network gives values that are not finite" not in error.found
+            return {**row, "outcome": "refused" if finite else "not finite in FP32", "error": str(error)}
+    used = max(entry.max_abs / entry.tolerance if entry.tolerance else 0.0 for entry in check.deviations)
+    return {**row, "outcome": "exported", "network_error": check.network_error, "ratio": checks.MULTIPLE * used}
+
+
+def scale_weights(checkpoint: LoadedCheckpoint, factor: float) -> None:
+    """Multiply the weights and biases of all convolutions, in place."""
+    with torch.no_grad():
+        for module in checkpoint.network.modules():
+            if isinstance(module, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
+                module.weight *= factor
+                if module.bias is not None:
+                    module.bias *= factor
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return counts by outcome, and the distribution of the ratios."""
+    ratios = [row["ratio"] for row in rows if "ratio" in row]
+    return {
+        "outcomes": dict(Counter(row["outcome"] for row in rows)),
+        "dialects": len({row["dialect"] for row in rows}),
+        "ratio": {name: round(float(np.percentile(ratios, at)), 3) for name, at in PERCENTILES.items()},
+        "multiple": checks.MULTIPLE,
+    }
+
+
+PERCENTILES = {"median": 50, "p90": 90, "p99": 99, "max": 100}
+
+if __name__ == "__main__":
+    main()
