@@ -28,6 +28,7 @@ from srdeploy.upscale.video.mux import CannotHoldError, join_segments, lost_stre
 from srdeploy.upscale.video.parts import Parts, Segment, adopt_parts
 from srdeploy.upscale.video.reader import Frame, VideoReader
 from srdeploy.upscale.video.rehearsal import rehearse
+from srdeploy.upscale.video.survey import Survey
 from srdeploy.upscale.video.writer import VideoWriter
 
 SEGMENT_FRAMES = 120
@@ -237,7 +238,12 @@ class _VideoJob:
         """
         notes = rehearse(self.reader, self.encoding, self.size, self.output, self.parts.folder)
         lost = lost_streams(self.reader.path, self.output)
-        self.report.notes = (*self.encoding.notes, *(f"not kept: {name}" for name in lost), *notes)
+        self.report.notes = (
+            *_notes_about(self.reader.survey),
+            *self.encoding.notes,
+            *(f"not kept: {name}" for name in lost),
+            *notes,
+        )
         for line in self.report.notes:
             progress.note(line)
 
@@ -314,6 +320,13 @@ class _VideoJob:
     def _key(self, encoding: Encoding) -> str:
         parts = [sha256_of_file(self.reader.path), self.up.identity, encoding.codec, encoding.pix_fmt]
         return sha256_of_bytes(json.dumps([*parts, encoding.options, self.options.segment_frames]).encode())
+
+
+def _notes_about(survey: Survey) -> Iterator[str]:
+    if survey.clock_jumps:
+        yield f"the clock of the input jumps {survey.clock_jumps} times: the parts follow each other in the output"
+    if survey.damaged:
+        yield f"{survey.damaged} packets of the input are damaged: frames may be missing there, as in a player"
 
 
 class _Dropped(Exception):  # noqa: N818 - not an error: it tells atomic_file not to keep the file

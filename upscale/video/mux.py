@@ -121,6 +121,8 @@ def _film(joined: Any, encoded: Any, original: Any, info: VideoInfo, tick: Fract
         raise CannotHoldError(f"the video stream ({encoded.codec_context.name})") from error
     film.time_base = tick
     film.codec_context.framerate = info.frame_rate
+    if encoded.codec_context.name == "hevc" and joined.format.name in ("mp4", "mov", "ipod"):
+        film.codec_context.codec_tag = "hvc1"  # Apple's players take no hev1; parameter sets are in the header only
     if info.aspect is not None:
         film.codec_context.sample_aspect_ratio = info.aspect
     if info.display_matrix is not None:

@@ -7,7 +7,7 @@ number of lines would make players guess another. Transfer curve and primaries a
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class VideoReader:
             self._first = next(self._decoded, None)
             if self._first is None:
                 raise InputError(f"{path} holds no frame that can be decoded", expected="a video")
-            self.info: VideoInfo = info_of(self._container, self._stream, self._first)
+            self.info: VideoInfo = self._with_rate(info_of(self._container, self._stream, self._first))
         except BaseException:
             self.close()
             raise
@@ -89,6 +89,14 @@ class VideoReader:
     def close(self) -> None:
         """Close the file."""
         self._container.close()
+
+    def _with_rate(self, info: VideoInfo) -> VideoInfo:
+        """Measure the frame rate if the stream states none, as live recordings of browsers."""
+        times = self.survey.times
+        if self._stream.average_rate or len(times) < 2 or times[-1] <= times[0]:
+            return info
+        rate = (len(times) - 1) / ((times[-1] - times[0]) * info.time_base)
+        return replace(info, frame_rate=rate.limit_denominator(1001))
 
     def _decode(self) -> Iterator[Any]:
         """Decode packets with corrected timestamps. What comes before the first decodable frame is skipped."""

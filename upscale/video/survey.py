@@ -22,12 +22,14 @@ class Survey:
         times: their presentation times in ticks of the stream, sorted; empty when one of them states none.
         in_decoding_order: the file states decoding times only, frame n is shown at the n-th of `times`.
         clock_jumps: how often the clock of the file jumps.
+        damaged: packets of the video stream that the container marks as damaged, as in broadcasts.
     """
 
     packets: int
     times: Sequence[int]
     in_decoding_order: bool
     clock_jumps: int
+    damaged: int = 0
 
 
 def survey_video(path: Path) -> Survey:
@@ -56,8 +58,8 @@ def survey_video(path: Path) -> Survey:
             ) from error
         times = shown.in_decoding_order(container.format.name, bool(video.codec_context.has_b_frames))
         if times is not None:
-            return Survey(shown.packets, times, True, clock.jumps)
-    return Survey(shown.packets, shown.sorted(), False, clock.jumps)
+            return Survey(shown.packets, times, True, clock.jumps, shown.damaged)
+    return Survey(shown.packets, shown.sorted(), False, clock.jumps, shown.damaged)
 
 
 @dataclass
@@ -65,11 +67,13 @@ class _Stamps:
     """Timestamps of the packets so far, in the order of the file; None after one that was missing."""
 
     packets: int = 0
+    damaged: int = 0
     pts: "array[int] | None" = field(default_factory=lambda: array("q"))
     dts: "array[int] | None" = field(default_factory=lambda: array("q"))
 
     def add(self, packet: Any) -> None:
         self.packets += 1
+        self.damaged += bool(packet.is_corrupt)
         for name in ("pts", "dts"):
             stamps, stamp = getattr(self, name), getattr(packet, name)
             if stamp is None:

@@ -270,6 +270,15 @@ def test_second_video_stream_is_named(up: Upscaler, clips: Any, tmp_path: Path) 
     assert clips.shown(tmp_path / "out.mkv").numbers == list(range(10))
 
 
+@pytest.mark.parametrize("output", ["out.mp4", "out.mov"])
+def test_hevc_has_the_tag_that_apple_plays(output: str, up: Upscaler, clips: Any, tmp_path: Path) -> None:
+    upscale_video(up, clips.make(tmp_path / "a.mp4", range(2)), tmp_path / output, VideoOptions(codec="libx265"))
+
+    with av.open(str(tmp_path / output)) as file:
+        assert file.streams.video[0].codec_context.codec_tag == "hvc1"
+    assert clips.shown(tmp_path / output).numbers == [0, 1]
+
+
 ASPECT = Fraction(32, 27)
 
 

@@ -203,6 +203,23 @@ def test_clock_that_goes_on_is_not_corrected(clips: Any, tmp_path: Path) -> None
     assert list(survey.times) == [0, 40, 40_000]
 
 
+def test_rate_that_is_not_stated_is_measured(clips: Any, tmp_path: Path) -> None:
+    """Recordings of browsers; FFmpeg's guess is the greatest rate that divides all times."""
+    whole = clips.make(
+        tmp_path / "whole.webm",
+        range(7),
+        codec="libvpx",
+        pts=[0, 33, 67, 101, 134, 167, 201],
+        time_base=Fraction(1, 1000),
+    )
+    source = clips.remux([whole], tmp_path / "a.webm", container={"live": "1"})
+
+    reader = VideoReader(source)
+    reader.close()
+
+    assert float(reader.info.frame_rate) == pytest.approx(6 / 0.201, rel=1e-3)
+
+
 class TestTimesOfTheContainer:
     """Matroska counts milliseconds."""
 
@@ -233,6 +250,23 @@ class TestTimesOfTheContainer:
 
 def _must_not_run(*args: object, **kwargs: object) -> None:
     raise AssertionError("a frame was computed")
+
+
+def test_broadcast_with_lost_packets_is_read_as_players_do_and_says_so(
+    up: Upscaler, clips: Any, tmp_path: Path
+) -> None:
+    options = {"crf": "1", "bf": "2", "g": "10", "sc_threshold": "0"}
+    data = bytearray(clips.make(tmp_path / "whole.ts", range(40), form="mpegts", options=options).read_bytes())
+    middle = len(data) // 2 // 188 * 188
+    del data[middle : middle + 4 * 188]
+    (tmp_path / "a.ts").write_bytes(data)
+
+    report = upscale_video(up, tmp_path / "a.ts", tmp_path / "out.mkv")
+
+    numbers = clips.shown(tmp_path / "out.mkv").numbers
+    assert numbers == clips.shown(tmp_path / "a.ts").numbers
+    assert 35 < len(numbers) < 40
+    assert any("packets of the input are damaged" in note for note in report.notes)
 
 
 def _cut_off(path: Path, part: float) -> Path:
