@@ -8,6 +8,7 @@ from torch import Tensor
 
 from srdeploy.core.errors import InputError
 from srdeploy.models.checkpoint.filebytes import shown
+from srdeploy.models.checkpoint.tensors import FULL_STATE
 
 
 class _Cause(NamedTuple):
@@ -35,8 +36,7 @@ _CAUSES = (
     _Cause(
         re.compile(r"(^|\.)_?flat_param"),
         "flat parameters of FSDP, which are one shard of many layers",
-        "save torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
-        "options=StateDictOptions(full_state_dict=True))",
+        FULL_STATE,
     ),
 )
 

@@ -113,6 +113,8 @@ ITEM_BYTES = {
     "bool": 1,
 }
 """Bytes of one value of the types that tensors are built of."""
+SHARD = "shard of a DTensor"
+"""Kind of a tensor that holds one process's part."""
 OTHER_ITEM_BYTES = {"complex64": 8, "complex128": 16, "qint8": 1, "quint8": 1, "qint32": 4}
 
 
@@ -409,10 +411,22 @@ def _first(arguments: tuple[Any, ...]) -> Any:
 
 def _from_type(arguments: tuple[Any, ...]) -> Any:
     """A tensor of a subclass, or with attributes: the tensor alone."""
-    function, _, inner, _ = _counted(arguments, 4, 4, "_rebuild_from_type_v2")
+    function, kind, inner, state = _counted(arguments, 4, 4, "_rebuild_from_type_v2")
+    if isinstance(kind, Global) and kind.name == "DTensor":
+        return _distributed_tensor(inner, state)
     if not isinstance(function, Global) or not function.name.startswith("_rebuild_tensor"):
         return _unreadable(f"tensor made by {_kind_of(function)}")
     return rebuilt(function, inner)
+
+
+def _distributed_tensor(inner: Any, state: Any) -> TensorRecord:
+    """A DTensor that torch.save wrote: this process's part, which is the whole tensor if nothing was sharded."""
+    slots = state[1] if isinstance(state, tuple) and len(state) == 2 else None
+    local = slots.get("_local_tensor") if isinstance(slots, dict) else None
+    size = inner[2] if isinstance(inner, tuple) and len(inner) > 2 else None
+    if isinstance(local, TensorRecord) and isinstance(size, (tuple, list)) and local.shape == tuple(size):
+        return local
+    return _unreadable(SHARD)
 
 
 def _ordered_dict(arguments: tuple[Any, ...]) -> dict[Any, Any]:

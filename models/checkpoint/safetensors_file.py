@@ -51,6 +51,10 @@ def open_safetensors(file: FileBytes) -> Container:
         raise RefusedError(f"is a damaged safetensors file ({shown(str(error), 120)})", next_step=_AGAIN) from error
     blocks = {name: description["data"] for name, description in found}
     tensors = {name: _record(name, description) for name, description in found}
+    # safetensors.torch.save_model stores a shared tensor once; its other names are in the metadata.
+    aliases = {name for name, target in metadata.items() if target in tensors and name not in tensors}
+    tensors |= {name: tensors[metadata[name]] for name in aliases}
+    metadata = {name: text for name, text in metadata.items() if name not in aliases}
     return Container("safetensors", tensors, lambda storage: blocks[storage.key], metadata)
 
 

@@ -10,10 +10,15 @@ from collections.abc import Callable, Mapping
 import torch
 
 from srdeploy.models.checkpoint.filebytes import RefusedError, shown
-from srdeploy.models.checkpoint.inert import ITEM_BYTES, StorageRecord, TensorRecord
+from srdeploy.models.checkpoint.inert import ITEM_BYTES, SHARD, StorageRecord, TensorRecord
 
 _DAMAGED = "copy or download the file again"
 _SLACK_BYTES = 1 << 20
+FULL_STATE = (
+    "save torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+    "options=StateDictOptions(full_state_dict=True))"
+)
+"""What gathers the parts of a network that was trained in several processes."""
 
 
 class TensorBuilder:
@@ -37,7 +42,7 @@ class TensorBuilder:
                 raise RefusedError(
                     f"has tensor {shown(name)} of kind {record.dtype}",
                     expected="dense tensors of " + ", ".join(sorted(ITEM_BYTES)),
-                    next_step="save the network's float32 state_dict() with torch.save",
+                    next_step=FULL_STATE if record.dtype == SHARD else "save the network's float32 state_dict()",
                 )
             _check(name, record)
             total += math.prod(record.shape) * ITEM_BYTES[record.dtype]

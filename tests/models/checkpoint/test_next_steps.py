@@ -282,7 +282,7 @@ CASES: dict[str, tuple[Callable[[Path], Path], str, Step]] = {
     ),
     "8-bit floats": (
         _saved({name: value.to(torch.float8_e4m3fn) for name, value in STATE.items()}),
-        "save the network's float32 state_dict() with torch.save",
+        "save the network's float32 state_dict()",
         _good,
     ),
     "no network": (_saved({"epoch": 3}), "save the network's state_dict() with torch.save", _good),

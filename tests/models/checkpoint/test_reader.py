@@ -7,6 +7,7 @@ import os
 import tarfile
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from checkpoint_fuzzing.pickles import (
 )
 from checkpoint_fuzzing.seeds import module_file, random_state, torch_file, wxywhu_srdensenet
 from safetensors.torch import save as save_safetensors
+from safetensors.torch import save_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_tensor
 
 from srdeploy.core.errors import InputError
 from srdeploy.models.checkpoint.reader import RawCheckpoint, read_checkpoint
@@ -98,6 +102,46 @@ def test_every_pickle_protocol_is_read(tmp_path: Path, protocol: int, legacy: bo
     )  # an OrderedDict, as state_dict() returns
 
     assert_same(read(tmp_path, stream.getvalue()).tensors, STATE)
+
+
+def test_names_that_safetensors_left_out_as_copies_are_read(tmp_path: Path) -> None:
+    network = torch.nn.ModuleDict({"a": torch.nn.PReLU(), "b": torch.nn.Conv2d(1, 1, 1)})
+    network["c"] = network["a"]
+    save_model(network, str(tmp_path / "net.safetensors"))
+
+    found = read_checkpoint(tmp_path / "net.safetensors")
+
+    assert sorted(found.tensors) == sorted(network.state_dict())
+    assert found.metadata == {}
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_distributed_tensors_of_one_process_are_whole(tmp_path: Path, process_group: None) -> None:
+    mesh = init_device_mesh("cpu", (1,))
+    torch.save({name: distribute_tensor(value, mesh, [Replicate()]) for name, value in STATE.items()}, tmp_path / "a")
+
+    assert_same(read_checkpoint(tmp_path / "a").tensors, STATE)
+
+
+def test_one_shard_of_a_distributed_tensor_is_refused(tmp_path: Path) -> None:
+    part = tensor(Values("0", (1.0, 2.0)).identifier(legacy=False), (2,))
+    whole = (Name("torch.distributed.tensor", "DTensor"), Name("torch", "float32"), (4,), (1,), 0)
+    shard = Call(
+        Name("torch._tensor", "_rebuild_from_type_v2"),
+        (Name("torch._utils", "_rebuild_wrapper_subclass"), whole[0], whole, (None, {"_local_tensor": part})),
+    )
+
+    message = refusal(tmp_path, zip_file({"a": shard}, (Values("0", (1.0, 2.0)),)))
+
+    assert "tensor a of kind shard of a DTensor" in message
+    assert "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))" in message
 
 
 def test_the_file_name_decides_nothing(tmp_path: Path) -> None:
