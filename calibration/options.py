@@ -30,6 +30,7 @@ class QuantizeOptions:
         weight_bits: "7" keeps weights within +-64, which overflow no processor's 8-bit sums; "8" uses the whole type,
             which x86 processors without VNNI compute wrongly; "auto" takes what this processor needs, 8 for GPUs.
         max_psnr_drop: the bound in dB on the loss of Y PSNR; None for no bound.
+        max_worst_drop: the bound in dB on the loss of any single held-out image; None for no bound.
         min_fidelity: the bound in dB on the PSNR between output and FP32 output; None for no bound. Use it where the
             images at hand are softer than those that count: the sharper the image, the more an error costs.
         cost: what the search pays for exact layers: "latency" on the engine where it runs, or "macs", which gives the
@@ -45,6 +46,7 @@ class QuantizeOptions:
     deconvolution: Deconvolution = "auto"
     weight_bits: WeightBits = "auto"
     max_psnr_drop: float | None = None
+    max_worst_drop: float | None = None
     min_fidelity: float | None = None
     cost: Cost = "latency"
     time_budget_s: float = 600.0
@@ -54,6 +56,8 @@ class QuantizeOptions:
     def __post_init__(self) -> None:
         if self.max_psnr_drop is not None and not self.max_psnr_drop > 0:
             raise UsageError(f"--max-psnr-drop {self.max_psnr_drop}", expected="a positive number of decibels")
+        if self.max_worst_drop is not None and not self.max_worst_drop > 0:
+            raise UsageError(f"a worst drop of {self.max_worst_drop}", expected="a positive number of decibels")
         if self.strength is not None and not 0 <= self.strength <= 1:
             raise UsageError(f"--equalize {self.strength}", expected="a number from 0 to 1")
         if not self.time_budget_s > 0:
@@ -76,22 +80,28 @@ class QuantizeOptions:
         return dict.fromkeys(self.keep, "asked for with --keep")
 
     def is_satisfied_by(self, quality: GraphQuality) -> bool:
-        """Tell whether a quality keeps the bound."""
-        drop, fidelity = self.max_psnr_drop, self.min_fidelity
-        return (drop is None or quality.drop_db <= drop) and (fidelity is None or quality.fidelity_db >= fidelity)
+        """Return True if a graph keeps the bounds."""
+        drop, worst, fidelity = self.max_psnr_drop, self.max_worst_drop, self.min_fidelity
+        return (
+            (drop is None or quality.drop_db <= drop)
+            and (worst is None or quality.largest_drop_db <= worst)
+            and (fidelity is None or quality.fidelity_db >= fidelity)
+        )
 
     def may_satisfy(self, quality: GraphQuality, left: float) -> bool:
-        """Tell whether the bound may be kept once only a share `left` of the error power of a quality is left.
+        """Return True if the bounds may be kept once only a share `left` of a graph's error power is left.
 
         The drop is nearly proportional to the power while it is small, the fidelity is its logarithm. Both are allowed
         a tenth of optimism: a measurement costs less than a layer changed in vain.
         """
         fidelity = quality.fidelity_db - 10 * math.log10(max(left, 1e-9))
-        drop_may = self.max_psnr_drop is None or quality.drop_db * left <= 1.1 * self.max_psnr_drop
-        return drop_may and (self.min_fidelity is None or fidelity >= self.min_fidelity - 0.4)
+        drops = ((quality.drop_db, self.max_psnr_drop), (quality.largest_drop_db, self.max_worst_drop))
+        drops_may = all(bound is None or drop * left <= 1.1 * bound for drop, bound in drops)
+        return drops_may and (self.min_fidelity is None or fidelity >= self.min_fidelity - 0.4)
 
     def bound(self) -> str:
-        """Return the bound in words."""
+        """Describe the bounds in one line."""
         parts = [f"at most {self.max_psnr_drop} dB lost"] if self.max_psnr_drop is not None else []
+        parts += [f"at most {self.max_worst_drop} dB lost by any image"] if self.max_worst_drop is not None else []
         parts += [f"a fidelity of at least {self.min_fidelity} dB"] if self.min_fidelity is not None else []
         return " and ".join(parts)

@@ -126,7 +126,10 @@ class _Job:
 
     def evaluator(self, model: onnx.ModelProto, samples: Sequence[Sample]) -> Evaluator:
         """Return an evaluator whose reference outputs are shared by all graphs of this network."""
-        return Evaluator(model, samples, self.contract, measurements=self.measurements, key=self.key("any"))
+        truth = (self.calibration.truth if self.calibration else None) or "hr"
+        return Evaluator(
+            model, samples, self.contract, truth=truth, measurements=self.measurements, key=self.key("any")
+        )
 
 
 @dataclass(frozen=True)

@@ -262,7 +262,8 @@ def _show(result: "QuantizeResult") -> None:
     if len(result.islands) > 5:
         progress.note(f"FP32: {len(result.islands)} nodes, listed with reasons in {result.output.name}.json")
     if result.quality is not None:
-        kind = "measured against HR images" if result.quality.measured else "expected from the fidelity"
+        kinds = {"hr": "measured against HR images", "shrunk": "measured on the images, shrunk to be inputs"}
+        kind = kinds.get(result.quality.truth or "", "expected from the fidelity")
         progress.note(
             f"fidelity {result.quality.fidelity_db:.2f} dB (worst image {result.quality.worst_db:.2f}), "
             f"drop {result.quality.drop_db:.4f} dB ({kind}, {result.quality.images} held-out images)"

@@ -1,15 +1,17 @@
 """The calibration set: windows of real images, of which some are held out to evaluate the result.
 
 Every fourth image is held out and never calibrated with, so the decibels that quantization reports are measured on
-images whose ranges it has not seen. Images are decoded one at a time, twice: once to choose windows, once to cut them.
+images whose ranges it has not seen. The drop in PSNR is measured too, with and without HR images: held-out images are
+shrunk by the network's scale and are the truth themselves; without HR images that is one octave below the sizes that
+the network will see. Images are decoded one at a time, twice: once to choose windows, once to cut them.
 Only the windows are kept, so memory depends neither on the size nor on the number of the images.
 """
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +32,8 @@ MIN_IMAGES = 3
 MIN_PIXELS = 2 * 32 * 32
 HELD_OUT_EVERY = 4
 MAX_HELD_OUT = 8
+MIN_TRUTH_SIDE = 16
+"""Pixels that a held-out image must have left on each side after shrinking."""
 _BAND_ROWS = 256
 """Rows of an image that are looked at together: what is computed of a large image stays small."""
 
@@ -58,6 +62,13 @@ class CalibrationSet:
     def sha256(self) -> str:
         """Identity of the set: of its document in canonical JSON."""
         return sha256_of_bytes(json.dumps(self.document, sort_keys=True).encode())
+
+    @property
+    def truth(self) -> Literal["hr", "shrunk"] | None:
+        """What the drop is measured against: HR images, or the images themselves, shrunk to be inputs."""
+        if all(sample.truth is None for sample in self.held_out):
+            return None
+        return "hr" if self.document.get("recipe", {}).get("hr", True) else "shrunk"
 
     @property
     def image_hashes(self) -> frozenset[str]:
@@ -93,7 +104,8 @@ def make_calibration_set(
         images: folder, image, pattern, zip, list file or video.
         contract: of the network: scale, colors, minimum input size, cost and memory per pixel.
         hr: the images are high resolution; they are shrunk by the network's scale (MATLAB's bicubic) to be its input,
-            and are themselves the truth that a drop in PSNR is measured against.
+            and are themselves the truth that a drop in PSNR is measured against. Without it the images are inputs; only
+            those held out are shrunk, as far as they are large enough.
         count: crops that ranges are taken from; None takes 64, fewer for networks of more than a million
             multiply-adds per pixel.
         crop: their height and width in LR pixels.
@@ -131,15 +143,23 @@ def make_calibration_set(
     candidates = [candidate for index in used for candidate in surveyed[index].candidates_of(index)]
     crops = choose_crops(candidates, count=plan.count, seed=seed)
     crops += [_center_crop(index, surveyed[index].low_size, plan.whole_pixels, "whole") for index in used[:whole]]
-    evaluated = [_center_crop(index, surveyed[index].low_size, plan.held_out_pixels, "judge") for index in held_out]
+    shrinks = {
+        index: surveyed[index].truth_shrink(contract) if index in held_out else shrink for index in range(len(surveyed))
+    }
+    evaluated = [
+        _center_crop(index, surveyed[index].shrunk_size(shrinks[index], plan), plan.held_out_pixels, "judge")
+        for index in held_out
+    ]
     total = sum(entry.height * entry.width for entry in crops)
     if total < MIN_PIXELS:
         raise InputError(f"{images} has {total} LR pixels to calibrate with", expected=f"at least {MIN_PIXELS}")
-    windows = _cut(source, surveyed, plan, [*crops, *evaluated], shrink, progress)
+    windows = _cut(source, surveyed, plan, [*crops, *evaluated], shrinks, progress)
     document = _document(images, source, surveyed, crops, evaluated, bad, hr=hr, count=plan.count, crop=crop, seed=seed)
     document["coverage"] = measure_coverage(low for low, _ in windows[: len(crops)])
     samples = [
-        Sample(surveyed[entry.image].name, network_input(low, contract.colours), high if hr else None)
+        Sample(
+            surveyed[entry.image].name, network_input(low, contract.colours), high if shrinks[entry.image] > 1 else None
+        )
         for entry, (low, high) in zip([*crops, *evaluated], windows, strict=True)
     ]
     return CalibrationSet(
@@ -172,6 +192,15 @@ class _Surveyed:
     gray: bool
     cut: bool
     candidates: tuple[Candidate, ...]
+
+    def truth_shrink(self, contract: ModelContract) -> int:
+        """Return by which factor a held-out image is shrunk, so that it is itself the truth; 1 if it is too small."""
+        return contract.scale if min(self.size) // contract.scale >= max(MIN_TRUTH_SIDE, contract.min_size) else 1
+
+    def shrunk_size(self, shrink: int, plan: WindowPlan) -> tuple[int, int]:
+        """Return (height, width) of the image's window after shrinking."""
+        _, _, height, width = plan.image_window(*self.size, shrink)
+        return height // shrink, width // shrink
 
     def candidates_of(self, index: int) -> list[Candidate]:
         """Return the candidates as windows of image `index`."""
@@ -221,7 +250,7 @@ def _cut(
     surveyed: Sequence[_Surveyed],
     plan: WindowPlan,
     crops: Sequence[Crop],
-    shrink: int,
+    shrinks: Mapping[int, int],
     progress: Progress,
 ) -> list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
     """Decode the images that crops are taken from again; return the LR and HR pixels of each crop."""
@@ -231,8 +260,10 @@ def _cut(
     with progress.task("cutting windows", total=len(needed)) as advance:
         for photo in source.photos(bad=[], only=needed):
             index = indices[photo.sha256]
-            top, left = surveyed[index].window[:2]
-            low = _low_resolution(photo.pixels, surveyed[index].window, shrink)
+            shrink = shrinks[index]
+            window = plan.image_window(*surveyed[index].size, shrink)
+            top, left = window[:2]
+            low = _low_resolution(photo.pixels, window, shrink)
             for crop in (entry for entry in crops if entry.image == index):
                 high = Crop(
                     index,

@@ -8,7 +8,7 @@ from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -22,6 +22,7 @@ from srdeploy.core.ort import cpu_session
 from srdeploy.core.runner import Runner, run_image
 from srdeploy.core.samples import Sample
 
+Truth = Literal["hr", "shrunk"]
 OpenEngine = Callable[[Path], Runner]
 
 TYPICAL_PSNR_DB = {1: 40.0, 2: 38.3, 3: 34.7, 4: 32.6, 8: 27.3}
@@ -38,9 +39,11 @@ class GraphQuality:
     Attributes:
         fidelity_db: PSNR between its output and the FP32 graph's, peak 1, mean over the images.
         worst_db: the same of the worst image.
-        drop_db: loss of Y PSNR against HR truth, mean over the images; expected from the fidelity without HR images.
-        psnr_db: Y PSNR of the FP32 graph; assumed by scale without HR images.
-        measured: whether `drop_db` was measured against HR images.
+        drop_db: loss of Y PSNR against the truth, mean over the images; expected from the fidelity without any truth.
+        psnr_db: Y PSNR of the FP32 graph; assumed by scale without any truth.
+        truth: what the drop was measured against: "hr" images, or the images themselves, "shrunk" to be inputs; None if
+            it was not measured.
+        worst_drop_db: largest loss of a single image; None if the drop was not measured.
         images: how many images were looked at.
     """
 
@@ -48,8 +51,14 @@ class GraphQuality:
     worst_db: float
     drop_db: float
     psnr_db: float
-    measured: bool
+    truth: Truth | None
     images: int
+    worst_drop_db: float | None = None
+
+    @property
+    def largest_drop_db(self) -> float:
+        """The largest loss of a single image, or the expected loss where none was measured."""
+        return self.drop_db if self.worst_drop_db is None else self.worst_drop_db
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures, rounded to what they mean."""
@@ -58,7 +67,9 @@ class GraphQuality:
             "worst_db": round(self.worst_db, 3),
             "drop_db": round(self.drop_db, 4),
             "psnr_db": round(self.psnr_db, 3),
-            "measured_against_hr": self.measured,
+            "worst_drop_db": None if self.worst_drop_db is None else round(self.worst_drop_db, 4),
+            "measured_against_hr": self.truth == "hr",
+            "truth": self.truth,
             "images": self.images,
         }
 
@@ -72,11 +83,13 @@ class Evaluator:
         samples: Sequence[Sample],
         contract: ModelContract,
         *,
+        truth: Truth = "hr",
         measurements: Measurements | None = None,
         key: str = "",
     ) -> None:
         self.samples = tuple(samples)
         self._contract = contract
+        self._truth = truth
         self.expected = (measurements or Measurements()).reference_outputs(key, reference, self.samples)
 
     def first(self, count: int) -> "Evaluator":
@@ -126,10 +139,17 @@ class Evaluator:
                 truths.append(before)
                 losses.append(before - after)
         fidelity = float(np.mean(fidelities))
-        measured = bool(truths)
-        psnr = float(np.mean(truths)) if measured else TYPICAL_PSNR_DB.get(scale, 35.0)
+        psnr = float(np.mean(truths)) if truths else TYPICAL_PSNR_DB.get(scale, 35.0)
         drop = float(np.mean(losses)) if losses else drop_for_fidelity(psnr, fidelity)
-        return GraphQuality(fidelity, float(min(fidelities)), drop, psnr, measured, len(fidelities))
+        return GraphQuality(
+            fidelity_db=fidelity,
+            worst_db=float(min(fidelities)),
+            drop_db=drop,
+            psnr_db=psnr,
+            truth=self._truth if truths else None,
+            images=len(fidelities),
+            worst_drop_db=float(max(losses)) if truths else None,
+        )
 
 
 class open_model(AbstractContextManager[Runner]):  # noqa: N801  # used like a function

@@ -70,7 +70,7 @@ def test_what_was_asked_for_in_8_bits_runs_in_8_bits(
     assert result.readback.ran >= len(result.int8_layers) > 0
     assert "multiply-adds in INT8" in result.readback.line()
     assert result.quality is not None
-    assert result.quality.measured
+    assert result.quality.truth == "hr"
     assert result.quality.fidelity_db > 30
     assert result.latency_ms is not None
     manifest = read_verified(output)[1]

@@ -62,8 +62,23 @@ def test_hr_images_are_shrunk_as_benchmarks_do_and_kept_as_truth(
     height, width = found.shape[:2]
     top, left = (low.shape[0] - height) // 2, (low.shape[1] - width) // 2
     assert np.array_equal(np.rint(found).astype(np.uint8), low[top : top + height, left : left + width])
-    lr_only = make_calibration_set(photos, contract=contracts["residual"], count=4, crop=16)
-    assert lr_only.held_out[0].truth is None
+
+
+def test_without_hr_held_out_images_are_their_own_truth_one_octave_down(
+    photos: Path, paint: Paint, contracts: Contracts, tmp_path: Path
+) -> None:
+    inputs = make_calibration_set(photos, contract=contracts["residual"], count=4, crop=16, whole=1)
+    hr = make_calibration_set(photos, contract=contracts["residual"], hr=True, count=4, crop=16, whole=1)
+    for seed in range(4):
+        Image.fromarray(paint(seed, 31, 40)).save(tmp_path / f"{seed}.png")
+    tiny = make_calibration_set(tmp_path, contract=contracts["residual"], count=4, crop=16)
+
+    whole, shrunk, held_out = inputs.samples[-1].image, hr.samples[-1].image, inputs.held_out[0]
+    assert whole.shape[2] == 2 * shrunk.shape[2]  # ranges come from the images as they are
+    assert held_out.truth is not None
+    assert np.array_equal(held_out.image, hr.held_out[0].image)
+    assert (inputs.truth, hr.truth) == ("shrunk", "hr")
+    assert tiny.truth is None  # 15 rows are too few to say anything
 
 
 def test_a_luma_network_gets_one_channel(calibrations: dict[str, CalibrationSet]) -> None:

@@ -116,7 +116,7 @@ def test_changes_that_a_later_one_made_superfluous_are_taken_back() -> None:
         Change((name,), False, error, cost)
         for name, error, cost in [("a", 1e-6, 0.02), ("b", 3e-6, 0.05), ("c", 6e-6, 0.2)]
     )
-    first, reached = GraphQuality(50.0, 49.0, 0.1, 30.0, True, 4), GraphQuality(60.0, 59.0, 0.01, 30.0, True, 4)
+    first, reached = GraphQuality(50.0, 49.0, 0.1, 30.0, "hr", 4), GraphQuality(60.0, 59.0, 0.01, 30.0, "hr", 4)
 
     def needed(**bound: float) -> list[Change]:
         return remove_superfluous([small, middle, large], first, reached, QuantizeOptions(**bound))  # type: ignore[arg-type]
@@ -130,6 +130,19 @@ def test_changes_that_a_later_one_made_superfluous_are_taken_back() -> None:
 
 def test_a_split_is_not_taken_back_from_under_a_float_layer() -> None:
     split, full = Change(GROUP, True, 1e-5, 0.1), Change(GROUP, False, 1e-5, 0.2)
-    first, reached = GraphQuality(50.0, 49.0, 0.1, 30.0, True, 4), GraphQuality(65.0, 59.0, 0.01, 30.0, True, 4)
+    first, reached = GraphQuality(50.0, 49.0, 0.1, 30.0, "hr", 4), GraphQuality(65.0, 59.0, 0.01, 30.0, "hr", 4)
 
     assert remove_superfluous([split, full], first, reached, QuantizeOptions(min_fidelity=55.0)) == [split]
+
+
+def test_a_bound_on_the_worst_image_counts_where_the_drop_was_measured() -> None:
+    options = QuantizeOptions(max_psnr_drop=0.02, max_worst_drop=0.03)
+    fine, uneven = (GraphQuality(60.0, 59.0, 0.01, 30.0, "shrunk", 4, worst_drop_db=worst) for worst in (0.02, 0.05))
+    estimated = GraphQuality(60.0, 59.0, 0.01, 30.0, None, 4)
+
+    assert options.is_satisfied_by(fine)
+    assert not options.is_satisfied_by(uneven)
+    assert options.is_satisfied_by(estimated)
+    assert not options.may_satisfy(uneven, 0.9)
+    assert options.may_satisfy(uneven, 0.5)
+    assert "by any image" in options.bound()
