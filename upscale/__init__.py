@@ -10,9 +10,10 @@ from srdeploy.core.lazy import lazy_names
 if TYPE_CHECKING:
     from srdeploy.upscale.budget import TileSettings
     from srdeploy.upscale.folders import FolderReport, upscale_folder
+    from srdeploy.upscale.image_report import ImageReport
     from srdeploy.upscale.image_writer import write_image
     from srdeploy.upscale.single_image import OutputOptions, upscale_file
-    from srdeploy.upscale.upscaler import ImageReport, Upscaler
+    from srdeploy.upscale.upscaler import Upscaler
     from srdeploy.upscale.video.job import VideoOptions, VideoReport, upscale_video
 
 __all__ = [
@@ -34,9 +35,10 @@ __getattr__ = lazy_names(
     {
         "budget": ("TileSettings",),
         "folders": ("FolderReport", "upscale_folder"),
+        "image_report": ("ImageReport",),
         "image_writer": ("write_image",),
         "single_image": ("OutputOptions", "upscale_file"),
-        "upscaler": ("ImageReport", "Upscaler"),
+        "upscaler": ("Upscaler",),
         "video.job": ("VideoOptions", "VideoReport", "upscale_video"),
     },
 )

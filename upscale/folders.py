@@ -20,6 +20,7 @@ from srdeploy.core.errors import InputError, OutputError, SrdeployError, UsageEr
 from srdeploy.core.imaging.read import Picture, find_images, read_image, unread_files
 from srdeploy.core.journal import Journal
 from srdeploy.core.progress import SILENT, Progress
+from srdeploy.upscale.image_report import ImageReport
 from srdeploy.upscale.image_writer import FORMATS, check_quality, write_image
 from srdeploy.upscale.read_compute_write import Pipeline
 from srdeploy.upscale.single_image import (
@@ -30,7 +31,7 @@ from srdeploy.upscale.single_image import (
     upscale_file,
     upscale_picture,
 )
-from srdeploy.upscale.upscaler import ImageReport, Upscaler
+from srdeploy.upscale.upscaler import Upscaler
 
 JOURNAL = ".srdeploy-upscale.jsonl"
 

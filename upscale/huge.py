@@ -19,11 +19,13 @@ from srdeploy.core.extras import import_extra
 from srdeploy.core.imaging.read import full_page, opened, picture_metadata
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.upscale.alpha import REACH
+from srdeploy.upscale.image_report import ImageReport
 from srdeploy.upscale.image_writer import check_output
 from srdeploy.upscale.metadata import kept_metadata
+from srdeploy.upscale.planes import converted
 from srdeploy.upscale.read_compute_write import Pipeline
 from srdeploy.upscale.row_writers import open_rows
-from srdeploy.upscale.upscaler import ImageReport, Upscaler, converted
+from srdeploy.upscale.upscaler import Upscaler
 
 MAX_STREAMED_PIXELS = 1 << 34
 """Maximum pixels of a streamed input, 131,072 x 131,072: a larger header is damaged or an attack."""

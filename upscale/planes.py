@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srdeploy.core.imaging.colour import rgb_from_ycbcr, y_from_rgb, ycbcr_from_rgb
+from srdeploy.core.imaging.read import quantized
 from srdeploy.core.imaging.resize import imresize
 from srdeploy.upscale.tiles import Planes
 
@@ -155,3 +156,21 @@ def unit_floats(pixels: NDArray[Any]) -> Floats:
     if pixels.dtype.kind == "f":
         return pixels.astype(np.float32, copy=False)
     return pixels.astype(np.float32) / np.float32(np.iinfo(pixels.dtype).max)
+
+
+def converted(band: Floats, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return finished rows (rows, W', C) as the output's type: rounded whole numbers, or floats as they are."""
+    if dtype.kind == "f":
+        return band.astype(dtype, copy=False)
+    return quantized(band.transpose(2, 0, 1), dtype.type)
+
+
+def constant_alpha(source: PixelSource) -> float | None:
+    """Return the alpha that all pixels share; None without alpha, if it differs, or outside memory."""
+    if source.shape[2] not in (2, 4) or not isinstance(source, ArraySource):
+        return None
+    alpha = source.pixels[..., -1]
+    if alpha.min() != alpha.max():
+        return None
+    peak = 1.0 if alpha.dtype.kind == "f" else float(np.iinfo(alpha.dtype).max)
+    return float(alpha.flat[0]) / peak

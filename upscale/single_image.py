@@ -11,8 +11,9 @@ from srdeploy.core.errors import UsageError
 from srdeploy.core.imaging.read import MAX_PIXELS, Picture, opened, read_image
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.upscale.huge import check_header, upscale_streamed
+from srdeploy.upscale.image_report import ImageReport
 from srdeploy.upscale.image_writer import check_output, check_quality, write_image
-from srdeploy.upscale.upscaler import ImageReport, Upscaler
+from srdeploy.upscale.upscaler import Upscaler
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ infinity and collapse to one color (`srdeploy.upscale.guards`).
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
@@ -20,9 +20,7 @@ from numpy.typing import NDArray
 
 from srdeploy.core.artifact import sha256_of_file
 from srdeploy.core.contract import ModelContract
-from srdeploy.core.errors import GpuMemoryError, InputError, UsageError
-from srdeploy.core.imaging.read import quantized
-from srdeploy.core.manifest import manifest_path
+from srdeploy.core.errors import GpuMemoryError, UsageError
 from srdeploy.core.memory import default_memory
 from srdeploy.core.precision import Precision
 from srdeploy.core.progress import SILENT, Progress
@@ -30,8 +28,10 @@ from srdeploy.core.runner import Runner, RunnerInfo, run_image
 from srdeploy.upscale.alpha import SpreadSource
 from srdeploy.upscale.budget import Decision, TileSettings, decide, gpu_memory, needs_tiles
 from srdeploy.upscale.guards import Guard, Tally, check_input, check_rows
+from srdeploy.upscale.image_report import ImageReport
 from srdeploy.upscale.lock_step import LockStep, lock_step_of
-from srdeploy.upscale.planes import ArraySource, Chroma, Conversion, Floats, PixelSource
+from srdeploy.upscale.model_files import find_model
+from srdeploy.upscale.planes import ArraySource, Chroma, Conversion, Floats, PixelSource, constant_alpha, converted
 from srdeploy.upscale.tiles import Planes, SeamProbe, seam_score, stitch
 
 if TYPE_CHECKING:
@@ -40,49 +40,6 @@ if TYPE_CHECKING:
 AlphaMode = Literal["spread", "separate"]
 """What is done with the colors of fully transparent pixels: replaced by visible ones nearby, so that no fringe appears
 around a cut-out; or kept, color and alpha being two pictures (textures whose alpha is a mask for something else)."""
-
-
-@dataclass
-class ImageReport:
-    """How one picture was run.
-
-    Attributes:
-        size: (H, W) of the input.
-        output_size: (H', W').
-        decision: tiles or whole, and why.
-        tally: number of tiles run, and of tiles repaired on the fallback.
-        seam_score: see `srdeploy.upscale.tiles.seam_score`; None without seams or if the output was not kept.
-        fidelity_db: see `srdeploy.upscale.tiles.SeamProbe`; None if tiles equal the whole image or
-            extend beyond it, and for engines that only take full batches.
-        notes: one line for each part of the input that could not be kept.
-    """
-
-    size: tuple[int, int]
-    output_size: tuple[int, int]
-    decision: Decision
-    tally: Tally = field(default_factory=Tally)
-    seam_score: float | None = None
-    fidelity_db: float | None = None
-    notes: list[str] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
-        plan = self.decision.plan
-        return {
-            "size": list(self.size),
-            "output_size": list(self.output_size),
-            "mode": self.decision.reason,
-            "tiles": plan.tiles,
-            "tile": [plan.rows.window, plan.columns.window],
-            "overlap": plan.halo,
-            "batch": self.decision.batch,
-            "work": round(plan.work, 3),
-            "equals_whole_image": self.decision.exact,
-            "tiles_run_again": dict(self.tally.repaired),
-            "seam_score": None if self.seam_score is None else round(self.seam_score, 4),
-            "fidelity_db": None if self.fidelity_db is None else round(self.fidelity_db, 2),
-            "not_kept": self.notes,
-        }
 
 
 class Upscaler:
@@ -160,19 +117,9 @@ class Upscaler:
         """
         from srdeploy.runtime.engines.registry import is_engine, open_engine
 
-        path = Path(path)
-        if not path.exists():
-            raise InputError(f"{path} does not exist", expected="an engine, an ONNX file or a bundle")
-        if path.is_dir():
-            path, engine, bundled = _from_bundle(path, engine, precision, device)
-            fallback = fallback or bundled
-        elif path.suffix != ".onnx" and not manifest_path(path).exists():
-            raise InputError(
-                f"{path} is not an ONNX file, and there is no readable manifest {manifest_path(path).name} next to it",
-                expected="an engine, an ONNX file or a bundle",
-                next_step=f"if it is a checkpoint: srdeploy export {path} -o model.onnx",
-            )
-        runner = open_engine(path, engine=engine, device=device, threads=threads)
+        found = find_model(Path(path), engine=engine, precision=precision, device=device, fallback=fallback)
+        path, fallback = found.path, found.fallback
+        runner = open_engine(path, engine=found.engine, device=device, threads=threads)
         # Lock-step cuts the graph that the engine computes. A built FP32 engine computes the FP32 graph; an engine of
         # another precision computes a different one and is not cut.
         onnx = path if path.suffix == ".onnx" and not is_engine(path) else None
@@ -303,7 +250,7 @@ class Upscaler:
             rows are exhausted.
         """
         height, width, channels = source.shape
-        constant = _constant_alpha(source)
+        constant = constant_alpha(source)
         contract = self.contract
         conversion = Conversion(
             colours=contract.colours,
@@ -484,13 +431,6 @@ class Upscaler:
         return runner
 
 
-def converted(band: Floats, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Return finished rows (rows, W', C) as the output's type: rounded whole numbers, or floats as they are."""
-    if dtype.kind == "f":
-        return band.astype(dtype, copy=False)
-    return quantized(band.transpose(2, 0, 1), dtype.type)
-
-
 def _checked(image: NDArray[Any]) -> NDArray[Any]:
     if image.dtype not in (np.uint8, np.uint16, np.float32):
         raise UsageError(f"pixels of type {image.dtype}", expected="uint8, uint16 or float32")
@@ -499,26 +439,3 @@ def _checked(image: NDArray[Any]) -> NDArray[Any]:
         raise UsageError(f"an image of shape {image.shape}", expected="(H, W) or (H, W, C) with C from 1 to 4")
     check_input(pixels)
     return pixels
-
-
-def _constant_alpha(source: PixelSource) -> float | None:
-    """Return the alpha that all pixels share; None without alpha, if it differs, or outside memory."""
-    if source.shape[2] not in (2, 4) or not isinstance(source, ArraySource):
-        return None
-    alpha = source.pixels[..., -1]
-    if alpha.min() != alpha.max():
-        return None
-    peak = 1.0 if alpha.dtype.kind == "f" else float(np.iinfo(alpha.dtype).max)
-    return float(alpha.flat[0]) / peak
-
-
-def _from_bundle(
-    folder: Path, engine: str | None, precision: Precision | None, device: str
-) -> tuple[Path, str | None, Path | None]:
-    """Return the engine file of a bundle, the family to open it with, and the FP32 graph as fallback."""
-    from srdeploy.runtime.bundle import choose_engine, read_bundle
-
-    bundle = read_bundle(folder)
-    fallback = bundle.onnx(Precision.FP32) if "model.fp32.onnx" in bundle.files else None
-    chosen = choose_engine(bundle, engine=engine, precision=precision, device=device)
-    return bundle.file(chosen.file), chosen.engine, fallback

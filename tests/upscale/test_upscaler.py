@@ -26,7 +26,8 @@ from srdeploy.runtime.bundle import BundleEngine, write_bundle_manifest
 from srdeploy.runtime.engines.eager import open_eager
 from srdeploy.runtime.engines.registry import open_engine
 from srdeploy.upscale.budget import TileSettings, decide
-from srdeploy.upscale.upscaler import ImageReport, Upscaler
+from srdeploy.upscale.image_report import ImageReport
+from srdeploy.upscale.upscaler import Upscaler
 
 Draw = Callable[..., NDArray[np.uint8]]
 RunnerFactory = Callable[..., Runner]
