@@ -67,8 +67,8 @@ def test_hr_images_are_shrunk_as_benchmarks_do_and_kept_as_truth(
 def test_without_hr_held_out_images_are_their_own_truth_one_octave_down(
     photos: Path, paint: Paint, contracts: Contracts, tmp_path: Path
 ) -> None:
-    inputs = make_calibration_set(photos, contract=contracts["residual"], count=4, crop=16, whole=1)
-    hr = make_calibration_set(photos, contract=contracts["residual"], hr=True, count=4, crop=16, whole=1)
+    inputs = make_calibration_set(photos, contract=contracts["residual"], count=8, crop=16, whole=1)
+    hr = make_calibration_set(photos, contract=contracts["residual"], hr=True, count=8, crop=16, whole=1)
     for seed in range(4):
         Image.fromarray(paint(seed, 31, 40)).save(tmp_path / f"{seed}.png")
     tiny = make_calibration_set(tmp_path, contract=contracts["residual"], count=4, crop=16)
