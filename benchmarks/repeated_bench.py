@@ -54,7 +54,9 @@ def main() -> int:
             process.kill()
             process.wait()
     document = {
-        "command": [Path(command[0]).name, *command[1:]],
+        "bundle": arguments.bundle.name,
+        "shape": arguments.shape,
+        "seconds": float(arguments.seconds),
         "busy_processes": arguments.busy,
         "agreement": agreement(runs),
         "fastest": Counter(run["fastest"] for run in runs),

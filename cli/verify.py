@@ -173,13 +173,10 @@ def _results(options: VerifyOptions, loaded: "LoadedCheckpoint", progress: RichP
             threads=options.threads,
             parity=True,
         )
-        # With one engine its profile may crop the images; several engines must be compared on the same pictures.
-        profile = runners[0].info.profile if len(runners) == 1 else None
         samples = SampleFolder(
             options.images,
             options.hr,
             contract=loaded.contract(),
-            profile=profile,
             limit=options.limit,
             max_side=side_within(options.memory, loaded.contract(), options.max_side, progress),
         )
@@ -197,7 +194,7 @@ def _results(options: VerifyOptions, loaded: "LoadedCheckpoint", progress: RichP
             samples,
             gates=gates,
             threads=options.threads,
-            keep_views=4 if options.report is not None else 0,
+            keep_crops=4 if options.report is not None else 0,
             progress=progress,
         )
 
@@ -243,7 +240,7 @@ def _saved_crops(
 ) -> list[Path | None]:
     """Save the worst crop of every engine that failed, and of every engine when a folder is named."""
     from srdeploy.core.errors import OutputError
-    from srdeploy.runtime.report.crops import save_strip
+    from srdeploy.runtime.report.crop_images import save_crop
 
     saved: list[Path | None] = []
     for path, result in zip(candidates, results, strict=True):
@@ -252,7 +249,7 @@ def _saved_crops(
             saved.append(None)
             continue
         try:
-            save_strip(result.worst, target)
+            save_crop(result.worst, target)
         except OutputError as error:  # the result matters more than its picture
             warning_line(f"the worst crop was not saved: {error}")
             target = None

@@ -14,7 +14,6 @@ from srdeploy.core.errors import InputError, UsageError
 from srdeploy.core.imaging.psnr import crop_to_multiple
 from srdeploy.core.imaging.read import find_images, network_input, rgb8
 from srdeploy.core.imaging.resize import imresize
-from srdeploy.core.shapes import ShapeProfile
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,13 +36,12 @@ class SampleFolder(Sequence[Sample]):
     """Low-resolution images of a folder, decoded one at a time, each with its ground truth if there is one.
 
     With only ground truth given, the low-resolution images are made from it by MATLAB's bicubic, as those of the
-    public benchmarks are. Images larger than a profile are cropped to its maximum at the top left, truth included.
+    public benchmarks are. Verification crops what is larger than an engine's profile.
 
     Args:
         images: a folder (searched with everything below it) or one file; None to shrink the ground truth.
         truth: a folder or file of ground truth; None for none.
         contract: of the network: scale and colors.
-        profile: the shapes the engine accepts; None for all.
         limit: use at most this many images, spread evenly over the sorted names; None for all.
         max_side: crop to at most this many low-resolution pixels per axis; None for whole images.
 
@@ -58,14 +56,12 @@ class SampleFolder(Sequence[Sample]):
         truth: Path | None,
         *,
         contract: ModelContract,
-        profile: ShapeProfile | None = None,
         limit: int | None = None,
         max_side: int | None = None,
     ) -> None:
         if images is None and truth is None:
             raise UsageError("no images given", next_step="name a folder with --images, --hr or both")
         self._contract = contract
-        self._profile = profile
         self._max_side = max_side
         pairs: list[tuple[Path | None, Path | None]]
         if images is None:
@@ -121,11 +117,7 @@ class SampleFolder(Sequence[Sample]):
     def _cropped(
         self, pixels: NDArray[np.uint8], truth: NDArray[np.uint8] | None
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
-        height, width = pixels.shape[:2]
-        limits = [self._max_side or math.inf] * 2
-        if self._profile is not None:
-            limits = [min(limit, most) for limit, most in zip(limits, self._profile.max[2:], strict=True)]
-        height, width = int(min(height, limits[0])), int(min(width, limits[1]))
+        height, width = (int(min(side, self._max_side or math.inf)) for side in pixels.shape[:2])
         scale = self._contract.scale
         return pixels[:height, :width], None if truth is None else truth[: height * scale, : width * scale]
 

@@ -34,7 +34,7 @@ MAX_IMAGES = 8
 """`deploy` verifies on at most this many images, spread over all: each costs a run of the eager network."""
 MAX_MACS = 1e11
 """And on a crop of each that costs no more multiply-adds than this, 320 pixels square at most."""
-KEPT_VIEWS = 3
+KEPT_CROPS = 3
 """Images that the report shows."""
 
 
@@ -45,7 +45,7 @@ def compare_with_eager(
     *,
     gates: Sequence[Gates],
     threads: int | None = None,
-    keep_views: int = 0,
+    keep_crops: int = 0,
     progress: Progress = SILENT,
 ) -> list[VerifyResult]:
     """Verify runners against the eager FP32 network, which runs on the same device as each of them.
@@ -56,7 +56,7 @@ def compare_with_eager(
         samples: images to compare on.
         gates: one per runner.
         threads: CPU threads of the eager network; None for all processors.
-        keep_views: number of images whose pictures are kept for a report.
+        keep_crops: number of images whose crops are kept for a report.
         progress: where the work is reported.
 
     Returns:
@@ -74,7 +74,7 @@ def compare_with_eager(
                 reference,
                 samples,
                 gates=[gate_of[id(runner)] for runner in group],
-                keep_views=keep_views,
+                keep_crops=keep_crops,
                 progress=progress,
             )
         found |= {id(runner): result for runner, result in zip(group, results, strict=True)}
@@ -154,7 +154,7 @@ def verify_engines(
             samples,
             gates=[_gates(runner, work.options.max_psnr_drop) for runner in runners.values()],
             threads=threads,
-            keep_views=KEPT_VIEWS,
+            keep_crops=KEPT_CROPS,
             progress=work.progress,
         )
     report.append(f"{sum(result.passed for result in found)} of {len(found)} passed on {len(samples)} images")

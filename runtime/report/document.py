@@ -15,7 +15,7 @@ from srdeploy.core.contract import ModelContract
 from srdeploy.core.precision import Precision
 from srdeploy.runtime.bench.conditions import conditions
 from srdeploy.runtime.bench.latency import NOT_MEASURED, BenchResult, Fastest, Row, ratio_json
-from srdeploy.runtime.report.crops import Pictures, image_entries
+from srdeploy.runtime.report.crop_images import CropImages, image_entries
 from srdeploy.runtime.verify.parity import VerifyResult
 
 SCHEMA = 1
@@ -102,11 +102,11 @@ def report_document(
         environment: the conditions (`srdeploy.runtime.bench.conditions.conditions()`); None reads them now.
 
     Returns:
-        JSON values only; not-finite numbers are the strings "inf", "-inf" and "nan". Pictures are held as base64 under
-        "pictures" until `write_report` moves them into files.
+        JSON values only; numbers that are not finite are the strings "inf", "-inf" and "nan". Crops are held as base64
+        under "pictures" until `write_report` moves them into files.
     """
     benches = [bench] if isinstance(bench, BenchResult) else list(bench)
-    pictures = Pictures()
+    pictures = CropImages()
     lines = [_engine_line(entry, _bench_of(entry, benches)) for entry in engines]
     verdicts = [entry.verify for entry in engines if entry.verify is not None]
     document = {

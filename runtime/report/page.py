@@ -12,7 +12,7 @@ from srdeploy.core.sizes import format_bytes
 from srdeploy.runtime.bench.memory import LOWER_BOUND, ON_CPU
 from srdeploy.runtime.bench.ratios import listed, median_label, ratio_label
 from srdeploy.runtime.report import plots
-from srdeploy.runtime.report.crops import RAMP_CSS
+from srdeploy.runtime.report.crop_images import RAMP_CSS
 
 Document = Mapping[str, Any]
 
@@ -65,6 +65,7 @@ def page(document: Document, pictures: Mapping[str, bytes]) -> str:
         "difference": difference_words,
         "gates": gates_words,
         "rates": rates_words,
+        "device": lambda name: "the CPU" if name == "cpu" else name,
     }
     sources = {
         key: "data:image/webp;base64," + base64.b64encode(data).decode("ascii") for key, data in pictures.items()

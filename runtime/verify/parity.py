@@ -1,12 +1,12 @@
-"""Verification: an engine and the eager FP32 network on the same images, judged in decibels.
+"""Verification: an engine and the eager FP32 network on the same images, compared in decibels.
 
-Two kinds of cases are run. *Images* are what the engine is for: real pictures, whole or cropped to its profile, with
-the quality against ground truth of both sides where there is one. The *grid* are small crops of these pictures in odd
+Two kinds of cases are run. *Images* are the engine's purpose: real images, whole or cropped to its profile, with the
+quality of both sides against ground truth where there is one. The *grid* consists of small crops of these images in odd
 and tiny shapes and several batches: it finds constants baked into a graph, wrong padding and mixed-up batches, which
-whole pictures of one size never show.
+whole images of one size never show.
 
-What decides: NaN, infinity, a constant picture or a wrong shape always fail. Otherwise each case must reach the gate of
-its precision in fidelity (see `Gates`), and with ground truth the mean PSNR may fall by at most the allowed drop.
+NaN, infinity, a constant output or a wrong shape always fail. Otherwise each case must reach the gate of its precision
+in fidelity (see `Gates`), and with ground truth the mean PSNR may fall by at most the allowed drop.
 """
 
 import math
@@ -24,9 +24,9 @@ from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.runner import Runner, RunnerInfo, run_image
 from srdeploy.core.samples import Sample
 from srdeploy.core.shapes import Shape, ShapeProfile, format_shape
+from srdeploy.runtime.verify.crops import Crop, detailed_crop, worst_crop
 from srdeploy.runtime.verify.difference import Difference, difference, eight_bit
 from srdeploy.runtime.verify.quality import Quality, mean_quality, quality
-from srdeploy.runtime.verify.views import View, make_view, worst_view
 
 GRID = ((1, 1, 1), (1, 1, 7), (2, 17, 22), (3, 33, 12), (1, 64, 48))
 """Batch, height and width of the grid: tiny, odd, wide and tall, several batches."""
@@ -36,12 +36,12 @@ _QUANTIZED = (Precision.INT8, Precision.FP8)
 
 @dataclass(frozen=True)
 class Gates:
-    """What an engine has to reach.
+    """The limits that an engine has to keep.
 
     Attributes:
-        min_fidelity_db: least PSNR between engine and reference, for every image.
+        min_fidelity_db: minimum PSNR between engine and reference, for every image.
         grid_fidelity_db: the same for the shape grid.
-        max_psnr_drop_db: largest loss of mean Y PSNR against ground truth; None to not judge by it.
+        max_psnr_drop_db: maximum loss of mean Y PSNR against ground truth; None for no limit.
     """
 
     min_fidelity_db: float
@@ -52,10 +52,10 @@ class Gates:
     def of(
         cls, precision: Precision, *, min_fidelity_db: float | None = None, max_psnr_drop_db: float | None = None
     ) -> "Gates":
-        """Return the gates of a precision; a stated number replaces the default.
+        """Return the gates of a precision; a given number replaces the default.
 
-        The error of quantized layers depends on the content, so a small crop of texture may lie 10 dB below its
-        picture: the grid's gate is lowered by that for INT8 and FP8. A wrong shape shows at 25 dB and less.
+        The error of quantized layers depends on the content, so a small crop of texture may be 10 dB below its
+        image: the grid's gate is lowered by that for INT8 and FP8. A wrong shape shows at 25 dB and less.
         """
         images = MIN_FIDELITY_DB[precision] if min_fidelity_db is None else min_fidelity_db
         return cls(images, images - 10.0 if precision in _QUANTIZED else images, max_psnr_drop_db)
@@ -63,7 +63,7 @@ class Gates:
 
 @dataclass(frozen=True)
 class Case:
-    """One image or grid shape, judged.
+    """The result on one image or grid shape.
 
     Attributes:
         name: the image's name, or the shape of a grid case.
@@ -83,7 +83,7 @@ class Case:
 
     @property
     def passed(self) -> bool:
-        """Usable, and at or above the floor."""
+        """Whether the output is usable, and at or above the floor."""
         return self.difference.problem is None and self.difference.fidelity_db >= self.floor_db
 
     def to_json(self) -> dict[str, Any]:
@@ -101,16 +101,16 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class VerifyResult:
-    """The verdict on one engine.
+    """The result of one engine.
 
     Attributes:
-        candidate: what was judged.
-        reference: what it was compared with.
-        gates: what it had to reach.
+        candidate: the engine.
+        reference: the network it was compared with.
+        gates: the limits it had to keep.
         images: one case per image.
         grid: one case per shape.
-        skipped: images and shapes that were left out, with the reason.
-        views: pictures for the report, of the first images; see `srdeploy.runtime.verify.views`.
+        skipped: images and shapes that were not run, with the reason.
+        crops: one of each of the first images, for the report; see `srdeploy.runtime.verify.crops`.
         worst: the crop where the engine differs most, in the worst image.
     """
 
@@ -120,13 +120,13 @@ class VerifyResult:
     images: tuple[Case, ...]
     grid: tuple[Case, ...]
     skipped: Mapping[str, str] = field(default_factory=dict)
-    views: tuple[View, ...] = ()
-    worst: View | None = None
+    crops: tuple[Crop, ...] = ()
+    worst: Crop | None = None
 
     @property
     def min_fidelity_db(self) -> float:
-        """The least fidelity of an image; nan when an output is not finite."""
-        return _least([case.difference.fidelity_db for case in self.images])
+        """The minimum fidelity of an image; nan when an output is not finite."""
+        return _minimum([case.difference.fidelity_db for case in self.images])
 
     @property
     def mean_fidelity_db(self) -> float:
@@ -162,12 +162,12 @@ class VerifyResult:
 
     @property
     def worst_case(self) -> Case:
-        """The image with a problem, else the one with the least fidelity."""
+        """The image with a problem, else the one with the lowest fidelity."""
         return min(self.images, key=_badness)
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """Why the engine is refused, one sentence part per reason; empty when it passed."""
+        """The reasons for which the engine is refused; empty when it passed."""
         reasons = [_reason(case, "image") for case in sorted(self.images, key=_badness) if not case.passed]
         reasons += [_reason(case, "shape") for case in sorted(self.grid, key=_badness) if not case.passed]
         drop, allowed = self.psnr_drop_db, self.gates.max_psnr_drop_db
@@ -177,11 +177,11 @@ class VerifyResult:
 
     @property
     def passed(self) -> bool:
-        """No failure."""
+        """Whether every gate was reached."""
         return not self.failures
 
     def to_json(self) -> dict[str, Any]:
-        """Return the verdict as JSON values (inf and nan are left as floats), pictures left out."""
+        """Return the verdict as JSON values (inf and nan stay floats), without crops."""
         before, after = self.reference_quality, self.candidate_quality
         return {
             "passed": self.passed,
@@ -214,12 +214,12 @@ def verify(
     *,
     gates: Gates | None = None,
     grid: Sequence[tuple[int, int, int]] = GRID,
-    keep_views: int = 0,
+    keep_crops: int = 0,
     progress: Progress = SILENT,
 ) -> VerifyResult:
-    """Judge one engine; see `verify_all`."""
+    """Evaluate one engine; see `verify_all`."""
     return verify_all(
-        [candidate], reference, images, gates=[gates], grid=grid, keep_views=keep_views, progress=progress
+        [candidate], reference, images, gates=[gates], grid=grid, keep_crops=keep_crops, progress=progress
     )[0]
 
 
@@ -230,20 +230,21 @@ def verify_all(
     *,
     gates: Sequence[Gates | None] | None = None,
     grid: Sequence[tuple[int, int, int]] = GRID,
-    keep_views: int = 0,
+    keep_crops: int = 0,
     progress: Progress = SILENT,
 ) -> list[VerifyResult]:
-    """Judge several engines against one run of the reference.
+    """Evaluate several engines against one run of the reference.
 
     Args:
         candidates: opened engines, in their parity modes.
-        reference: the eager FP32 network.
-        images: what to judge by; iterated once, one image in memory at a time.
+        reference: the eager FP32 network, on the device of the candidates.
+        images: iterated once, one image in memory at a time; images larger than an engine's profile are cropped to
+            it, and the reference computes the same crop.
         gates: one per candidate; None takes the defaults of its precision.
-        grid: (batch, height, width) of the shape grid; an engine is spared the shapes outside its profile, and two
+        grid: (batch, height, width) of the shape grid; shapes outside an engine's profile are skipped, and two
             shapes at the lower end of its profile are added.
-        keep_views: of how many images, from the first, pictures are kept for the report.
-        progress: told about every image.
+        keep_crops: number of images, from the first, whose crops are kept for the report.
+        progress: advanced after every image.
 
     Returns:
         One verdict per candidate. Failures are verdicts, not exceptions.
@@ -253,46 +254,52 @@ def verify_all(
         MissingExtraError: there is ground truth, and scikit-image is not installed.
     """
     stated = gates or [None] * len(candidates)
-    judges = [_Judge(runner, reference.info, gate) for runner, gate in zip(candidates, stated, strict=True)]
-    pictures: list[NDArray[np.float32]] = []
+    evaluators = [_Evaluator(runner, reference.info, gate) for runner, gate in zip(candidates, stated, strict=True)]
+    first_images: list[NDArray[np.float32]] = []
     with progress.task("verifying", total=len(images) + len(grid)) as advance:
         for index, sample in enumerate(images):
-            expected = run_image(reference, sample.image)
-            for judge in judges:
-                judge.see_image(sample, expected, keep=index < keep_views)
-            if len(pictures) < 3:
-                pictures.append(sample.image)
+            expected: dict[tuple[int, ...], NDArray[np.float32]] = {}  # by shape: crops to a profile are few
+            for evaluator in evaluators:
+                fitted = evaluator.fitted(sample)
+                if fitted is None:
+                    continue
+                shape = fitted.image.shape
+                if shape not in expected:
+                    expected[shape] = run_image(reference, fitted.image)
+                evaluator.add_image(fitted, expected[shape], keep=index < keep_crops)
+            if len(first_images) < 3:
+                first_images.append(sample.image)
             advance(note=sample.name)
         shapes = dict.fromkeys(grid)
         for runner in candidates:
             shapes |= dict.fromkeys(profile_grid(runner.info.profile))
-        for batch in grid_batches(pictures, list(shapes)):
-            expected = run_image(reference, batch)
-            for judge in judges:
-                judge.see_shape(batch, expected)
+        for batch in grid_batches(first_images, list(shapes)):
+            answer = run_image(reference, batch)
+            for evaluator in evaluators:
+                evaluator.add_shape(batch, answer)
             advance(note=format_shape(batch.shape))
-    return [judge.verdict() for judge in judges]
+    return [evaluator.verdict() for evaluator in evaluators]
 
 
 def grid_batches(
-    pictures: Sequence[NDArray[np.float32]], grid: Sequence[tuple[int, int, int]]
+    images: Sequence[NDArray[np.float32]], grid: Sequence[tuple[int, int, int]]
 ) -> Iterator[NDArray[np.float32]]:
-    """Cut batches of the grid's shapes out of real pictures, each item from another place.
+    """Cut batches of the grid's shapes out of real images, each item from another place.
 
     Args:
-        pictures: (1, C, H, W) float32 each; a picture smaller than a shape is continued by reflection.
+        images: (1, C, H, W) float32 each; one smaller than a shape is continued by reflection.
         grid: (batch, height, width).
     """
     generator = np.random.default_rng(0)  # the same places in every run
     for batch, height, width in grid:
         items = []
         for index in range(batch):
-            picture = pictures[index % len(pictures)][0]  # (C, H, W)
-            missing = [(0, 0), (0, max(0, height - picture.shape[1])), (0, max(0, width - picture.shape[2]))]
-            picture = np.pad(picture, missing, mode="symmetric")
-            top = int(generator.integers(0, picture.shape[1] - height + 1))
-            left = int(generator.integers(0, picture.shape[2] - width + 1))
-            items.append(picture[:, top : top + height, left : left + width])
+            image = images[index % len(images)][0]  # (C, H, W)
+            missing = [(0, 0), (0, max(0, height - image.shape[1])), (0, max(0, width - image.shape[2]))]
+            image = np.pad(image, missing, mode="symmetric")
+            top = int(generator.integers(0, image.shape[1] - height + 1))
+            left = int(generator.integers(0, image.shape[2] - width + 1))
+            items.append(image[:, top : top + height, left : left + width])
         yield np.ascontiguousarray(np.stack(items))  # (N, C, H, W)
 
 
@@ -304,7 +311,7 @@ def profile_grid(profile: ShapeProfile | None) -> list[tuple[int, int, int]]:
     return [(profile.min[0], *profile.min[2:]), (profile.max[0], steps[0], steps[1])]
 
 
-class _Judge:
+class _Evaluator:
     """Collects the cases of one engine."""
 
     def __init__(self, runner: Runner, reference: RunnerInfo, gates: Gates | None) -> None:
@@ -314,15 +321,22 @@ class _Judge:
         self._images: list[Case] = []
         self._grid: list[Case] = []
         self._skipped: dict[str, str] = {}
-        self._views: list[View] = []
-        self._worst: tuple[tuple[bool, float], View] | None = None
+        self._crops: list[Crop] = []
+        self._worst: tuple[tuple[bool, float], Crop] | None = None
 
-    def see_image(self, sample: Sample, expected: NDArray[np.float32], *, keep: bool) -> None:
-        """Run an image and judge it."""
-        contract = self._runner.info.contract
-        if reason := _outside(sample.image.shape, contract, self._runner.info.profile):
+    def fitted(self, sample: Sample) -> Sample | None:
+        """Return the sample, cropped to the engine's profile where it is larger; None where it cannot fit."""
+        contract, profile = self._runner.info.contract, self._runner.info.profile
+        if profile is not None:
+            sample = _cropped(sample, profile.max[2], profile.max[3], contract.scale)
+        if reason := _outside(sample.image.shape, contract, profile):
             self._skipped[sample.name] = reason
-            return
+            return None
+        return sample
+
+    def add_image(self, sample: Sample, expected: NDArray[np.float32], *, keep: bool) -> None:
+        """Run an image and evaluate it."""
+        contract = self._runner.info.contract
         output = run_image(self._runner, sample.image)
         case = _case(sample.name, sample.image, output, expected, self._gates.min_fidelity_db)
         if sample.truth is not None:
@@ -331,12 +345,12 @@ class _Judge:
         if output.shape != expected.shape:
             return
         if keep:
-            self._views.append(make_view(sample, expected, output))
+            self._crops.append(detailed_crop(sample, expected, output))
         if self._worst is None or _badness(case) < self._worst[0]:
-            self._worst = _badness(case), worst_view(sample, expected, output)
+            self._worst = _badness(case), worst_crop(sample, expected, output)
 
-    def see_shape(self, batch: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
-        """Run a grid batch and judge it."""
+    def add_shape(self, batch: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
+        """Run a batch of the grid and evaluate it."""
         name = format_shape(batch.shape)
         if reason := _outside(batch.shape, self._runner.info.contract, self._runner.info.profile):
             self._skipped[name] = reason
@@ -344,11 +358,11 @@ class _Judge:
         self._grid.append(_case(name, batch, run_image(self._runner, batch), expected, self._gates.grid_fidelity_db))
 
     def verdict(self) -> VerifyResult:
-        """Return what was found."""
+        """Return the result over all cases."""
         if not self._images:
             reasons = "; ".join(sorted(set(self._skipped.values()))) or "none was given"
             raise UsageError(
-                f"{self._runner.info.name} could be judged on no image ({reasons})",
+                f"{self._runner.info.name} could be evaluated on no image ({reasons})",
                 next_step="give images within the engine's profile, or build it for other shapes",
             )
         return VerifyResult(
@@ -358,14 +372,23 @@ class _Judge:
             images=tuple(self._images),
             grid=tuple(self._grid),
             skipped=self._skipped,
-            views=tuple(self._views),
+            crops=tuple(self._crops),
             worst=None if self._worst is None else self._worst[1],
         )
 
 
+def _cropped(sample: Sample, height: int, width: int, scale: int) -> Sample:
+    """Crop a sample at the top left to at most a height and width of input pixels, truth included."""
+    if sample.image.shape[2] <= height and sample.image.shape[3] <= width:
+        return sample
+    image = np.ascontiguousarray(sample.image[:, :, :height, :width])
+    rows, columns = (scale * side for side in image.shape[2:])
+    return Sample(sample.name, image, None if sample.truth is None else sample.truth[:rows, :columns])
+
+
 def _outside(shape: tuple[int, ...], contract: ModelContract, profile: ShapeProfile | None) -> str | None:
     if min(shape[2:]) < contract.min_size:
-        return f"smaller than the network's least size {contract.min_size}"
+        return f"smaller than the network's minimum size {contract.min_size}"
     if profile is not None and not profile.contains(shape):
         return f"outside the engine's profile {profile}"
     return None
@@ -380,7 +403,7 @@ def _case(
 ) -> Case:
     n, c, h, w = image.shape
     # The PSNR of a few values scatters: for independent errors the mean square of n values has a relative standard
-    # deviation of sqrt(2 / n). Three of them are granted, 3.5 dB for 12 values and 0.1 dB for 16,000.
+    # deviation of sqrt(2 / n). Three of them are allowed, 3.5 dB for 12 values and 0.1 dB for 16,000.
     floor_db -= 10.0 * math.log10(1.0 + 3.0 * math.sqrt(2.0 / max(expected.size, 1)))
     return Case(name, (n, c, h, w), difference(output, expected), floor_db)
 
@@ -424,5 +447,5 @@ def _reason(case: Case, kind: str) -> str:
     return f"{kind} {case.name}: fidelity {case.difference.fidelity_db:.1f} dB; the gate is {case.floor_db:.1f} dB"
 
 
-def _least(values: Sequence[float]) -> float:
+def _minimum(values: Sequence[float]) -> float:
     return math.nan if any(math.isnan(value) for value in values) else min(values)

@@ -12,7 +12,6 @@ from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import InputError, UsageError
 from srdeploy.core.precision import Precision
 from srdeploy.core.samples import Sample, SampleFolder, windows_of
-from srdeploy.core.shapes import ShapeProfile
 
 SCALE = 2
 
@@ -53,12 +52,11 @@ def test_ground_truth_alone_is_shrunk_as_the_benchmarks_do(tmp_path: Path) -> No
 def test_limits_spread_and_crop(tmp_path: Path) -> None:
     for index in range(6):
         save(tmp_path / "lr" / f"{index}.png", 20, 30)
-    profile = ShapeProfile((1, 3, 4, 4), (1, 3, 4, 4), (1, 3, 16, 64))
 
-    folder = SampleFolder(tmp_path / "lr", None, contract=contract(), limit=3, max_side=24, profile=profile)
+    folder = SampleFolder(tmp_path / "lr", None, contract=contract(), limit=3, max_side=24)
 
     assert [sample.name for sample in folder] == ["0", "2", "4"]
-    assert folder[0].image.shape == (1, 3, 16, 24)
+    assert folder[0].image.shape == (1, 3, 20, 24)
 
 
 def test_an_image_without_ground_truth_is_named(tmp_path: Path) -> None:

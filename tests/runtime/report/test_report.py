@@ -25,7 +25,7 @@ from srdeploy.runtime.bench.memory import Memory
 from srdeploy.runtime.bench.turns import Effort, statistics_of, why_unstable
 from srdeploy.runtime.report import plots
 from srdeploy.runtime.report.compare import Tolerances, compare
-from srdeploy.runtime.report.crops import Pictures, heat_map, heat_peak
+from srdeploy.runtime.report.crop_images import CropImages, heat_map, heat_peak
 from srdeploy.runtime.report.document import EngineEntry, jsonable, report_document
 from srdeploy.runtime.report.figure import label_points, new_figure, series_color, svg_of, tick_label
 from srdeploy.runtime.report.page import change_words, db_words, difference_words, median_words, ratio_words, size_words
@@ -72,7 +72,7 @@ def judged(engine: Enlarger, gates: Gates | None = None) -> VerifyResult:
         )
         truth = np.repeat(np.repeat(picture[0].transpose(1, 2, 0), 2, 0), 2, 1) * 254
         samples.append(Sample(name, picture, np.rint(truth).astype(np.uint8)))
-    return verify(engine, Enlarger("eager fp32"), samples, gates=gates, keep_views=2)
+    return verify(engine, Enlarger("eager fp32"), samples, gates=gates, keep_crops=2)
 
 
 def spread(name: str, times: NDArray[np.float64]) -> Row:
@@ -604,7 +604,7 @@ def test_heat_maps_show_scale_and_nan() -> None:
 
 
 def test_picture_names_are_safe_and_different() -> None:
-    pictures = Pictures()
+    pictures = CropImages()
     pixels = np.zeros((2, 2, 3), np.uint8)
 
     keys = [pictures.add(name, pixels) for name in ("a b/../c", "a b/../c", "…")]

@@ -18,8 +18,8 @@ from srdeploy.core.runner import RunnerInfo
 from srdeploy.core.samples import Sample
 from srdeploy.core.shapes import ShapeProfile
 from srdeploy.models.networks.rcan import Rcan, RcanConfig
+from srdeploy.runtime.verify.crops import WORST_SIDE
 from srdeploy.runtime.verify.parity import GRID, Gates, VerifyResult, grid_batches, verify, verify_all
-from srdeploy.runtime.verify.views import WORST_SIDE
 
 SCALE = 2
 CONFIG = RcanConfig(
@@ -225,14 +225,14 @@ def test_the_worst_crop_holds_the_defect(network: torch.nn.Module) -> None:
         output[:, :, 200:203, 40:43] += 0.5
         return output
 
-    result = judged(network, [Sample("large", picture)], spoiled, grid=(), keep_views=1)
+    result = judged(network, [Sample("large", picture)], spoiled, grid=(), keep_crops=1)
 
     assert result.worst is not None
     assert result.worst.error.shape == (WORST_SIDE, WORST_SIDE)
     assert result.worst.top <= 200 < result.worst.top + WORST_SIDE
     assert result.worst.left <= 40 < result.worst.left + WORST_SIDE
-    assert len(result.views) == 1
-    assert result.views[0].truth is None
+    assert len(result.crops) == 1
+    assert result.crops[0].truth is None
 
 
 def test_nan_is_magenta_in_the_pictures(network: torch.nn.Module, samples: list[Sample]) -> None:
@@ -245,20 +245,43 @@ def test_nan_is_magenta_in_the_pictures(network: torch.nn.Module, samples: list[
     assert math.isnan(result.psnr_drop_db)
 
 
-def test_shapes_outside_the_profile_are_left_out_and_named(network: torch.nn.Module, samples: list[Sample]) -> None:
+def test_images_are_cropped_to_each_engines_profile(network: torch.nn.Module) -> None:
+    image = np.random.default_rng(0).random((1, 3, 30, 44), dtype=np.float32)
+    truth = np.zeros((60, 88, 3), np.uint8)
+    narrow = ShapeProfile((1, 3, 8, 8), (1, 3, 16, 16), (1, 3, 24, 32))
+    shapes: list[tuple[int, ...]] = []
+    reference = TorchRunner(network, change=lambda output: shapes.append(output.shape) or output)  # type: ignore[func-returns-value]
+    engines = [TorchRunner(network), TorchRunner(network, profile=narrow), TorchRunner(network, profile=narrow)]
+
+    whole, first, second = verify_all(engines, reference, [Sample("a", image, truth)], grid=(), keep_crops=1)
+
+    assert [result.images[0].shape for result in (whole, first, second)] == [
+        (1, 3, 30, 44), (1, 3, 24, 32), (1, 3, 24, 32)
+    ]  # fmt: skip
+    assert all(result.passed and result.images[0].candidate_quality is not None for result in (whole, first, second))
+    assert shapes[:2] == [(1, 3, 60, 88), (1, 3, 48, 64)], "the reference computes each crop once"
+    assert first.crops[0].truth is not None
+    assert first.crops[0].truth.shape == (48, 64, 3)
+
+
+def test_images_and_shapes_that_cannot_fit_the_profile_are_skipped_and_named(
+    network: torch.nn.Module, samples: list[Sample]
+) -> None:
     profile = ShapeProfile((1, 3, 16, 16), (1, 3, 24, 40), (2, 3, 24, 64))
+    small = Sample("small", samples[0].image[:, :, :8, :8])
 
-    result = verify(TorchRunner(network, profile=profile), TorchRunner(network), samples)
+    result = verify(TorchRunner(network, profile=profile), TorchRunner(network), [*samples, small])
 
-    assert [case.name for case in result.images] == ["wide"]
-    assert "outside" in result.skipped["odd"]
+    assert "small" not in [case.name for case in result.images]
+    assert "outside the engine's profile" in result.skipped["small"]
+    assert all(profile.contains(case.shape) for case in result.images)
     assert "1x3x16x16" in [case.name for case in result.grid]
     assert "2x3x17x17" in [case.name for case in result.grid]
     assert "1x3x1x1" in result.skipped
 
 
-def test_no_image_inside_the_profile_is_an_error(network: torch.nn.Module, samples: list[Sample]) -> None:
-    profile = ShapeProfile((1, 3, 8, 8), (1, 3, 8, 8), (1, 3, 8, 8))
+def test_no_image_that_fits_the_profile_is_an_error(network: torch.nn.Module, samples: list[Sample]) -> None:
+    profile = ShapeProfile((1, 3, 200, 200), (1, 3, 200, 200), (1, 3, 200, 200))
 
     with pytest.raises(UsageError, match="outside the engine's profile"):
         verify(TorchRunner(network, profile=profile), TorchRunner(network), samples)

@@ -1,4 +1,4 @@
-"""Pictures for people: one crop seen through input, reference, engine and ground truth, and where they differ."""
+"""Crops of an image as input, reference, engine and ground truth show it, with the difference: for the report."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,16 +10,16 @@ from srdeploy.core.imaging.resize import imresize
 from srdeploy.core.samples import Sample
 from srdeploy.runtime.verify.difference import eight_bit
 
-VIEW_SIDE = 384
-"""Largest side of a view for the report, in output pixels."""
+DETAIL_SIDE = 384
+"""Maximum side of a detailed crop, in output pixels."""
 
 WORST_SIDE = 128
 """Side of the worst crop, in output pixels."""
 
 
 @dataclass(frozen=True, eq=False)
-class View:
-    """One crop in several renderings, all uint8 (h, w, 3) of the same size.
+class Crop:
+    """One crop in several versions, all uint8 (h, w, 3) of the same size.
 
     Attributes:
         name: of the image.
@@ -43,15 +43,15 @@ class View:
     error: NDArray[np.float32]
 
     def box_json(self) -> dict[str, Any]:
-        """Return where the crop lies, in output pixels."""
+        """Return the position of the crop, in output pixels."""
         height, width = self.error.shape
         return {"image": self.name, "top": self.top, "left": self.left, "height": height, "width": width}
 
 
-def make_view(sample: Sample, reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> View:
-    """Show the liveliest crop of an image: the one where the reference has most contrast.
+def detailed_crop(sample: Sample, reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> Crop:
+    """Return the crop of an image where the reference has most contrast.
 
-    It does not depend on the engine, so the views of several engines lie on top of each other.
+    It does not depend on the engine, so the crops of several engines show the same part.
 
     Args:
         sample: the image.
@@ -59,31 +59,31 @@ def make_view(sample: Sample, reference: NDArray[np.float32], candidate: NDArray
         candidate: the engine's output, of the same shape.
     """
     detail = np.nan_to_num(reference[0].astype(np.float64)).mean(axis=0)
-    liveliness = np.hypot(*np.gradient(detail)) if min(detail.shape) > 1 else np.zeros_like(detail)
-    return _view(sample, reference, candidate, _best_box(liveliness, VIEW_SIDE))
+    contrast = np.hypot(*np.gradient(detail)) if min(detail.shape) > 1 else np.zeros_like(detail)
+    return _crop(sample, reference, candidate, _best_box(contrast, DETAIL_SIDE))
 
 
-def worst_view(sample: Sample, reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> View:
-    """Show the crop where the engine's squared error against the reference is largest; arguments as `make_view`."""
+def worst_crop(sample: Sample, reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> Crop:
+    """Return the crop where the engine's squared error against the reference is largest; see `detailed_crop`."""
     gap = (candidate[0].astype(np.float64) - reference[0]) ** 2
     gap = np.where(np.isfinite(gap), gap, 1e6).mean(axis=0)
-    return _view(sample, reference, candidate, _best_box(gap, WORST_SIDE))
+    return _crop(sample, reference, candidate, _best_box(gap, WORST_SIDE))
 
 
-def _view(
+def _crop(
     sample: Sample,
     reference: NDArray[np.float32],
     candidate: NDArray[np.float32],
     box: tuple[slice, slice],
-) -> View:
+) -> Crop:
     error = np.abs(candidate[0].astype(np.float64) - reference[0]).max(axis=0).astype(np.float32)
     error[~np.isfinite(error)] = np.nan
     height, width = reference.shape[2:]
     enlarged = imresize(sample.image[0].transpose(1, 2, 0), size=(height, width))  # (H, W, C)
     truth = None if sample.truth is None else _as_rgb(sample.truth[:height, :width])[box]
     if truth is not None and reference.shape[1] == 1:
-        truth = _luma_picture(truth)
-    return View(
+        truth = _luma_image(truth)
+    return Crop(
         name=sample.name,
         top=box[0].start,
         left=box[1].start,
@@ -105,11 +105,11 @@ def _best_box(weight: NDArray[np.float64], side: int) -> tuple[slice, slice]:
 
 
 def _visible(output: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """(1, C, H, W) to (H, W, 3), magenta where a value is not finite: it must not pass for black."""
+    """(1, C, H, W) to (H, W, 3), magenta where a value is not finite: it must not look like black."""
     planes = output[0].transpose(1, 2, 0)  # (H, W, C)
-    picture = _as_rgb(eight_bit(np.nan_to_num(planes, nan=0.0, posinf=0.0, neginf=0.0)))
-    picture[~np.isfinite(planes).all(axis=2)] = (255, 0, 255)
-    return picture
+    image = _as_rgb(eight_bit(np.nan_to_num(planes, nan=0.0, posinf=0.0, neginf=0.0)))
+    image[~np.isfinite(planes).all(axis=2)] = (255, 0, 255)
+    return image
 
 
 def _as_rgb(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -117,7 +117,7 @@ def _as_rgb(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.array(np.broadcast_to(planes, (*planes.shape[:2], 3)))
 
 
-def _luma_picture(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _luma_image(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
     from srdeploy.core.imaging.psnr import luma_255
 
     return _as_rgb(np.rint(luma_255(rgb)).astype(np.uint8))
