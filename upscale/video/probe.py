@@ -93,16 +93,16 @@ def info_of(container: Any, stream: Any, frame: Any) -> VideoInfo:
     """Describe a stream by what it, its codec and its first decoded frame say.
 
     Raises:
-        InputError: pixels that cannot be converted to RGB: of a Bayer sensor, or with a matrix other than BT.601,
-            BT.709, BT.2020 and their relatives.
+        InputError: pixels that cannot be converted to RGB: of a Bayer sensor, CIE XYZ, floating-point, or with a matrix
+            other than BT.601, BT.709, BT.2020 and their relatives.
     """
     context = stream.codec_context
     name = str(frame.format.name)
     form = pyav().VideoFormat(_FULL_RANGE_FORMATS.get(name, name))
-    if form.is_bayer or name.startswith("xyz"):
+    if form.is_bayer or name.startswith("xyz") or "f32" in name or "f16" in name:
         raise InputError(
-            f"{container.name.removeprefix('file:')} holds {name}: raw sensor data, or CIE XYZ",
-            expected="RGB, YUV or gray",
+            f"{container.name.removeprefix('file:')} holds {name}: raw sensor data, CIE XYZ or floating-point pixels",
+            expected="RGB, YUV or gray in whole numbers",
             next_step="convert it first",
         )
     rgb = form.is_rgb or form.has_palette

@@ -335,6 +335,16 @@ def test_no_chroma_is_lost(pix_fmt: str, stored: str, up: Upscaler, clips: Any, 
     assert clips.shown(tmp_path / "out.mkv").numbers == [0, 1, 2]
 
 
+@pytest.mark.parametrize("pix_fmt", ["xyz12le", "gbrpf32le"])
+def test_pixels_that_are_not_rgb_yuv_or_gray_are_refused(
+    pix_fmt: str, up: Upscaler, clips: Any, tmp_path: Path
+) -> None:
+    source = clips.make(tmp_path / "a.nut", range(1), codec="rawvideo", pix_fmt=pix_fmt)
+
+    with pytest.raises(InputError, match=f"holds {pix_fmt}: raw sensor data, CIE XYZ or floating-point pixels"):
+        upscale_video(up, source, tmp_path / "out.mkv", VideoOptions(codec="ffv1"))
+
+
 def test_matrices_that_cannot_be_converted_are_refused(up: Upscaler, clips: Any, tmp_path: Path) -> None:
     """YCgCo read as BT.709 is green and pink."""
 
