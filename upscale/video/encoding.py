@@ -6,7 +6,7 @@ from pathlib import Path
 
 from srdeploy.core.errors import UsageError
 from srdeploy.upscale.video.color import BT709
-from srdeploy.upscale.video.media import pyav
+from srdeploy.upscale.video.media import containers_of, pyav
 from srdeploy.upscale.video.probe import VideoInfo, has_alpha
 from srdeploy.upscale.video.side_data import Mastering
 
@@ -25,12 +25,14 @@ class Encoding:
         pix_fmt: the stored pixel format.
         options: of the encoder, such as {"crf": "17"}.
         notes: lines for the user about what differs from the input.
+        segment_suffix: container of the segments: Matroska, or that of the output for codecs that it does not hold.
     """
 
     codec: str
     pix_fmt: str
     options: dict[str, str]
     notes: tuple[str, ...] = ()
+    segment_suffix: str = ".mkv"
 
     @property
     def rgb(self) -> bool:
@@ -82,7 +84,15 @@ def choose_encoding(
         matrix = "BT.709" if info.matrix == BT709 else "BT.601"
         notes.append(f"the input does not state its color matrix; read and written as {matrix}")
     notes += [f"not kept: {name}" for name in info.not_kept]
-    return Encoding(name, stored, _options(name, quality, info.mastering, alpha=info.alpha), tuple(notes))
+    containers = containers_of(name)
+    if output.suffix.lower() not in containers:
+        raise UsageError(
+            f"{output.suffix} cannot hold {name}",
+            expected=f"an output ending in {' or '.join(containers)}" if containers else "another --codec",
+        )
+    suffix = ".mkv" if ".mkv" in containers else output.suffix
+    options = _options(name, quality, info.mastering, alpha=info.alpha)
+    return Encoding(name, stored, options, tuple(notes), suffix)
 
 
 def _formats_of(codec: str) -> list[str]:

@@ -225,7 +225,7 @@ class _VideoJob:
             self.output.with_name(f"{self.output.stem}{suffix}.parts") for suffix in (self.output.suffix, *CONTAINERS)
         )
         adopt_parts(folder, others, key)
-        self.parts = Parts(folder, key)
+        self.parts = Parts(folder, key, self.encoding.segment_suffix)
         self.begun = len(self.parts.segments)
         self.segment: _OpenSegment | None = None
         self.finishing: Future[None] | None = None

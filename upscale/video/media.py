@@ -4,13 +4,15 @@ FFmpeg takes a name with a colon for a URL: `12:30 clip.mp4` would be an unknown
 Every path is therefore handed over with the prefix `file:`, and no other protocol is allowed.
 """
 
+import io
 from pathlib import Path
 from typing import Any
 
 from srdeploy.core.errors import InputError
 from srdeploy.core.extras import import_extra
 
-CONTAINERS = (".mp4", ".m4v", ".mkv", ".mov", ".webm")
+_FORMATS = {".mp4": "mp4", ".m4v": "ipod", ".mkv": "matroska", ".mov": "mov", ".webm": "webm"}
+CONTAINERS = tuple(_FORMATS)
 """Suffixes of the outputs that can be written."""
 
 
@@ -43,6 +45,18 @@ def open_media(path: Path) -> Any:
 def create_media(path: Path, options: dict[str, str] | None = None) -> Any:
     """Open a file for writing; its suffix names the container."""
     return pyav().open(f"file:{path}", "w", options=options or {})
+
+
+def containers_of(codec: str) -> list[str]:
+    """Return the suffixes of the containers that hold what an encoder makes."""
+    av = pyav()
+    names = {codec, av.Codec(codec, "w").canonical_name}
+    found = []
+    for suffix, form in _FORMATS.items():
+        with av.open(io.BytesIO(), "w", format=form) as container:
+            if names & set(container.supported_codecs):
+                found.append(suffix)
+    return found
 
 
 def open_video(path: Path) -> tuple[Any, Any]:

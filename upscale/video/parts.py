@@ -42,8 +42,13 @@ def adopt_parts(folder: Path, others: Iterable[Path], key: str) -> None:
 class Parts:
     """The finished segments of one video, in OUTPUT.parts/."""
 
-    def __init__(self, folder: Path, key: str) -> None:
+    def __init__(self, folder: Path, key: str, suffix: str = ".mkv") -> None:
         """Load the segments made with the same key; others are removed.
+
+        Args:
+            folder: OUTPUT.parts/.
+            key: hash of everything that determines the segments.
+            suffix: of their container.
 
         Raises:
             OutputError: the folder cannot be written.
@@ -51,6 +56,7 @@ class Parts:
         self.folder = folder
         self.segments: list[Segment] = []
         self._key = key
+        self._suffix = suffix
         self._journal = Journal(folder / _JOURNAL)
         self._take_up()
         with output_errors(folder):
@@ -64,8 +70,8 @@ class Parts:
         return sum(len(segment.pts) for segment in self.segments)
 
     def path(self, number: int) -> Path:
-        """Return the path of a segment. Matroska holds every codec."""
-        return self.folder / f"{number:06d}.mkv"
+        """Return the path of a segment."""
+        return self.folder / f"{number:06d}{self._suffix}"
 
     def add(self, segment: Segment) -> None:
         """Record a finished segment."""

@@ -53,7 +53,7 @@ def rehearse(
         UsageError: the encoder does not take the frames; or the container cannot hold a stream, the timestamps, the
             orientation or the alpha channel. The message names a container that can.
     """
-    blank = folder / "rehearsal.mkv"
+    blank = folder / f"rehearsal{encoding.segment_suffix}"
     made = folder / f"joined{output.suffix}"
     try:
         segment = _encode_blank(blank, reader, encoding, size)

@@ -1,5 +1,6 @@
 """Encode RGB frames into a file of one video stream."""
 
+import errno
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,16 @@ from srdeploy.upscale.video.probe import VideoInfo
 from srdeploy.upscale.video.reader import Frame
 
 _RGB_MATRIX = 0  # H.273
+_OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 _MILLISECOND = Fraction(1, 1000)
 _LONGEST_REORDERING = 64  # places between decoding and presentation; codecs end at 16 reference frames
 
 
 class VideoWriter:
-    """Encodes frames into a Matroska file of one stream.
+    """Encodes frames into a file of one stream.
 
-    The packets of the file are stamped with the number of their frame in the file, in milliseconds: the times of the
-    frames, which Matroska would round, are written when the segments are joined.
+    Packets are stamped with the number of their frame in the file, in milliseconds: the times of the frames, which
+    Matroska would round, are written when the segments are joined.
     """
 
     def __init__(self, path: Path, info: VideoInfo, encoding: Encoding, size: tuple[int, int]) -> None:
@@ -75,7 +77,7 @@ class VideoWriter:
         try:
             packets = self._stream.encode(frame)
         except pyav().FFmpegError as error:
-            if self._packets or not issubclass(type(error), ValueError):
+            if self._packets or getattr(error, "errno", None) in _OUTPUT_ERRORS:
                 raise
             raise UsageError(
                 f"{self._encoding.codec} does not encode {self._stream.width}x{self._stream.height} frames of"

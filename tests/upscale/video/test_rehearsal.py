@@ -93,11 +93,11 @@ def test_container_that_can_is_named_and_takes_it(
 @pytest.mark.parametrize(
     ("codec", "output", "message"),
     [
-        ("prores_ks", "out.webm", r"\.webm cannot hold the video stream \(prores\); expected .*\.mkv"),
-        ("hap", "out.mov", "hap"),
+        ("prores_ks", "out.webm", r"\.webm cannot hold prores_ks; expected an output ending in \.mkv or \.mov"),
+        ("utvideo", "out.mov", r"\.mov cannot hold utvideo; expected another --codec"),
         ("mpeg4", "out.mp4", "mpeg4 does not encode .* clock of 1/90000"),
     ],
-    ids=["codec in container", "pixel format", "clock"],
+    ids=["codec in container", "codec in none", "clock"],
 )
 def test_encoders_are_tried(
     codec: str, output: str, message: str, up: Upscaler, clips: Any, tmp_path: Path, computed: list[int]
