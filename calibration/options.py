@@ -49,7 +49,7 @@ class QuantizeOptions:
     max_worst_drop: float | None = None
     min_fidelity: float | None = None
     cost: Cost = "latency"
-    time_budget_s: float = 600.0
+    time_budget_s: float = 300.0
     ranges: Path | None = None
     seed: int = 0
 

@@ -100,7 +100,7 @@ class QuantizeVerbOptions:
         "time).",
     )
     time_budget: float = option(
-        "--time-budget", type=float, default=600.0, show_default=True, help="Seconds that the search may take."
+        "--time-budget", type=float, default=300.0, show_default=True, help="Seconds that the search may take."
     )
     method: Literal["minmax", "percentile", "mse", "entropy"] | None = option(
         "--method",

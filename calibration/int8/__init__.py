@@ -1,1 +1,1 @@
-"""INT8 graphs: observed ranges, scales, rounding of weights, placement of Q/DQ nodes."""
+"""INT8 graphs: ranges, scales, rounding of weights, placement of Q/DQ nodes; `builder` puts them together."""

@@ -1,1 +1,1 @@
-"""The search for a quantized graph that keeps a bound in dB."""
+"""The search for a quantized graph that keeps a bound in dB: `choose` decides, `evaluate` measures graphs."""

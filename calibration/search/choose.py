@@ -43,6 +43,10 @@ from srdeploy.core.samples import Sample
 
 STRENGTHS = (0.5, 0.7)
 AUTOMATIC_METHODS: tuple[Method, ...] = ("mse", "percentile")  # entropy lost everywhere it was measured
+SENSITIVITY_TIME = 0.4
+"""Share of the time left that goes into finding out which layers bring the error."""
+COST_TIME = 0.4
+"""Share of the time left after that which goes into what exact layers cost; the rest evaluates graphs."""
 AS_WRITTEN_DB = 3.0
 """Engines differ from a graph's own arithmetic by codes rounded the other way, which halves the error power at most."""
 
@@ -191,7 +195,8 @@ def _tune(
         top = max(trials, key=lambda trial: trial.fidelity_db)
         return top.decisions if trials else so_far
 
-    with progress.task("comparing ways to quantize") as advance:
+    free = (1 if options.strength is not None else len(STRENGTHS), 1 if options.method else len(AUTOMATIC_METHODS))
+    with progress.task("comparing ways to quantize", total=3 + sum(free)) as advance:
         chosen = best([("the plainest: min-max, nothing else", base)], base)
         if options.strength is None and builder.stored is None:
             chosen = best(
@@ -224,9 +229,13 @@ def _meet_bound(
     activations, or become float. What that costs is measured on the engine, since it differs by processor: with VNNI
     two 8-bit convolutions are much quicker than a float one, without it they are not.
     """
-    sensitivities = measure_sensitivities(builder, tuning, decisions, deadline, journal, progress)
+    sensitivities = measure_sensitivities(
+        builder, tuning, decisions, _part_of(deadline, SENSITIVITY_TIME), journal, progress
+    )
     timed = open_engine if options.cost != "macs" else None
-    sensitivities = measure_costs(builder, evaluator, decisions, sensitivities, timed, deadline, journal, progress)
+    sensitivities = measure_costs(
+        builder, evaluator, decisions, sensitivities, timed, _part_of(deadline, COST_TIME), journal, progress
+    )
     points = [first]
     done: list[Change] = []
     left = {entry.layers: entry.error for entry in sensitivities}
@@ -272,6 +281,12 @@ def _meet_bound(
         expected=options.bound(),
         next_step="allow a larger drop, give it more time with --time-budget, or use --precision fp16",
     )
+
+
+def _part_of(deadline: float, share: float) -> float:
+    """Return when a share of the time that is left until a deadline will have passed."""
+    now = time.monotonic()
+    return now + share * max(deadline - now, 0.0)
 
 
 def _apply_changes(decisions: Decisions, changes: Iterable[Change], total: float) -> Decisions:

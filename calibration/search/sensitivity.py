@@ -158,10 +158,11 @@ def measure_costs(
     """
     layers = {layer.name: layer for layer in builder.graph.layers}
     total = sum(entry.error for entry in sensitivities)
-    result = []
+    found: dict[tuple[str, ...], Sensitivity] = {}
     plain = _LatencyComparison(builder, evaluator, decisions, open_engine) if open_engine is not None else None
     with progress.task("measuring what exact layers cost", total=len(sensitivities)) as advance:
-        for entry in sensitivities:
+        # Those that bring most error first: time may not last for all, and their costs decide most.
+        for entry in sorted(sensitivities, key=_error, reverse=True):
             kinds = [False]
             if builder.recipe.allow_splits and all(can_split(builder.graph, layers[name]) for name in entry.layers):
                 kinds = [True, False]
@@ -173,9 +174,9 @@ def measure_costs(
                     key = journal_key(f"cost:{split}:{entry.layers}", decisions)
                     change = replace(change, cost=journal.number(key, partial(plain.share, change)), measured=True)
                 changes.append(change)
-            result.append(replace(entry, changes=tuple(changes)))
+            found[entry.layers] = replace(entry, changes=tuple(changes))
             advance()
-    return result
+    return [found[entry.layers] for entry in sensitivities]
 
 
 class _LatencyComparison:
