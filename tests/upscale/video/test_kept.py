@@ -65,29 +65,26 @@ ALPHA = {
 }
 
 
+ALPHA_KEPT = [
+    *((name, "out.mkv", "ffv1") for name in ALPHA),
+    *((name, "out.webm", None) for name in ("VP9 in WebM", "VP8 in WebM", "FFV1 gray")),
+    *((name, "out.mov", "prores_ks") for name in ALPHA if name not in ("ProRes 4444", "FFV1 of 16 bits")),
+    *((name, "out.mov", codec) for name in ("PNG in MOV", "Animation in MOV") for codec in ("qtrle", "png")),
+]
+
+
+def _transparent(name: str, clips: Any, folder: Path) -> Path:
+    file, encoder, pix_fmt, options = ALPHA[name]
+    made: Path = clips.make(folder / file, range(2), codec=encoder, pix_fmt=pix_fmt, options=options, alpha=True)
+    return made
+
+
 class TestAlpha:
     """Alpha in any pixel format is kept where the encoder stores it, and refused where it does not."""
 
-    @pytest.mark.parametrize("name", ALPHA)
-    @pytest.mark.parametrize(
-        ("output", "codec"),
-        [("out.webm", None), ("out.mkv", "ffv1"), ("out.mov", "prores_ks"), ("out.mov", "qtrle"), ("out.mov", "png")],
-        ids=["VP9", "FFV1", "ProRes", "Animation", "PNG"],
-    )
+    @pytest.mark.parametrize(("name", "output", "codec"), ALPHA_KEPT)
     def test_kept(self, name: str, output: str, codec: str | None, up: Upscaler, clips: Any, tmp_path: Path) -> None:
-        file, encoder, pix_fmt, options = ALPHA[name]
-        source = clips.make(tmp_path / file, range(2), codec=encoder, pix_fmt=pix_fmt, options=options, alpha=True)
-        if codec is None and pix_fmt not in ("yuva420p", "ya8"):
-            pytest.skip("VP9 stores alpha with 8 bits and half the chroma")
-        if codec == "prores_ks" and name in ("ProRes 4444", "FFV1 of 16 bits"):  # decoded with 12 and 16 bits
-            with pytest.raises(UsageError, match="prores_ks stores none of .*; pass --codec ffv1 with an .mkv output"):
-                upscale_video(up, source, tmp_path / output, VideoOptions(codec=codec))
-            return
-
-        if codec in ("qtrle", "png") and name not in ("PNG in MOV", "Animation in MOV"):
-            pytest.skip("these store RGB")
-
-        upscale_video(up, source, tmp_path / output, VideoOptions(codec=codec))
+        upscale_video(up, _transparent(name, clips, tmp_path), tmp_path / output, VideoOptions(codec=codec))
 
         reader = VideoReader(tmp_path / output)
         frames = [frame.pixels for frame in reader.frames()]
@@ -101,13 +98,20 @@ class TestAlpha:
 
     @pytest.mark.parametrize("name", ALPHA)
     def test_refused_by_an_encoder_without(self, name: str, up: Upscaler, clips: Any, tmp_path: Path) -> None:
-        file, encoder, pix_fmt, options = ALPHA[name]
-        source = clips.make(tmp_path / file, range(2), codec=encoder, pix_fmt=pix_fmt, options=options, alpha=True)
+        source = _transparent(name, clips, tmp_path)
 
         with pytest.raises(UsageError, match="alpha channel .* and libx264 stores none; pass --codec ffv1"):
             upscale_video(up, source, tmp_path / "out.mkv")
 
         assert list(tmp_path.iterdir()) == [source]
+
+    @pytest.mark.parametrize("name", ["ProRes 4444", "FFV1 of 16 bits"])
+    def test_refused_by_an_encoder_of_fewer_bits(self, name: str, up: Upscaler, clips: Any, tmp_path: Path) -> None:
+        """ProRes 4444 is decoded with 12 bits, and its encoder takes 10."""
+        source = _transparent(name, clips, tmp_path)
+
+        with pytest.raises(UsageError, match="prores_ks stores none of .*; pass --codec ffv1 with an .mkv output"):
+            upscale_video(up, source, tmp_path / "out.mov", VideoOptions(codec="prores_ks"))
 
     def test_transparent_palette_is_refused_and_an_opaque_one_is_read(
         self, up: Upscaler, clips: Any, tmp_path: Path
