@@ -38,7 +38,7 @@ from srdeploy.core.samples import Sample
 CPU_TARGETS = (Target.OPENVINO, Target.ONNXRUNTIME)
 DECONVOLUTIONS_REWRITTEN = "OpenVINO has no INT8 kernel for these deconvolutions: they became exact convolutions"
 NOT_RUN_HERE = (
-    "8-bit weights were asked for and this processor lacks VNNI: the graph is for others, was judged by emulation, and "
+    "this processor lacks VNNI, which 8-bit weights need: the graph is for other processors, was evaluated by emulation, and "
     "what engines do with it was not read back"
 )
 _PACKAGES = ("onnx", "onnxruntime", "openvino", "numpy")
@@ -49,7 +49,7 @@ class QuantizeResult:
     """What was written and what is known about it.
 
     Attributes:
-        output: the ONNX file; its manifest lies beside it.
+        output: the ONNX file; its manifest is next to it.
         precision: of the heavy layers.
         target: the engine family it is laid out for.
         quality: fidelity and drop; None without images.
@@ -59,9 +59,9 @@ class QuantizeResult:
         floats: layer -> reason, for the layers of an 8-bit graph that stay float.
         merged: layers of the network that are one layer in the graph (see tail.py).
         islands: nodes of a 16-bit graph that stay FP32, with reasons.
-        readback: what the engine says it runs; None when no engine of the target runs here.
+        readback: what the engine reports that it runs; None when no engine of the target runs here.
         choice: the search and all it measured; None for FP16 and BF16.
-        latency_ms: of the graph and of the float graph on the engine, the first judged image, interleaved; a guide, not
+        latency_ms: of the graph and of the float graph on the engine, first held-out image, interleaved; an indication, not
             a benchmark. None where the engine does not run here.
         notes: what a user should know, one sentence each.
         artifacts: further files written: name -> path.
@@ -365,7 +365,7 @@ def _notes(target: Target, latency: tuple[float, float] | None) -> tuple[str, ..
     notes = []
     if target == Target.TENSORRT_RTX:
         notes.append(
-            "on TensorRT for RTX FP16 is the recommended precision: its INT8 convolutions give floats and need "
+            "on TensorRT for RTX FP16 is the recommended precision: its INT8 convolutions write floats and need "
             "another kernel for scale, bias and ReLU; take INT8 there only when you have measured it to be faster"
         )
     if latency is not None and latency[0] >= latency[1]:

@@ -45,7 +45,7 @@ class CalibrationSet:
     Attributes:
         samples: crops and whole images that ranges are taken from.
         held_out: images kept aside to measure the drop on.
-        document: what `set.json` says: files with SHA-256, crop recipe, coverage, files passed over.
+        document: the contents of `set.json`: files with SHA-256, crop recipe, coverage, files that were skipped.
     """
 
     samples: tuple[Sample, ...]

@@ -1,4 +1,4 @@
-"""Everything that was learned about one graph, and quantized graphs made from it.
+"""Quantized graphs made from one FP32 graph, for given decisions.
 
 A search tries dozens of quantized graphs. They share the expensive part, what was seen on the calibration images, and
 differ in a few decisions, so the observations live here and a graph for given decisions takes a second.
@@ -252,7 +252,7 @@ class GraphBuilder:
         return self._codes[nearest]
 
     def _compensating(self, decisions: Decisions) -> Iterator[tuple[str, QuantWeight]]:
-        """Round the weights of all layers that may become 8-bit so that errors cancel; deconvolutions are left out."""
+        """Round the weights of all layers that may become 8-bit so that errors cancel; deconvolutions are excluded."""
         graph, _ = self.equalized(decisions.strength)
         placement = place(graph, self.recipe, precision=self.precision, share=decisions.share)
         layers = [x for x in graph.layers if x.name in placement.layers and graph.is_plain_convolution(x)]
@@ -262,7 +262,7 @@ class GraphBuilder:
         covariances = self._measurements.covariances(self.key, self.graph, layers, batches, progress=self._progress)
         factors = self.equalized(decisions.strength)[1]
         for layer in layers:
-            # The activation's own rounding is noise that no weight can make good.
+            # The activation's own rounding is noise that no weight can compensate.
             step = params_for_range(*self._range(layer.input, decisions), self.recipe.kind).scale
             scaled = scale_covariances(covariances[layer.name], factors.get(layer.input, np.ones(1)))
             noisy = [covariance + np.eye(len(covariance)) * step**2 / 12 for covariance in scaled]

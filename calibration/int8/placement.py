@@ -208,7 +208,7 @@ def list_quantizable(graph: Graph, recipe: Recipe, precision: Precision) -> tupl
 
 
 def can_split(graph: Graph, layer: Layer) -> bool:
-    """Tell whether a layer can be computed as two 8-bit convolutions: what it reads must exist as floats.
+    """Return True if a layer can be computed as two 8-bit convolutions: its input must exist as floats.
 
     What meets in a concatenation exists in 8 bits only, and the first layer reads an image that is exact in 8 bits.
     """
@@ -226,7 +226,7 @@ def _float_reason(layer: Layer, recipe: Recipe, precision: Precision) -> str | N
     if layer.role == "attention":
         return "channel attention works on 1x1 maps and steers every channel"
     if layer.role == "edge":
-        return "it corrects the outermost pixels of the image: a strip, computed in no time"
+        return "it corrects the outermost pixels of the image: a thin strip, whose time does not matter"
     if layer.role == "first" and not recipe.quantize_first:
         return recipe.why["first"]
     if layer.role == "last" and not recipe.quantize_last:

@@ -1,8 +1,8 @@
-"""From what was seen of a tensor to the range its 8-bit codes cover, and `ranges.json`, which keeps that for later.
+"""From the observation of a tensor to the range of its 8-bit codes, and `ranges.json`, which stores ranges.
 
 Covering every value that was seen (min-max) spends codes on outliers; clipping spends image on codes. Which is better
 differs by network, so the four ways are computed from the same histogram and the one with the best measured fidelity is
-taken (see `choose.py`); none is believed in.
+taken (see `choose.py`); no method is assumed to be best.
 """
 
 import json
@@ -31,8 +31,8 @@ def compute_range(seen: Observation, method: Method, kind: Kind) -> tuple[float,
 
     Args:
         seen: what was seen of the tensor.
-        method: "minmax" covers everything; "percentile" leaves 1e-5 of the values out on either side; "mse" gives the
-            least mean squared error; "entropy" keeps the distribution's shape (least Kullback-Leibler divergence).
+        method: "minmax" covers everything; "percentile" clips 1e-5 of the values on either side; "mse" has the
+            minimum mean squared error; "entropy" keeps the distribution's shape (minimum Kullback-Leibler divergence).
         kind: the codes. Symmetric kinds clip both sides alike.
     """
     low, high = seen.range
@@ -75,7 +75,7 @@ def _squared_error(
 def _kl_divergence(
     values: NDArray[np.float64], counts: NDArray[np.float64], low: float, high: float, kind: Kind
 ) -> float:
-    """Kullback-Leibler divergence between the clipped distribution and what its codes can say about it."""
+    """Kullback-Leibler divergence between the clipped distribution and what its codes represent."""
     params = params_for_range(low, high, kind)
     clipped = np.clip(values, params.low, params.high)
     fine = np.unique(clipped, return_inverse=True)[1]

@@ -1,11 +1,11 @@
-"""Rounds weights such that their errors cancel on what the layer really reads.
+"""Rounding of weights such that their errors cancel on the layer's real input.
 
-Neighbouring pixels and channels of feature maps are alike, so the error that rounding one weight up makes is largely
-undone by rounding another one down. Which ones undo each other is told by the covariance of what the layer reads: the
-weights of an output channel are rounded one after the other, and each error is made good, as far as the covariance
-allows, by the weights not yet rounded. This is the method of Frantar et al., "GPTQ", ICLR 2023, and "Optimal Brain
-Compression", NeurIPS 2022 (https://arxiv.org/abs/2210.17323, https://arxiv.org/abs/2208.11580), applied to windows of
-feature maps. The mean error is left to bias correction, so the covariance is about the mean.
+Neighboring pixels and channels of feature maps are correlated, so rounding one weight down compensates most of the
+error of rounding another one up. The covariance of the layer's input determines which: the weights of an output channel
+are rounded one after the other, and the weights not yet rounded compensate each error as far as the covariance allows.
+This is the method of Frantar et al., "GPTQ", ICLR 2023, and "Optimal Brain Compression", NeurIPS 2022
+(https://arxiv.org/abs/2210.17323, https://arxiv.org/abs/2208.11580), applied to windows of feature maps. The mean error
+is left to bias correction, so the covariance is about the mean.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,13 +23,13 @@ from srdeploy.core.progress import SILENT, Progress
 WINDOWS = 256
 """Windows taken of every layer and image. Fewer than a layer has weights per output channel are too few in all."""
 LARGEST = 1152
-"""Weights of an output channel that make each other's errors good: 128 channels of 3x3. More are taken in parts."""
+"""Weights of an output channel that compensate each other's errors: 128 channels of 3x3. More are split into parts."""
 MOMENTS_BYTES = 1 << 30
 """Covariances kept at a time; a network with more is passed over several times."""
 DAMPING = 0.005
 """Added to the diagonal, relative to its mean: what was not seen is not trusted wholly."""
 _STEP_FACTORS = (1.0, 0.93, 0.86, 0.8)
-"""Steps tried, relative to the one that just holds the largest weight: a clipped weight is made good like any other."""
+"""Steps tried, relative to the one that just holds the largest weight; clipped weights are compensated like others."""
 _BLOCK = 64
 _SMALLEST = 1e-12
 
@@ -137,7 +137,7 @@ def round_with_compensation(
     Args:
         weights: (out, in, kh, kw).
         scales: (out,), the scale of each output channel that holds its largest weight.
-        covariances: of the windows read, as `collect_covariances` gives them.
+        covariances: of the windows read, as `collect_covariances` yields them.
         top: the largest code.
         representable: brings scales to what the graph can hold.
 
@@ -164,9 +164,9 @@ def _compensated(rows: NDArray[np.float64], covariance: NDArray[np.float64], top
     order = np.argsort(-np.diag(covariance), kind="stable")  # what is read most strongly is rounded first
     damped = covariance + np.eye(size) * (DAMPING * np.diag(covariance).mean() + _SMALLEST)
     inverse = np.linalg.inv(damped[np.ix_(order, order)])
-    # Row j of the factor tells how the columns after j make good what rounding column j did.
+    # Row j of the factor: how the columns after j compensate the rounding of column j.
     factor = np.linalg.cholesky((inverse + inverse.T) / 2).T
-    left = np.ascontiguousarray(rows[:, order].T)  # (columns, rows): what is walked over lies together
+    left = np.ascontiguousarray(rows[:, order].T)  # (columns, rows): the loop reads contiguous memory
     codes = np.empty_like(left)
     for start in range(0, size, _BLOCK):
         end = min(start + _BLOCK, size)

@@ -1,8 +1,8 @@
 """Scales per channel for each reader of a residual stream.
 
-A residual stream is read by many convolutions, each of which would need other scales per channel to lose least in
-8 bits (see equalize.py), and equalization can give the stream one only. Where an engine multiplies while it quantizes,
-each reader gets a product with scales of its own, at no cost; its weights are divided by them.
+Many convolutions read a residual stream, and each would need its own scales per channel to lose as little as possible in
+8 bits (see equalize.py); equalization can only choose one set for the stream. On engines that multiply while they
+quantize, each reader multiplies by its own scales first, at no cost, and its weights are divided by them.
 """
 
 from collections.abc import Collection
@@ -52,7 +52,7 @@ def fold_reader_scales(model: onnx.ModelProto, floats: Collection[str]) -> onnx.
 
     Layers in `floats`, by name, read streams directly: their weights take the scales up. A product with negative
     factors in front of a pair is computed wrongly by OpenVINO 2026.4, in silence, where it becomes part of the
-    FakeQuantize; with a sum behind it, even of next to nothing, it becomes part of another kernel, as quick and right.
+    FakeQuantize. With an Add of 1e-12 after it, another kernel takes the product: as fast, and correct.
     """
     graph = Graph(model)
     constants: list[onnx.TensorProto] = []

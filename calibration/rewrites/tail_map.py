@@ -1,6 +1,6 @@
 """What a chain of convolutions and pixel shuffles does to the pixels around one LR pixel, as one convolution.
 
-Between the last activation of RCAN and its output stand only convolutions and pixel shuffles. Together they are linear:
+Only convolutions and pixel shuffles are between the last activation of RCAN and its output. Together they are linear:
 the s x s output pixels of an LR pixel are a weighted sum of a window of LR pixels, the same sum everywhere, except at
 the image's edges. There each convolution of the chain reads zeros where the sum would go on with what the layers before
 would have computed beyond the edge. What has to be corrected for that depends on the LR pixels at the edge alone.
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 SIDES = ("top", "bottom", "left", "right")
 _TOLERANCE = 1e-9
-"""Relative to the largest weight: sums in double precision differ by less, and a term left out by far more."""
+"""Relative to the largest weight: sums in double precision differ by less, a missing term by far more."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class AffineMap:
         return AffineMap(weight, self.bias)
 
     def vanishes(self, scale: float) -> bool:
-        """Tell whether nothing is left of the map, beside weights of the size `scale`."""
+        """Return True if the map is zero compared with weights of the size `scale`."""
         return bool(max(np.abs(self.weight).max(), np.abs(self.bias).max()) <= _TOLERANCE * scale)
 
 
@@ -104,7 +104,7 @@ def compute_pixel_map(links: Sequence[Link], edges: Mapping[str, int], reach: in
     Args:
         links: the chain.
         edges: how many LR pixels lie between the pixel and a side of the image, for the sides that are not far away.
-        reach: half the size of the map; the least that holds all taps by default.
+        reach: half the size of the map; by default the minimum that holds all taps.
     """
     channels, size = links[-1].weight.shape[0], int(np.prod([link.block for link in links]))
     count = channels * size * size

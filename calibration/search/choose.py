@@ -1,10 +1,10 @@
 """Chooses how a graph is quantized by measuring, and keeps everything it measured.
 
-Three questions in this order, each with the cheapest measurement that answers:
+Three questions, in this order, each with the least expensive measurement that answers it:
 
-1. How are ranges and weights chosen? Few candidates, judged by fidelity on crops of the calibration images.
+1. How are ranges and weights chosen? A few candidates are compared by fidelity on crops of the calibration images.
 2. Does the result keep the bound? Judged on images kept aside, on the target's engine where it runs here.
-3. If not, which layers become more exact? Quantizing groups of layers alone tells their error, and the engine's clock
+3. If not, which layers become more exact? Quantizing each group of layers alone shows its error, and the engine's clock
    what it costs to split them or to leave them float. Independent errors add up, so the changes that remove most error
    per millisecond are made first until the bound is kept, which is then measured.
 """
@@ -227,7 +227,7 @@ def _meet_bound(
 
     A group of layers can be split into two 8-bit convolutions each, where the target allows it, which see 16-bit
     activations, or become float. What that costs is measured on the engine, since it differs by processor: with VNNI
-    two 8-bit convolutions are much quicker than a float one, without it they are not.
+    two 8-bit convolutions are much faster than a float one, without it they are not.
     """
     sensitivities = measure_sensitivities(
         builder, tuning, decisions, _part_of(deadline, SENSITIVITY_TIME), journal, progress
@@ -302,7 +302,7 @@ def remove_superfluous(
     """Return those of the changes made that the bound needs.
 
     The last change is often a large one, and makes cheaper ones before it superfluous. Error powers add up, so what
-    taking a change back costs is known well enough to try it; the dearest are taken back first.
+    taking a change back costs is known well enough to try it; the most expensive changes are reverted first.
 
     Args:
         done: in the order made; together they keep the bound.
@@ -358,13 +358,13 @@ def _check_as_written(evaluator: Evaluator, model: onnx.ModelProto, runner: Runn
     """Refuse an engine that computes a graph otherwise than it is written; a search would only hide that.
 
     Raises:
-        BuildError: on the judged images the engine is far from the graph's own arithmetic.
+        BuildError: on the held-out images the engine is far from the graph's own arithmetic.
     """
     written, computed = evaluator.evaluate_model(model), evaluator.evaluate_runner(runner)
     if computed.fidelity_db < written.fidelity_db - AS_WRITTEN_DB:
         raise BuildError(
             f"{runner.info.engine} computes this INT8 graph otherwise than it is written: a fidelity of "
-            f"{computed.fidelity_db:.2f} dB where its arithmetic gives {written.fidelity_db:.2f} dB",
+            f"{computed.fidelity_db:.2f} dB where its arithmetic results in {written.fidelity_db:.2f} dB",
             expected=f"a difference of at most {AS_WRITTEN_DB:g} dB",
             next_step="try --weight-bits 7, --deconvolution rewrite or another --target",
         )

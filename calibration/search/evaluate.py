@@ -1,4 +1,4 @@
-"""How good a graph is: its fidelity to the FP32 graph, and what that costs in PSNR against the truth."""
+"""Evaluation of graphs: fidelity to the FP32 graph, and loss of PSNR against the ground truth."""
 
 import math
 import time
@@ -26,10 +26,10 @@ Truth = Literal["hr", "shrunk"]
 OpenEngine = Callable[[Path], Runner]
 
 TYPICAL_PSNR_DB = {1: 40.0, 2: 38.3, 3: 34.7, 4: 32.6, 8: 27.3}
-"""PSNR on Set5 that good networks reach per scale: assumed where no HR images tell the true one. The sharper a network,
-the more an error costs, so this errs on the careful side for everyday photographs."""
+"""PSNR on Set5 that good networks reach per scale: assumed where nothing can be measured. The sharper a network's
+output, the more an error costs, so this overestimates the drop for everyday photographs."""
 HIGHEST_DB = 150.0
-"""Fidelity is cut here: two equal outputs are infinitely alike, and means over images should stay finite."""
+"""Fidelity is cut here: the PSNR of two equal outputs is infinite, and means over images should stay finite."""
 
 
 @dataclass(frozen=True)

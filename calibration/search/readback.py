@@ -1,4 +1,4 @@
-"""What an engine says it runs, in one line, beside what the graph asked for."""
+"""What an engine reports that it runs, compared with what the graph requests."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ TOLERANCE = 0.005
 
 @dataclass(frozen=True)
 class Readback:
-    """What runs.
+    """What an engine runs in 8 bits.
 
     Attributes:
-        engine: name and version in words.
+        engine: name and version.
         asked: 8-bit convolutions in the graph.
         ran: convolutions that the engine computes in 8 bits.
         total: all its convolutions.
@@ -48,7 +48,7 @@ class Readback:
 
 
 def read_back(info: RunnerInfo, graph: Graph, placement: Placement) -> Readback | None:
-    """Compare what an engine built with the placement it was given; None when the engine does not tell.
+    """Compare what an engine built with the placement it was given; None if the engine does not report it.
 
     Raises:
         BuildError: fewer convolutions became 8-bit than the graph asks for.

@@ -150,7 +150,7 @@ def measure_costs(
     journal: Journal,
     progress: Progress,
 ) -> list[Sensitivity]:
-    """Tell of each group in which ways it can be made more exact, and what that costs.
+    """Return each group with the ways to make it more exact, and their costs.
 
     Costs are measured on the engine for the groups that bring more than a percent of the error. For the others, and
     where no engine runs, they are multiply-adds, brought to the same scale: one more pass in 8 bits, or three more for
@@ -161,7 +161,7 @@ def measure_costs(
     found: dict[tuple[str, ...], Sensitivity] = {}
     plain = _LatencyComparison(builder, evaluator, decisions, open_engine) if open_engine is not None else None
     with progress.task("measuring what exact layers cost", total=len(sensitivities)) as advance:
-        # Those that bring most error first: time may not last for all, and their costs decide most.
+        # Largest error first: the time may not suffice for all groups, and these decide.
         for entry in sorted(sensitivities, key=_error, reverse=True):
             kinds = [False]
             if builder.recipe.allow_splits and all(can_split(builder.graph, layers[name]) for name in entry.layers):
