@@ -33,8 +33,8 @@ class QuantizeOptions:
         max_worst_drop: the bound in dB on the loss of any single held-out image; None for no bound.
         min_fidelity: the bound in dB on the PSNR between output and FP32 output; None for no bound. Use it where the
             images at hand are softer than those that count: the sharper the image, the more an error costs.
-        cost: what the search pays for exact layers: "latency" on the engine where it runs, or "macs", which results in the
-            same graph every time; latencies vary from run to run, and with them the choice may.
+        cost: what the search pays for exact layers: "latency" on the engine where it runs, or "macs", which results in
+            the same graph every time; latencies vary from run to run, and with them the choice may.
         time_budget_s: the search stops trying after so many seconds and takes the best found.
         ranges: a `ranges.json` of this model to use instead of collecting ranges.
         seed: for the choice of measurements.

@@ -38,8 +38,8 @@ from srdeploy.core.samples import Sample
 CPU_TARGETS = (Target.OPENVINO, Target.ONNXRUNTIME)
 DECONVOLUTIONS_REWRITTEN = "OpenVINO has no INT8 kernel for these deconvolutions: they became exact convolutions"
 NOT_RUN_HERE = (
-    "this processor lacks VNNI, which 8-bit weights need: the graph is for other processors, was evaluated by emulation, and "
-    "what engines do with it was not read back"
+    "this processor lacks VNNI, which 8-bit weights need: the graph is for others, was evaluated by emulation "
+    "alone, and what engines do with it was not read back"
 )
 _PACKAGES = ("onnx", "onnxruntime", "openvino", "numpy")
 
@@ -61,8 +61,8 @@ class QuantizeResult:
         islands: nodes of a 16-bit graph that stay FP32, with reasons.
         readback: what the engine reports that it runs; None when no engine of the target runs here.
         choice: the search and all it measured; None for FP16 and BF16.
-        latency_ms: of the graph and of the float graph on the engine, first held-out image, interleaved; an indication, not
-            a benchmark. None where the engine does not run here.
+        latency_ms: of the graph and of the float graph on the engine, first held-out image, interleaved; an
+            indication, not a benchmark. None where the engine does not run here.
         notes: what a user should know, one sentence each.
         artifacts: further files written: name -> path.
     """

@@ -1,7 +1,7 @@
 """Scales per channel for each reader of a residual stream.
 
-Many convolutions read a residual stream, and each would need its own scales per channel to lose as little as possible in
-8 bits (see equalize.py); equalization can only choose one set for the stream. On engines that multiply while they
+Many convolutions read a residual stream, and each would need its own scales per channel to lose as little as possible
+in 8 bits (see equalize.py); equalization can only choose one set for the stream. On engines that multiply while they
 quantize, each reader multiplies by its own scales first, at no cost, and its weights are divided by them.
 """
 
