@@ -30,7 +30,7 @@ _OUTPUT_ERRNOS = {
 
 @contextlib.contextmanager
 def atomic_file(path: Path, *, force: bool = False) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` when the block ends well.
+    """Yield a temporary path in the folder of `path`; rename it to `path` when the block succeeds.
 
     Raises:
         UsageError: `path` exists and `force` is false.
@@ -42,9 +42,9 @@ def atomic_file(path: Path, *, force: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_files(*paths: Path, force: bool = False) -> Iterator[tuple[Path, ...]]:
-    """Yield one temporary path per output; rename them all when the block ends well.
+    """Yield one temporary path per output; rename them all when the block succeeds.
 
-    The renames happen in the given order with Ctrl-C held back, so a set (an engine and its sidecar) changes as one.
+    The renames happen in the given order with SIGINT deferred, so a set (an engine and its sidecar) changes as one.
     A temporary that was not written by the block is not renamed. Missing parent folders are created.
 
     Raises:
@@ -79,13 +79,13 @@ def atomic_files(*paths: Path, force: bool = False) -> Iterator[tuple[Path, ...]
 
 @contextlib.contextmanager
 def atomic_folder(path: Path, *, force: bool = False, known_by: str | None = None) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; it takes the place of `path` when the block ends well.
+    """Yield a temporary folder next to `path`; it replaces `path` when the block succeeds.
 
     Args:
         path: the folder to make.
         force: replace an existing folder, with everything in it.
-        known_by: an entry that folders of this kind have. A folder with content but without this entry is somebody's
-            own and is not replaced, `force` or not.
+        known_by: an entry that folders of this kind have. A folder with content but without this entry is never
+            replaced, with or without `force`.
 
     Raises:
         UsageError: `path` exists and `force` is false, or is not a folder, or is a folder of another kind.
@@ -134,7 +134,7 @@ def refuse_input_as_output(output: Path, source: Path) -> None:
 
 
 def check_output_folder(path: Path, *, force: bool = False, known_by: str | None = None) -> None:
-    """Find out before long work whether `atomic_folder` with the same arguments could begin.
+    """Check before long work that `atomic_folder` with the same arguments could start.
 
     Raises:
         UsageError: as `atomic_folder`.
@@ -173,22 +173,22 @@ def output_errors(path: Path) -> Iterator[None]:
 
 
 def refuse_existing(path: Path, force: bool) -> None:
-    """Refuse an output that exists already, unless it may be replaced; called early where much work comes first.
+    """Refuse an output that exists already, unless it may be replaced; called early, before long work.
 
     Raises:
         UsageError: `path` exists and `force` is false.
-        OutputError: the path cannot be looked at.
+        OutputError: the path cannot be accessed.
     """
     try:
         exists = path.exists() or path.is_symlink()
     except OSError as error:
-        raise OutputError(f"cannot look at {path}: {error.strerror}") from error
+        raise OutputError(f"cannot access {path}: {error.strerror}") from error
     if exists and not force:
         raise UsageError(f"{path} exists already", next_step="choose another name, or pass --force to replace it")
 
 
 def _remove_empty(made: list[Path]) -> None:
-    """Remove folders that were made for an output that did not come."""
+    """Remove folders that were created for an output that was not written."""
     for folder in reversed(made):
         with contextlib.suppress(OSError):  # not empty: the output, or what others put there
             folder.rmdir()
@@ -228,7 +228,7 @@ def _make_folder(path: Path) -> list[Path]:
 
 
 def _temporary_name(path: Path) -> Path:
-    """Return a free name beside `path`, in a folder that was seen to take new files."""
+    """Return an unused name in the folder of `path`, after checking that the folder takes new files."""
     with output_errors(path):
         # The suffix stays: libraries choose formats by it.
         handle, name = tempfile.mkstemp(prefix=f".{path.stem[:60]}.", suffix=path.suffix, dir=path.parent)

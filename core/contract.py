@@ -1,8 +1,8 @@
-"""What the outside may rely on about a super-resolution graph, and how that is written into ONNX metadata.
+"""The contract of a super-resolution graph with its callers, and how it is stored in ONNX metadata.
 
-Outside, every graph takes `input` (N, C, H, W) float32 in [0, 1] and gives `output` (N, C, H', W') float32, not
+Outside, every graph takes `input` (N, C, H, W) float32 in [0, 1] and returns `output` (N, C, H', W') float32, not
 clamped, with H' = scale * H - trim. Colours are RGB, or the Y of BT.601 in studio swing (16..235)/255 for networks of
-one channel. Numbers a checkpoint was trained with (0..255, mean shift) are inside the graph and concern nobody here.
+one channel. Numbers a checkpoint was trained with (0..255, mean shift) are inside the graph and not visible here.
 """
 
 import json
@@ -23,13 +23,13 @@ EDGE = "srdeploy.edge"
 
 
 def corrects_edges(node: Any) -> bool:
-    """Tell whether an ONNX node belongs to what corrects the edges of an image."""
+    """Return True if an ONNX node belongs to the correction of an image's edges."""
     return any(entry.key == EDGE for entry in node.metadata_props)
 
 
 @dataclass(frozen=True)
 class ModelContract:
-    """What is known about a graph or engine from the outside.
+    """Everything that callers may rely on about a graph or engine.
 
     Attributes:
         architecture: "rcan" or "srdensenet".
@@ -42,8 +42,8 @@ class ModelContract:
         macs_per_pixel: multiply-adds per LR pixel.
         largest_tensor_per_pixel: elements of the largest intermediate tensor per LR pixel.
         trim: output pixels missing at the bottom and right: H' = scale * H - trim.
-        min_size: least height and width of the input.
-        checkpoint_sha256: of the checkpoint file the weights came from.
+        min_size: minimum height and width of the input.
+        checkpoint_sha256: of the checkpoint file that the weights are from.
         provenance: free JSON values: dialect, assumptions with their evidence, exporter, opset, versions,
             target and calibration of a quantized graph.
     """
@@ -91,7 +91,7 @@ class ModelContract:
         """Read ONNX metadata back; entries without the prefix are ignored.
 
         Raises:
-            InputError: the metadata is missing, of another schema or incomplete; `name` says whose it is.
+            InputError: the metadata is missing, of another schema or incomplete; `name` is the file, for the message.
         """
         if PREFIX + "schema" not in metadata:
             raise InputError(

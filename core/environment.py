@@ -1,4 +1,7 @@
-"""What a number was measured on: package versions, processor, memory, threads. Read when asked, never at import."""
+"""The machine and the software that a number was measured with: versions, processor, memory, threads.
+
+All of it is read on demand, never at import.
+"""
 
 import importlib.metadata
 import os
@@ -48,7 +51,7 @@ def cache_folder() -> Path:
 
 
 def machine() -> dict[str, Any]:
-    """Return the machine in words and numbers: processor, flags, cores, memory, system, Python, governor."""
+    """Return a description of the machine: processor, flags, cores, memory, system, Python, governor."""
     cpuinfo = _read("/proc/cpuinfo")
     pairs = (line.partition(":") for line in cpuinfo.splitlines()[:40])
     entries = {name.strip(): value.strip() for name, _, value in pairs}
@@ -65,10 +68,10 @@ def machine() -> dict[str, Any]:
 
 
 def int8_sums_saturate() -> bool:
-    """Tell whether this processor's 8-bit convolutions overflow when weights use all 8 bits.
+    """Return True if this processor's 8-bit convolutions overflow when weights use all 8 bits.
 
     x86 processors without VNNI multiply uint8 by int8 with VPMADDUBSW, which adds two neighbouring products in 16 bits
-    and saturates: 2 * 255 * 127 is twice what fits. ONNX Runtime and OpenVINO use it there, and say nothing. Weights
+    and saturates: 2 * 255 * 127 is twice what fits. ONNX Runtime and OpenVINO use it there without a warning. Weights
     within +-64 cannot overflow it. (Intel SDM, PMADDUBSW; ONNX Runtime's "reduce_range" and NNCF's "overflow_fix" are
     for the same.)
     """
@@ -78,7 +81,7 @@ def int8_sums_saturate() -> bool:
 
 
 def int8_weights_overflow(bits: int | None) -> bool:
-    """Tell whether CPU engines compute INT8 layers with weights of so many bits wrongly here; None: no such layers."""
+    """Return True if CPU engines here compute INT8 layers with weights of `bits` bits wrongly; None: no INT8 layers."""
     return bits is not None and bits > 7 and int8_sums_saturate()
 
 

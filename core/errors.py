@@ -4,10 +4,10 @@
     ├── UsageError            2   options that do not fit together, or an output that exists already
     ├── InputError            3   a checkpoint, model, engine, image or bundle that is not understood
     ├── ExportError           4   the ONNX export, or its check against the network, failed
-    ├── BuildError            5   an engine could not be built, or is not what was asked for
+    ├── BuildError            5   an engine could not be built, or is not what was requested
     ├── GateError             6   a parity or quality gate was missed
     ├── UnstableError         7   a measurement is too noisy to be printed as a number
-    └── CapabilityError       8   this machine lacks what was asked for (GPU, package, disk space, permission)
+    └── CapabilityError       8   this machine lacks what was requested (GPU, package, disk space, permission)
         ├── GpuMemoryError
         ├── MissingExtraError
         └── OutputError
@@ -64,7 +64,7 @@ class ExportError(SrdeployError):
 
 
 class BuildError(SrdeployError):
-    """An engine could not be built, or is not what was asked for (exit 5)."""
+    """An engine could not be built, or is not what was requested (exit 5)."""
 
     exit_code = 5
 
@@ -82,7 +82,7 @@ class UnstableError(SrdeployError):
 
 
 class CapabilityError(SrdeployError):
-    """This machine lacks what was asked for: a GPU, a package, disk space or a permission (exit 8)."""
+    """This machine lacks what was requested: a GPU, a package, disk space or a permission (exit 8)."""
 
     exit_code = 8
 

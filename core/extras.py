@@ -1,4 +1,4 @@
-"""Optional packages: imported where they are used, and named with their extra when they are missing."""
+"""Optional packages: imported where they are used; a missing one is reported with the extra that installs it."""
 
 import importlib
 import importlib.util
@@ -23,5 +23,5 @@ def import_extra(module: str, extra: str) -> ModuleType:
 
 
 def is_installed(module: str) -> bool:
-    """Tell whether the top-level package of a module can be found, without importing it."""
+    """Return True if the top-level package of a module is installed, without importing it."""
     return importlib.util.find_spec(module.split(".")[0]) is not None

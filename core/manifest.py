@@ -1,7 +1,7 @@
 """The manifest next to an artifact: what made it, from which bytes, with which versions.
 
-The manifest of `model.onnx` is `model.onnx.json`; that of an engine is its sidecar. The artifact itself stays clean:
-other tools open it without knowing about srdeploy.
+The manifest of `model.onnx` is `model.onnx.json`; that of an engine is its sidecar. The artifact itself is not
+modified: other tools open it without knowing about srdeploy.
 """
 
 import json
@@ -62,7 +62,7 @@ class Manifest:
         """Read a manifest.
 
         Raises:
-            InputError: the text is not a manifest of this schema; `name` says which file it came from.
+            InputError: the text is not a manifest of this schema; `name` is the file, for the message.
         """
         try:
             data = json.loads(text)
@@ -125,7 +125,7 @@ def check_sha256(path: Path, actual: str, stated: str, *, stated_by: str) -> Non
     if actual != stated:
         raise InputError(
             f"{path} has SHA-256 {actual[:16]}…",
-            expected=f"{stated[:16]}… as {stated_by} says",
+            expected=f"{stated[:16]}… as recorded in {stated_by}",
             next_step=f"the file was changed or truncated, or {stated_by} belongs to another file: copy both again, or "
             "make them again",
         )

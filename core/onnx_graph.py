@@ -1,4 +1,4 @@
-"""ONNX graphs as the stages see them: who writes and reads each tensor, which layers carry weights, and what they cost.
+"""One view of ONNX graphs for all stages: producers and consumers of tensors, layers with weights, and their cost.
 
 ONNX does not record three properties of a layer that quantization and engines need: the resolution it works at (as a
 multiple of the LR image), the multiply-adds it costs per LR pixel, and its role (first, trunk, attention, last).
@@ -47,7 +47,7 @@ class Layer:
     """One convolution, deconvolution or matrix product with constant weights.
 
     Attributes:
-        name: for people and for `--keep`: the weight's name without ".weight".
+        name: for display and for `--keep`: the weight's name without ".weight".
         node: the node's name in the graph, or that of its output where it has none.
         op: the ONNX operator.
         input: name of the tensor it reads, (N, C, H, W).

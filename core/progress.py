@@ -1,4 +1,4 @@
-"""Progress of long work, without a dependency: stages report, the command line draws.
+"""Progress of long work, without a dependency: stages report it, the command line displays it.
 
 A stage takes `progress: Progress = SILENT` and writes
 
@@ -17,7 +17,7 @@ class Advance(Protocol):
     """Called when a piece of a task is done."""
 
     def __call__(self, amount: float = 1, note: str | None = None) -> None:
-        """Add `amount` to the task, and show `note` beside it if given."""
+        """Add `amount` to the task, and show `note` next to it if given."""
 
 
 class Progress(Protocol):
@@ -40,4 +40,4 @@ class _Silent:
 
 
 SILENT: Progress = _Silent()
-"""Reports to nobody."""
+"""Discards all reports."""

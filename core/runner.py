@@ -1,4 +1,4 @@
-"""A Runner computes a network: from named arrays to named arrays, on a stated device.
+"""A Runner computes a network: from named arrays to named arrays, on a given device.
 
 Every engine is one, and so is the eager PyTorch network that all of them are compared with.
 """
@@ -17,14 +17,14 @@ from srdeploy.core.shapes import ShapeProfile
 
 @dataclass(frozen=True)
 class RunnerInfo:
-    """What is behind a runner.
+    """Description of a runner.
 
     Attributes:
         name: short name for tables, for example "openvino int8".
         engine: "eager", "onnxruntime", "openvino", "tensorrt" or "tensorrt-rtx".
         device: "cpu" or "cuda:0".
         contract: what the graph promises; its precision is what the heavy layers compute in.
-        numeric_mode: the arithmetic in words, for example "FP32, inference precision hint f32".
+        numeric_mode: description of the arithmetic, for example "FP32, inference precision hint f32".
         threads: CPU threads, None on a GPU.
         profile: the shapes the engine accepts; None when it accepts all.
         versions: of the packages and libraries that compute.
@@ -61,7 +61,7 @@ class Runner(Protocol):
 
     @property
     def info(self) -> RunnerInfo:
-        """What is behind this runner."""
+        """Description of this runner."""
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Compute all outputs from the named inputs.
@@ -79,7 +79,7 @@ class Runner(Protocol):
 
 @runtime_checkable
 class TimedRunner(Runner, Protocol):
-    """A runner that can compute without moving data, so that compute is measured apart from the road around it."""
+    """A runner that can compute without moving data, so that the computation is timed without transfers."""
 
     def prepare(self, feeds: Mapping[str, NDArray[Any]]) -> Callable[[], float]:
         """Put the inputs on the device, allocate the outputs, and return a function that computes once.

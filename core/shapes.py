@@ -1,4 +1,4 @@
-"""Image shapes as people write them (1x3x180x320), and the ranges of shapes that an engine is built for."""
+"""Image shapes in text form (1x3x180x320), and the ranges of shapes that an engine is built for."""
 
 import math
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ def parse_shape(text: str) -> Shape:
 
 
 def format_shape(shape: tuple[int, ...]) -> str:
-    """Write a shape the way `parse_shape` reads it."""
+    """Format a shape in the form that `parse_shape` reads."""
     return "x".join(str(size) for size in shape)
 
 
@@ -55,7 +55,7 @@ class ShapeProfile:
         return f"{format_shape(self.min)}..{format_shape(self.opt)}..{format_shape(self.max)}"
 
     def contains(self, shape: tuple[int, ...]) -> bool:
-        """Tell whether a shape lies between the minimum and the maximum on every axis."""
+        """Return True if a shape is between the minimum and the maximum on every axis."""
         return len(shape) == 4 and all(
             low <= size <= high for low, size, high in zip(self.min, shape, self.max, strict=True)
         )

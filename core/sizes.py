@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write and read them. Every prefix is a power of 1024: 8G, 8GB and 8GiB are the same."""
+"""Sizes in bytes in text form. Every prefix is a power of 1024: 8G, 8GB and 8GiB are the same."""
 
 import re
 
@@ -25,7 +25,7 @@ def parse_bytes(text: str, what: str) -> int:
 
 
 def format_bytes(count: float) -> str:
-    """Write bytes with three digits: "640 B", "1.18 MiB", "24 GiB"."""
+    """Format bytes with three digits: "640 B", "1.18 MiB", "24 GiB"."""
     size, unit = float(count), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if abs(size) < 999.5:

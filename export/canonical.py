@@ -1,9 +1,9 @@
-"""Bring a graph from the torch exporter into the form that every later stage and engine relies on.
+"""Bring a graph from the torch exporter into the form that all later stages and engines rely on.
 
 - Nothing that depends only on constants is computed in the graph.
 - Sub-pixel layers are DepthToSpace in CRD mode, and pixel unshuffles SpaceToDepth: engines have kernels for these, and
   none for the chains of Reshape and Transpose that they could be spelled as.
-- Nodes and tensors are named after the PyTorch module they come from, `groups.3.blocks.7.conv2/Conv`, so that a layer
+- Nodes and tensors are named after their PyTorch module, `groups.3.blocks.7.conv2/Conv`, so that a layer
   that loses accuracy can be found in the source.
 """
 
@@ -27,7 +27,7 @@ MODULE = "srdeploy.module"
 """Key of the node metadata that names the PyTorch module."""
 
 _NOWHERE = "_empty_nn_module_stack"
-"""What the exporter calls the module of a node that it made up itself, for example to compute a size."""
+"""The module that the exporter names for nodes that it adds itself, for example to compute a size."""
 
 AXES = ("batch", "height", "width")
 
@@ -147,7 +147,7 @@ def _name_by_module(graph: onnx_ir.Graph) -> None:
 
 
 def _module_of(metadata: Mapping[str, str]) -> str:
-    """Return the path of the module that a node came from; the network itself is ""."""
+    """Return the path of the module that a node belongs to; the network itself is ""."""
     scopes = ast.literal_eval(metadata.get("pkg.torch.onnx.name_scopes", "['', '']"))
     path = str(scopes[-2]) if len(scopes) > 1 else ""
     if path.startswith(_NOWHERE) or path + "." == INNER:
@@ -166,7 +166,7 @@ def _constant(value: onnx_ir.Value) -> NDArray[Any] | None:
 
 
 def _check_form(graph: onnx_ir.Graph, pads_to_multiple: bool) -> None:
-    """Refuse a graph that is not canonical: it would compute the right numbers, and defeat the engines behind it."""
+    """Check that a graph is canonical: it would compute the right numbers, but engines would run it slowly."""
     if [value.name for value in graph.inputs] != [INPUT] or [value.name for value in graph.outputs] != [OUTPUT]:
         raise ExportError("the exported graph has other inputs and outputs", expected=f"{INPUT} and {OUTPUT}")
     forbidden = _LAYOUT_OPERATORS - _SIZE_ARITHMETIC if pads_to_multiple else _LAYOUT_OPERATORS
@@ -185,5 +185,5 @@ def _check_form(graph: onnx_ir.Graph, pads_to_multiple: bool) -> None:
 
 
 def _may_be_maps(value: onnx_ir.Value) -> bool:
-    """Tell whether a value may be more than a list of sizes or positions."""
+    """Return True if a value may be more than a list of sizes or positions."""
     return value.shape is None or len(value.shape) > 1

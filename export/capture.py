@@ -3,7 +3,7 @@
 Where the time of `torch.onnx.export` goes, for the 3,660 graph nodes of RCAN x4: a third into tracing the network once,
 half into tracing it a second time to decompose operators, a sixth into writing ONNX. The second trace changes nothing
 when every operator has a translation of its own, which is true of all that our networks do except batch normalisation;
-such a program says so (`_Lowered`) and goes straight to the translation.
+such a program (`_Lowered`) skips the decomposition.
 """
 
 import contextlib
@@ -53,10 +53,10 @@ def graph_from_network(network: nn.Module, *, channels: int, opset: int) -> onnx
         opset: ONNX operator set.
 
     Returns:
-        The graph as the exporter leaves it, with inputs and outputs named by the contract.
+        The graph as exported, with inputs and outputs named by the contract.
     """
-    # The sizes are only an example; the least sizes keep the tracer from looking for special cases below them, and the
-    # graph is checked on smaller images than that.
+    # The sizes are only an example; minimum sizes keep the tracer from looking for special cases below them. The graph
+    # is checked on smaller images than that.
     example = torch.zeros(2, channels, 10, 12)
     dynamic = {0: Dim("batch", min=2), 2: Dim("height", min=9), 3: Dim("width", min=9)}
     with _quiet_exporter(), torch.no_grad():
@@ -153,7 +153,7 @@ def _transposed_convolution(
 
 @contextlib.contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Keep the exporter's remarks about itself (absent torchvision, its own deprecations) from the user."""
+    """Suppress the exporter's warnings about itself (missing torchvision, its own deprecations)."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.onnx._internal.exporter._registration")]
     levels = [logger.level for logger in loggers]
     try:

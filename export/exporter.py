@@ -1,4 +1,4 @@
-"""From a loaded checkpoint to an ONNX file that is proven against the network.
+"""From a loaded checkpoint to an ONNX file that is checked against the network.
 
     checkpoint --folding--> network on 0..1 --capture--> graph --graph--> canonical graph --checks--> file + manifest
 
@@ -24,7 +24,7 @@ from srdeploy.core.progress import SILENT, Progress
 from srdeploy.export.canonical import canonical_graph, operators
 from srdeploy.export.capture import graph_from_network
 from srdeploy.export.checks import GridCheck, check_against_network, check_structure
-from srdeploy.export.folding import Folded, folded_network
+from srdeploy.export.folding import Folded, fold_network
 from srdeploy.models.checkpoint.load import LoadedCheckpoint
 from srdeploy.models.networks.rcan import RcanConfig
 
@@ -41,15 +41,15 @@ _VERSIONS = ("srdeploy", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime"
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What an export wrote.
+    """The result of an export.
 
     Attributes:
-        path: the ONNX file; its manifest lies beside it.
+        path: the ONNX file; its manifest is next to it.
         external_data: the file that holds the weights when they do not fit inside, else None.
         contract: what the graph promises.
         opset: ONNX operator set.
         operators: nodes by operator.
-        folded: what was done to the network before, one sentence each.
+        folded: changes made to the network before, one sentence each.
         check: the comparison with the network.
         seconds: time spent in each step.
     """
@@ -109,7 +109,7 @@ def export_onnx(
     data, manifest_file = output.with_name(output.name + ".data"), manifest_path(output)
     with atomic_files(data, output, manifest_file, force=force) as (data_temporary, temporary, manifest_temporary):
         with _timed("fold", seconds):
-            folded = folded_network(checkpoint.network, checkpoint.config)
+            folded = fold_network(checkpoint.network, checkpoint.config)
         with _timed("export", seconds), progress.task("exporting the network"):
             model = _captured(folded, checkpoint, opset)
         contract = _contract(checkpoint, folded, opset)
@@ -170,7 +170,7 @@ def _contract(checkpoint: LoadedCheckpoint, folded: Folded, opset: int) -> Model
 
 
 def _manifest(result: ExportResult, checkpoint: LoadedCheckpoint, model: Path, data: Path) -> Manifest:
-    """Return the manifest of the file; `model` and `data` are where the bytes lie now."""
+    """Return the manifest of the file; `model` and `data` are the temporary files."""
     details = result.to_json()
     del details["output"], details["seconds"]
     if result.external_data is not None:

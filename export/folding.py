@@ -1,4 +1,4 @@
-"""Bring a network to the outside contract, 0..1 in and out, without an operation that its weights can absorb.
+"""Change a network to the outside contract, 0..1 in and out, without adding operations that its weights can absorb.
 
 A network trained on 0..255 computes
 
@@ -38,13 +38,13 @@ from srdeploy.models.networks.spec import NetworkConfig
 from srdeploy.models.networks.srdensenet import SrDenseNet
 
 INNER = "network."
-"""Prefix of the module paths of a network inside `Centred` or `Scaled`."""
+"""Prefix of the module paths of a network inside `Centered` or `Scaled`."""
 
-_WORST_CONDITION = 1e3
+_MAX_CONDITION = 1e3
 """Condition number of a mean-shift matrix above which its inverse would cost digits; real ones are near 1."""
 
-_LEAST_SCALE = 1e-3
-"""Least residual factor that is folded: the gate's first convolution is multiplied by its inverse."""
+_MIN_SCALE = 1e-3
+"""Minimum residual factor that is folded: the gate's first convolution is multiplied by its inverse."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class Folded:
 
     Attributes:
         network: (N, C, H, W) in 0..1 to (N, C, H', W') on 0..1, not clamped; evaluation mode, no gradients.
-        notes: what was done to it, one sentence each.
+        notes: changes made to it, one sentence each.
     """
 
     network: nn.Module
     notes: tuple[str, ...]
 
 
-class Centred(nn.Module):
+class Centered(nn.Module):
     """A network behind the subtraction of a mean: network(image - mean)."""
 
     mean: Tensor
@@ -76,7 +76,7 @@ class Centred(nn.Module):
 
 
 class Scaled(nn.Module):
-    """A network between 0..1 and 0..1 by multiplication and division: the way out when nothing can be folded."""
+    """A network between 0..1 and 0..1 by multiplication and division: used when nothing can be folded."""
 
     def __init__(self, network: nn.Module, value_range: float) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Scaled(nn.Module):
         return self.network(image * self.value_range) / self.value_range  # type: ignore[no-any-return]
 
 
-def folded_network(network: nn.Module, config: NetworkConfig) -> Folded:
+def fold_network(network: nn.Module, config: NetworkConfig) -> Folded:
     """Return a copy of a canonical network with value range, mean shift and batch normalisation folded where exact."""
     inner = copy.deepcopy(network).eval().requires_grad_(False)
     assert isinstance(inner, Rcan | SrDenseNet)
@@ -101,13 +101,13 @@ def folded_network(network: nn.Module, config: NetworkConfig) -> Folded:
     if config.value_range == 1.0 and config.mean_shift == "none":
         return Folded(inner, tuple(notes))
     matrix_in, bias_in, matrix_out, bias_out = _colour_maps(inner, config)
-    if torch.linalg.cond(matrix_in) > _WORST_CONDITION:
+    if torch.linalg.cond(matrix_in) > _MAX_CONDITION:
         notes.append("the mean-shift matrix has no exact inverse: value range and mean shift stay operations")
         return Folded(Scaled(inner, config.value_range).eval(), tuple(notes))
     value_range = config.value_range
     inside = value_range if _is_homogeneous(config) else 1.0
     _scale_input(inner.first, matrix_in * (value_range / inside))
-    _bring_down(inner, inside)
+    _divide_activations(inner, inside)
     _map_output(inner.last, matrix_out / value_range, bias_out / value_range, inside)
     inner.config = _outside_config(config)
     if value_range != 1.0:
@@ -118,7 +118,7 @@ def folded_network(network: nn.Module, config: NetworkConfig) -> Folded:
         return Folded(inner, tuple(notes))
     notes.append("mean shift folded; the subtraction of the mean stays, because the first convolution pads behind it")
     mean = -torch.linalg.solve(matrix_in, bias_in) / value_range
-    return Folded(Centred(inner, mean).eval(), tuple(notes))
+    return Folded(Centered(inner, mean).eval(), tuple(notes))
 
 
 def _outside_config(config: NetworkConfig) -> NetworkConfig:
@@ -152,7 +152,7 @@ def _colour_maps(network: Rcan | SrDenseNet, config: NetworkConfig) -> tuple[Ten
 
 
 def _scale_input(first: nn.Conv2d, matrix: Tensor) -> None:
-    """Let a convolution read matrix * input; behind a pixel unshuffle each channel is a run of `factor^2` channels."""
+    """Change a convolution to read matrix * input; a pixel unshuffle makes `factor^2` channels of one."""
     channels = matrix.shape[0]
     weight = first.weight.double()
     weight = weight.view(weight.shape[0], channels, -1, *weight.shape[2:])  # (out, channel, place, 3, 3)
@@ -160,13 +160,13 @@ def _scale_input(first: nn.Conv2d, matrix: Tensor) -> None:
 
 
 def _map_output(last: nn.Conv2d, matrix: Tensor, shift: Tensor, inside: float) -> None:
-    """Let a convolution whose input and bias were divided by `inside` give matrix * (its true output) + shift."""
+    """Change a convolution whose input and bias were divided by `inside` to return matrix * (true output) + shift."""
     bias = torch.zeros(last.out_channels).double() if last.bias is None else last.bias.double()
     _assign(last.weight, torch.einsum("oi,ichw->ochw", matrix * inside, last.weight.double()))
     last.bias = nn.Parameter((inside * matrix @ bias + shift).float(), requires_grad=False)
 
 
-def _bring_down(network: Rcan | SrDenseNet, factor: float) -> None:
+def _divide_activations(network: Rcan | SrDenseNet, factor: float) -> None:
     """Divide every activation outside the gates by `factor`."""
     if factor == 1.0:
         return
@@ -243,7 +243,7 @@ def _fold_residual_scales(network: Rcan) -> Iterator[str]:
             scale = float(block.residual_scale) if block.fixed_scale is None else block.fixed_scale
             if scale == 1.0 and block.fixed_scale is not None:
                 continue
-            if abs(scale) >= _LEAST_SCALE:
+            if abs(scale) >= _MIN_SCALE:
                 _scale_output(block.conv2, scale)
                 _assign(block.gate.squeeze.weight, block.gate.squeeze.weight.double() / scale)
                 block.fixed_scale = 1.0

@@ -45,7 +45,7 @@ def test_other_bytes_are_refused(tmp_path: Path, change: bytes) -> None:
     artifact = written(tmp_path)
     artifact.write_bytes(change)
 
-    with pytest.raises(InputError, match=r"SHA-256.*as its manifest says"):
+    with pytest.raises(InputError, match=r"SHA-256.*as recorded in its manifest"):
         read_verified(artifact)[1]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from srdeploy.export.folding import Centred, Folded, Scaled, folded_network
+from srdeploy.export.folding import Centered, Folded, Scaled, fold_network
 from srdeploy.models.checkpoint.load import LoadedCheckpoint
 from srdeploy.models.networks.mean_shift import MeanShift
 from srdeploy.models.networks.spec import NetworkConfig
@@ -30,7 +30,7 @@ def largest_difference(folded: nn.Module, reference: nn.Module, channels: int) -
 def test_folded_network_equals_the_network(config: NetworkConfig, checkpoint_of: CheckpointOf) -> None:
     checkpoint = checkpoint_of(config)
 
-    folded = folded_network(checkpoint.network, config)
+    folded = fold_network(checkpoint.network, config)
 
     assert largest_difference(folded.network, checkpoint.reference, config.channels) < 2e-6
 
@@ -40,8 +40,8 @@ def test_mean_in_the_bias_of_the_first_convolution_would_be_wrong(
 ) -> None:
     config = variants["rcan-1-matrix"]
     checkpoint = checkpoint_of(config)
-    folded = folded_network(checkpoint.network, config).network
-    assert isinstance(folded, Centred)
+    folded = fold_network(checkpoint.network, config).network
+    assert isinstance(folded, Centered)
     first = folded.network.get_submodule("first")
     assert isinstance(first, nn.Conv2d)
     assert first.bias is not None
@@ -56,7 +56,7 @@ def test_folding_leaves_the_original_alone(checkpoint_of: CheckpointOf, variants
     checkpoint = checkpoint_of(variants["rcan-255-matrix"])
     before = {name: value.clone() for name, value in checkpoint.network.state_dict().items()}
 
-    folded_network(checkpoint.network, checkpoint.config)
+    fold_network(checkpoint.network, checkpoint.config)
 
     after = checkpoint.network.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
@@ -77,7 +77,7 @@ def test_activations_come_down_where_the_network_is_homogeneous(
     name: str, factor: float, checkpoint_of: CheckpointOf, variants: Variants
 ) -> None:
     checkpoint = checkpoint_of(variants[f"rcan-{name}"])
-    folded = folded_network(checkpoint.network, checkpoint.config)
+    folded = fold_network(checkpoint.network, checkpoint.config)
     image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
     ratio = body_amplitude(checkpoint.reference, image) / body_amplitude(folded.network, image)
@@ -98,7 +98,7 @@ def test_batch_normalisations_fold_only_where_exact(
 ) -> None:
     checkpoint = checkpoint_of(variants[f"srdensenet-{name}"])
 
-    folded = folded_network(checkpoint.network, checkpoint.config)
+    folded = fold_network(checkpoint.network, checkpoint.config)
 
     assert norms_left(folded) == left
     assert bool(folded.notes)
@@ -115,7 +115,7 @@ def test_normalisation_without_shift_folds_into_the_padded_convolution(
             module.running_mean.zero_()
             module.bias.data.zero_()
 
-    folded = folded_network(checkpoint.network, checkpoint.config)
+    folded = fold_network(checkpoint.network, checkpoint.config)
 
     assert norms_left(folded) == 0
     assert largest_difference(folded.network, checkpoint.reference, 1) < 2e-6
@@ -127,7 +127,7 @@ def test_singular_mean_shift_stays_an_operation(checkpoint_of: CheckpointOf, var
     assert isinstance(shift, MeanShift)
     shift.weight.fill_(1 / 3)  # every channel becomes the mean of all: no inverse
 
-    folded = folded_network(checkpoint.network, checkpoint.config)
+    folded = fold_network(checkpoint.network, checkpoint.config)
 
     assert isinstance(folded.network, Scaled)
     assert largest_difference(folded.network, checkpoint.reference, 3) < 1e-9
