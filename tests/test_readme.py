@@ -86,7 +86,8 @@ def test_two_engines_are_compared_and_timed_in_fifteen_lines(workplace: Path) ->
     lines = done.stdout.splitlines()
     assert re.fullmatch(r"openvino int8: at least [0-9.]+ dB", lines[0])
     assert len(lines) == 5, done.stdout
-    assert all(re.fullmatch(r"openvino (fp32|int8), (compute|end-to-end): [0-9.]+ ms", line) for line in lines[1:])
+    row = r"openvino (fp32|int8), (compute|end-to-end): [0-9.]+x, [0-9.]+ to [0-9.]+, [0-9.e+]+ ms( ±[0-9]+ %)?"
+    assert all(re.fullmatch(row, line) for line in lines[1:]), done.stdout
 
 
 def test_the_upscaling_example_runs(workplace: Path) -> None:
