@@ -93,7 +93,7 @@ class BenchResult:
         shape: of the input, (N, C, H, W).
         effort: how long was measured and what counts as stable.
         rows: two per runner that can be timed both ways, else one; entry i of every row's times is of round i.
-        memory: peak memory by runner name, with what it is in words; see `srdeploy.runtime.bench.memory`.
+        memory: peak memory by runner name, with a note what it is; see `srdeploy.runtime.bench.memory`.
         environment: the machine and its state, see `srdeploy.runtime.bench.conditions`.
         first_run_ms: by runner name, the first run at this shape: allocation, kernel selection, compilation.
         floors: by runner name, see `srdeploy.runtime.bench.floor`.
@@ -239,7 +239,7 @@ def bench(
     effort = effort or Effort()
     names = [runner.info.name for runner in runners]
     if not names or len(set(names)) < len(names):
-        raise UsageError(f"runners {', '.join(names)}", expected="at least one runner, and each of another name")
+        raise UsageError(f"runners {', '.join(names)}", expected="at least one runner, and each with a name of its own")
     feeds = {INPUT: bench_image(shape) if image is None else image}
     if feeds[INPUT].shape != shape:
         raise UsageError(f"image of shape {feeds[INPUT].shape}", expected=format_shape(shape))
@@ -333,6 +333,6 @@ def _first_run(runner: Runner, feeds: Mapping[str, NDArray[Any]]) -> Memory:
         peak = run_memory(lambda: device.append(runner.run_metered(feeds)))
     else:
         runner.run(feeds)
-        return replace(NOT_MEASURED, device_words="not visible from the measuring process")
-    words = LOWER_BOUND if peak is not None else "nothing showed in the measuring process"
-    return Memory(peak, words, *((device[0], ALLOCATOR) if device else (None, ON_CPU)))
+        return replace(NOT_MEASURED, device_note="not visible from the measuring process")
+    note = LOWER_BOUND if peak is not None else "nothing showed in the measuring process"
+    return Memory(peak, note, *((device[0], ALLOCATOR) if device else (None, ON_CPU)))

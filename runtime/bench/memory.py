@@ -1,13 +1,13 @@
 """Peak memory of a process and of a GPU while something runs (Linux).
 
-Two ways, because a process that holds several engines cannot say what one of them takes:
+Measured in two ways, because a process that holds several engines cannot attribute memory to one of them:
 
 - *in a process of its own* (`process_memory`): what opening an engine and running it once adds to a process that had
   only Python and numpy. Its libraries count. On a GPU it is by how much the free memory of the GPU fell, from the CUDA
   context, which is not counted, to the lowest value seen: weights, kernels, activations, workspaces and what allocators
-  keep. Another process that takes or gives GPU memory meanwhile falsifies it.
-- *in the measuring process* (`run_memory`): by how much the process's peak rose in one run, a lower
-  bound; and on a GPU what PyTorch's allocator held at its peak, for networks that PyTorch computes.
+  keep. Another process that allocates or frees GPU memory meanwhile falsifies it.
+- *in the measuring process* (`run_memory`): by how much the process's peak rose in one run, a lower bound; and on a GPU
+  what PyTorch's allocator held at its peak (`srdeploy.runtime.engines.eager.allocator_peak`).
 """
 
 import contextlib
@@ -39,23 +39,23 @@ class Memory:
 
     Attributes:
         process_bytes: of the process; None where it is not known.
-        process_words: what `process_bytes` is, or why it is None.
+        process_note: what `process_bytes` is, or why it is None.
         device_bytes: of the GPU; None where it is not known, and on a CPU.
-        device_words: what `device_bytes` is, or why it is None.
+        device_note: what `device_bytes` is, or why it is None.
     """
 
     process_bytes: int | None
-    process_words: str
+    process_note: str
     device_bytes: int | None = None
-    device_words: str = ON_CPU
+    device_note: str = ON_CPU
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields of a report's bench row."""
         return {
             "memory_bytes": self.process_bytes,
-            "memory_note": self.process_words,
+            "memory_note": self.process_note,
             "device_memory_bytes": self.device_bytes,
-            "device_memory_note": self.device_words,
+            "device_memory_note": self.device_note,
         }
 
 
@@ -77,7 +77,7 @@ def run_memory(function: Callable[[], object]) -> int | None:
 
 
 class LowestFree:
-    """Watches an amount of free memory from entering on, in a thread of its own, and keeps the lowest value.
+    """Watch an amount of free memory from entering on, in a thread of its own, and keep the lowest value.
 
     Allocators and engines keep what they took until they are closed, so a look before closing sees the peak too; the
     thread is for what is given back earlier.
@@ -130,7 +130,7 @@ def process_memory(
         threads: CPU threads.
 
     Returns:
-        Bytes, with the reason in words where the process failed or the system does not say.
+        Bytes, with the reason where the process failed or the system does not report it.
     """
     arguments = {"path": str(path), "shape": shape, "engine": engine, "device": device, "threads": threads}
     command = [
@@ -143,18 +143,18 @@ def process_memory(
 
 
 def memory_from_probe(code: int, out: str, err: str, *, on_gpu: bool) -> Memory:
-    """Read what a process that ran `probe` left behind: its exit status and its two streams."""
+    """Return the memory from the exit status and the two streams of a process that ran `probe`."""
     answer: dict[str, Any] = {}
     with contextlib.suppress(ValueError, IndexError):
         answer = json.loads(out.strip().splitlines()[-1])
     if code != 0 or not answer:
-        told = err.strip().splitlines()
-        reason = f"the process that should tell failed: {told[-1] if told else f'exit status {code}'}"
+        lines = err.strip().splitlines()
+        reason = f"the measuring process failed: {lines[-1] if lines else f'exit status {code}'}"
         return Memory(None, reason, None, reason if on_gpu else ON_CPU)
     process, device = answer["process"], answer["device"]
     return Memory(
         process,
-        OWN_PROCESS if process is not None else "the system does not say",
+        OWN_PROCESS if process is not None else "the system does not report it",
         device,
         OWN_DEVICE if on_gpu else ON_CPU,
     )
@@ -162,8 +162,8 @@ def memory_from_probe(code: int, out: str, err: str, *, on_gpu: bool) -> Memory:
 
 def probe(arguments: str) -> None:
     """Open and run an engine in this process, and print by how many bytes memory rose at its peak, as JSON."""
-    stated = json.loads(arguments)
-    path, shape, device = Path(stated.pop("path")), tuple(stated.pop("shape")), stated["device"]
+    options = json.loads(arguments)
+    path, shape, device = Path(options.pop("path")), tuple(options.pop("shape")), options["device"]
     before = _status_bytes("VmRSS")
     from srdeploy.core.runner import run_image
     from srdeploy.runtime.bench.inputs import bench_image
@@ -171,7 +171,7 @@ def probe(arguments: str) -> None:
 
     with contextlib.ExitStack() as stack:
         watch = None if device == "cpu" else stack.enter_context(LowestFree(_free_on(device)))
-        runner = stack.enter_context(open_engine(path, **stated))
+        runner = stack.enter_context(open_engine(path, **options))
         run_image(runner, bench_image(shape))
         if watch is not None:
             watch.look()
@@ -181,7 +181,7 @@ def probe(arguments: str) -> None:
 
 
 def _free_on(device: str) -> Callable[[], int]:
-    """Return a function that tells the free bytes of a GPU; makes the CUDA context, so that it is not counted."""
+    """Return a function that reads the free bytes of a GPU; creates the CUDA context, so that it is not counted."""
     import torch
 
     def free() -> int:

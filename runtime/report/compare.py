@@ -170,10 +170,10 @@ def _shape(document: Document) -> str:
 
 def _machine(document: Document) -> str:
     """Return processor, number of cores and GPUs, as far as the bench recorded them."""
-    stated = document["bench"][0]["environment"]
-    gpus = [str(gpu.get("name")) for gpu in stated.get("gpus") or ()]
-    cores = [f"{stated['cpus']} cores"] if "cpus" in stated else []
-    return ", ".join([str(stated.get("processor", "not stated")), *cores, *gpus])
+    recorded = document["bench"][0]["environment"]
+    gpus = [str(gpu.get("name")) for gpu in recorded.get("gpus") or ()]
+    cores = [f"{recorded['cpus']} cores"] if "cpus" in recorded else []
+    return ", ".join([str(recorded.get("processor", "not stated")), *cores, *gpus])
 
 
 def _db(value: float | str, digits: int = 1) -> str:

@@ -35,11 +35,11 @@ class EngineEntry:
         file: the artifact's name or path inside the bundle; None for what has no file.
         size_bytes: of the artifact.
         sha256: of the artifact.
-        precision_built: what was read back from the built engine, in words; None when nothing was read back.
+        precision_built: what was read back from the built engine; None when nothing was read back.
         verify: the verdict; None for what did not run here.
-        reason: why it did not run here or was left out; None when `verify` says it all.
+        reason: why it did not run here or was excluded; None when the failures of `verify` are the reasons.
         left_out: it was asked for and is not delivered; then `reason` or the verdict's failures say why.
-        measured: it ran here for its latency, and was not judged.
+        measured: it ran here for its latency, and was not verified.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Writes and reads reports: report.json by the published schema, report.html, and the pictures beside them."""
+"""Write and read reports: report.json by the published schema, report.html, and the crops next to them."""
 
 import base64
 import json

@@ -9,7 +9,7 @@ Two questions are asked in turn, because their cures differ:
 2. *Does the graph compute the network?* The graph's tensors are compared with those of the FP32 graph of the same
    names. A node found here carries wrong weights, a lost value range, or more quantization error than any other.
 
-Agreement is stated as a signal-to-noise ratio in dB: power of the expected tensor over power of the difference.
+Agreement is measured as a signal-to-noise ratio in dB: power of the expected tensor over power of the difference.
 """
 
 import math
@@ -99,7 +99,7 @@ class Bisection:
 
     @property
     def sentence(self) -> str:
-        """The finding in words."""
+        """The finding as a sentence."""
         if self.first is None:
             return (
                 f"{self.engine} computes the graph as it is written, and the graph agrees with the network node by node"
@@ -139,7 +139,7 @@ def bisect_path(
         fp32: makes the FP32 ONNX file of the same checkpoint when it is needed; None leaves the second question out.
         engine: family that opens the file; None for onnxruntime.
         threads: CPU threads.
-        progress: told about every probe.
+        progress: receives a note about every probe.
 
     Raises:
         UsageError: a built engine that is not TensorRT's, or its ONNX file is not found.
@@ -267,7 +267,7 @@ class _EngineSearch:
 
 
 def _comparable(graph: GraphFile) -> list[str]:
-    """Return the floating-point tensors that depend on the input, in graph order; codes of Q/DQ are left out."""
+    """Return the floating-point tensors that depend on the input, in graph order; without the codes of Q/DQ."""
     types = graph.inferred[1]
     reached = {INPUT}
     names = []

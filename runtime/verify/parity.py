@@ -250,11 +250,11 @@ def verify_all(
         One verdict per candidate. Failures are verdicts, not exceptions.
 
     Raises:
-        UsageError: no image lies within an engine's profile.
+        UsageError: no image is within an engine's profile.
         MissingExtraError: there is ground truth, and scikit-image is not installed.
     """
-    stated = gates or [None] * len(candidates)
-    evaluators = [_Evaluator(runner, reference.info, gate) for runner, gate in zip(candidates, stated, strict=True)]
+    given = gates or [None] * len(candidates)
+    evaluators = [_Evaluator(runner, reference.info, gate) for runner, gate in zip(candidates, given, strict=True)]
     first_images: list[NDArray[np.float32]] = []
     with progress.task("verifying", total=len(images) + len(grid)) as advance:
         for index, sample in enumerate(images):

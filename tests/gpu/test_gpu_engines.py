@@ -237,7 +237,7 @@ def test_gpu_memory_of_an_engine_is_seen_from_its_own_process(built: Path) -> No
 
     found = process_memory(built, shape, device="cuda:0")
 
-    assert found.device_bytes is not None, found.device_words
+    assert found.device_bytes is not None, found.device_note
     assert found.device_bytes >= activations
     assert found.device_bytes < activations + 4 * 2**30
 

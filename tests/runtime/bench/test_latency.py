@@ -237,7 +237,7 @@ def test_stable_rows_do_not_raise() -> None:
 
 @pytest.mark.parametrize("names", [[], ["a", "a"]], ids=["none", "twice"])
 def test_names_must_tell_runners_apart(names: list[str]) -> None:
-    with pytest.raises(UsageError, match="another name"):
+    with pytest.raises(UsageError, match="a name of its own"):
         bench([SleepingRunner(name, 0.0) for name in names], shape=SHAPE)
 
 

@@ -47,14 +47,14 @@ def test_an_engines_own_process_states_its_memory_and_no_gpu(small_onnx: Any) ->
 
     assert found.process_bytes is not None
     assert 5e6 < found.process_bytes < 1e9, "ONNX Runtime's libraries alone take some ten megabytes"
-    assert (found.process_words, found.device_bytes, found.device_words) == (OWN_PROCESS, None, ON_CPU)
+    assert (found.process_note, found.device_bytes, found.device_note) == (OWN_PROCESS, None, ON_CPU)
 
 
 def test_a_process_that_fails_says_why(tmp_path: Path) -> None:
     found = process_memory(tmp_path / "missing.onnx", SHAPE)
 
     assert (found.process_bytes, found.device_bytes) == (None, None)
-    assert "missing.onnx" in found.process_words
+    assert "missing.onnx" in found.process_note
 
 
 def test_a_gpu_that_is_not_there_is_unknown_with_its_reason(small_onnx: Any) -> None:
@@ -66,17 +66,17 @@ def test_a_gpu_that_is_not_there_is_unknown_with_its_reason(small_onnx: Any) -> 
     found = process_memory(small_onnx(), SHAPE, device="cuda:0")
 
     assert found.device_bytes is None
-    assert found.device_words.startswith("the process that should tell failed: ")
+    assert found.device_note.startswith("the measuring process failed: ")
 
 
 @pytest.mark.parametrize(
     ("code", "out", "err", "expected"),
     [
         (0, 'noise\n{"process": 7, "device": 9}\n', "", Memory(7, OWN_PROCESS, 9, OWN_DEVICE)),
-        (0, '{"process": null, "device": 9}', "", Memory(None, "the system does not say", 9, OWN_DEVICE)),
-        (1, "", "Traceback\nOutOfMemoryError: full", "the process that should tell failed: OutOfMemoryError: full"),
-        (-9, "", "", "the process that should tell failed: exit status -9"),
-        (0, "no number", "", "the process that should tell failed: exit status 0"),
+        (0, '{"process": null, "device": 9}', "", Memory(None, "the system does not report it", 9, OWN_DEVICE)),
+        (1, "", "Traceback\nOutOfMemoryError: full", "the measuring process failed: OutOfMemoryError: full"),
+        (-9, "", "", "the measuring process failed: exit status -9"),
+        (0, "no number", "", "the measuring process failed: exit status 0"),
     ],
     ids=["both", "no-process-figure", "failed", "killed", "silent"],
 )
@@ -187,5 +187,5 @@ def test_engines_get_the_figures_of_their_own_process(small_onnx: Any) -> None:
     found = with_process_memory(result, {"b": (small_onnx(), None)}, threads=1)
 
     assert found.memory["a"] == result.memory["a"]
-    assert found.memory["b"].process_words == OWN_PROCESS
+    assert found.memory["b"].process_note == OWN_PROCESS
     assert found.rows == result.rows

@@ -28,7 +28,14 @@ from srdeploy.runtime.report.compare import Tolerances, compare
 from srdeploy.runtime.report.crop_images import CropImages, heat_map, heat_peak
 from srdeploy.runtime.report.document import EngineEntry, jsonable, report_document
 from srdeploy.runtime.report.figure import label_points, new_figure, series_color, svg_of, tick_label
-from srdeploy.runtime.report.page import change_words, db_words, difference_words, median_words, ratio_words, size_words
+from srdeploy.runtime.report.labels import (
+    change_label,
+    db_label,
+    difference_label,
+    median_label,
+    ratio_label,
+    size_label,
+)
 from srdeploy.runtime.report.write import read_report, schema, write_report
 from srdeploy.runtime.verify.parity import Gates, VerifyResult, verify
 
@@ -546,17 +553,17 @@ def test_latency_of_another_machine_is_not_compared(document: dict[str, Any]) ->
 @pytest.mark.parametrize(
     ("write", "value", "words"),
     [
-        (db_words, math.inf, "∞ (equal)"), (db_words, "nan", "none"), (db_words, 50.04, "50.0 dB"),
-        (db_words, None, "–"), (difference_words, "nan", "not finite"),
-        (change_words, 0.0512, "−0.051 dB"), (change_words, -0.0001, "+0.000 dB"), (change_words, None, "–"),
-        (difference_words, 2 / 255, "2 levels"), (difference_words, 1 / 255, "1 level"),
-        (difference_words, 1e-6, "1.0e-06 of 1"),
-        (size_words, 1_234_567, "1.18 MiB"), (size_words, 12, "12 B"), (size_words, None, "–"),
+        (db_label, math.inf, "∞ (equal)"), (db_label, "nan", "none"), (db_label, 50.04, "50.0 dB"),
+        (db_label, None, "–"), (difference_label, "nan", "not finite"),
+        (change_label, 0.0512, "−0.051 dB"), (change_label, -0.0001, "+0.000 dB"), (change_label, None, "–"),
+        (difference_label, 2 / 255, "2 levels"), (difference_label, 1 / 255, "1 level"),
+        (difference_label, 1e-6, "1.0e-06 of 1"),
+        (size_label, 1_234_567, "1.18 MiB"), (size_label, 12, "12 B"), (size_label, None, "–"),
         (tick_label, 20000.0, "20k"), (tick_label, 0.02, "0.02"), (tick_label, 3e6, "3M"), (tick_label, 0.0, "0"),
-        (ratio_words, {"ratio": 5.13, "ratio_low": 4.91, "ratio_high": 5.31}, "5.1×, 4.9 to 5.3"),
-        (ratio_words, {"ratio": 5.13}, "5.13×"), (ratio_words, None, "–"),
-        (median_words, {"median_ms": 24.0, "stable": False, "ci_share": 0.12}, "24 ms ±12 %"),
-        (median_words, {"median_ms": 24.0, "stable": False}, "unstable"),
+        (ratio_label, {"ratio": 5.13, "ratio_low": 4.91, "ratio_high": 5.31}, "5.1×, 4.9 to 5.3"),
+        (ratio_label, {"ratio": 5.13}, "5.13×"), (ratio_label, None, "–"),
+        (median_label, {"median_ms": 24.0, "stable": False, "ci_share": 0.12}, "24 ms ±12 %"),
+        (median_label, {"median_ms": 24.0, "stable": False}, "unstable"),
     ],
 )  # fmt: skip
 def test_numbers_as_words(write: Any, value: Any, words: str) -> None:
