@@ -324,7 +324,7 @@ def _readable_environment(environment: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Flatten JSON values into (label, text) pairs; keys of nested mappings are joined, records are left to `_records`."""
+    """Flatten JSON values into (label, text) pairs; nested keys are joined, records are left to `_records`."""
     lines: list[tuple[str, str]] = []
     for key, value in values.items():
         label = str(key).replace("_", " ")
