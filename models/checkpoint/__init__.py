@@ -1,4 +1,4 @@
-"""From a checkpoint file to a network: safe reader, recognition of the family, answers to what tensors cannot say."""
+"""From a checkpoint file to a network: safe reader, recognition of the family, answers to what tensors leave open."""
 
 from typing import TYPE_CHECKING
 

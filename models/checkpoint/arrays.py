@@ -88,7 +88,7 @@ def _record(shape: Any, dtype: str, column_major: Any, data: bytes) -> TensorRec
         return TensorRecord(StorageRecord("", None, 0, "cpu"), dtype, 0, (), ())
     count = math.prod(shape)
     if not all(0 <= size < 1 << 48 for size in shape) or count * ITEM_BYTES[dtype] != len(data):
-        raise RefusedError(f"holds an array of {len(data)} bytes whose shape says otherwise", next_step=_AGAIN)
+        raise RefusedError(f"holds an array of {len(data)} bytes whose shape needs another number", next_step=_AGAIN)
     stride = contiguous(shape[::-1])[::-1] if column_major else contiguous(shape)
     return TensorRecord(
         StorageRecord(f"array {id(data)}", dtype, count, "cpu", 0, count, data), dtype, 0, shape, stride

@@ -139,7 +139,7 @@ def _chunks(storage_data: Mapping[Any, Any]) -> dict[str, list[_Chunk]]:
         offsets = index.get("offset") or ()
         file, start, length = place.get("relative_path"), place.get("offset"), place.get("length")
         if not (isinstance(file, str) and isinstance(start, int) and isinstance(length, int) and _is_offsets(offsets)):
-            raise RefusedError(f"does not say where tensor {shown(name)} is", next_step=_AGAIN)
+            raise RefusedError(f"lacks the place of tensor {shown(name)} is", next_step=_AGAIN)
         if place.get("transform_descriptors"):
             raise RefusedError("holds compressed tensors", expected="uncompressed .distcp files")
         found.setdefault(name, []).append(_Chunk(file, start, length, offsets))

@@ -206,7 +206,7 @@ def _kind_of(value: Any) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Names that a checkpoint may mention. None of them is ever looked up; a refusal only tells that the file is hostile.
+# Names that a checkpoint may mention. None of them is ever looked up; a refusal only shows that the file is hostile.
 
 
 def is_harmless(module: str, name: str) -> bool:
@@ -430,7 +430,7 @@ def _distributed_tensor(inner: Any, state: Any) -> TensorRecord:
 
 
 def _ordered_dict(arguments: tuple[Any, ...]) -> dict[Any, Any]:
-    """Python 3 fills the dict afterwards; Python 2 gives a list of pairs.
+    """Python 3 fills the dict afterwards; Python 2 passes a list of pairs.
 
     The list is emptied, as no honest pickle uses it twice: one that makes a million dicts of one long list ends soon.
     """

@@ -28,7 +28,7 @@ from srdeploy.models.networks.spec import ModelSpec, NetworkConfig, config_to_js
 
 __all__ = ["Choices", "Evidence", "Examined", "LoadedCheckpoint", "examine_checkpoint", "load_checkpoint"]
 
-_LARGEST_NEIGHBOUR_BYTES = 1 << 20
+_MAX_NEIGHBOR_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Evidence:
         container: kind of file.
         wrapper_path: keys that lead to the weights inside the file.
         hyperparameters: configuration field to the key and shape that it was read from.
-        decisions: what the tensors cannot say, with who settled it and why.
+        decisions: what the tensors leave open, with the answers and their reasons.
         ranking: combinations of candidates that were run on real images, best first.
         notes: what a user should know, one sentence each.
     """
@@ -143,13 +143,13 @@ def load_checkpoint(
 
     Args:
         path: the file; reading it runs no code.
-        choices: what the user states about what the tensors cannot say.
+        choices: the user's answers to what the tensors leave open.
         probe_images: images on which remaining candidates are run.
         progress: where the work is reported.
 
     Raises:
         InputError: the file is no checkpoint, or of no known dialect, or incomplete, or its tensors leave a question
-            open that nobody answered.
+            open that has no answer.
         UsageError: a choice contradicts the file.
     """
     examined = examine_checkpoint(path, choices, probe_images=probe_images, progress=progress, strict=True)
@@ -196,7 +196,7 @@ def examine_checkpoint(
 
     Args:
         path, choices, probe_images, progress: as for `load_checkpoint`.
-        strict: refuse a file with a question that nobody answered, instead of listing it as open.
+        strict: refuse a file with an unanswered question, instead of listing it as open.
 
     Raises:
         InputError, UsageError: as for `load_checkpoint`.
@@ -331,25 +331,25 @@ def _hints(raw: RawCheckpoint, path: Path) -> Hints:
         file_name=path.name,
         members=frozenset(raw.hints.keys),
         metadata=raw.metadata,
-        neighbour=_neighbour(path),
+        neighbor=_neighbor(path),
     )
 
 
-def _neighbour(path: Path) -> dict[str, Any]:
+def _neighbor(path: Path) -> dict[str, Any]:
     """Read the config.json that some publishers put beside the weights; {} when there is none or it is no such file."""
-    neighbour = path.with_name("config.json")
+    neighbor = path.with_name("config.json")
     try:
         # Opening anything but a regular file might wait forever.
-        if not neighbour.is_file() or neighbour.stat().st_size > _LARGEST_NEIGHBOUR_BYTES:
+        if not neighbor.is_file() or neighbor.stat().st_size > _MAX_NEIGHBOR_BYTES:
             return {}
-        document = json.loads(neighbour.read_text(encoding="utf-8"))
+        document = json.loads(neighbor.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) else {}
 
 
 def _in_rgb(resolved: Resolved, tensors: dict[str, Tensor]) -> tuple[NetworkConfig, dict[str, Tensor]]:
-    """Reorder the image channels of a network that was trained on BGR, so that it takes and gives RGB."""
+    """Reorder the image channels of a network that was trained on BGR, so that it takes and returns RGB."""
     config = resolved.config
     if resolved.value("colours") != "bgr":
         return config, tensors
@@ -358,7 +358,7 @@ def _in_rgb(resolved: Resolved, tensors: dict[str, Tensor]) -> tuple[NetworkConf
     reversed_order = [2, 1, 0]
     changed = dict(tensors)
     first = tensors["first.weight"]
-    per_colour = first.shape[1] // 3  # a pixel unshuffle turns each colour into neighbouring channels
+    per_colour = first.shape[1] // 3  # a pixel unshuffle turns each colour into adjacent channels
     order = [colour * per_colour + part for colour in reversed_order for part in range(per_colour)]
     changed["first.weight"] = first[:, order].contiguous()
     for name in ("last.weight", "last.bias", "sub_mean.bias", "add_mean.bias"):

@@ -1,6 +1,6 @@
 """Find a network among the names of a state dict: wrappers, counters, and the other parts of a training module.
 
-Nothing here knows RCAN or SRDenseNet: a function says whether a set of names is a network that is known.
+Nothing here knows RCAN or SRDenseNet: a function recognizes the names of a known network.
 """
 
 import re
@@ -24,7 +24,7 @@ _TRAINING = re.compile(
     r"loss|criteri|metric|psnr|ssim|lpips|dists|(^|_)fid(_|$)|vgg|percept|discrim|critic|^(net|model)_?d$|^disc(_|$)|^d$"
     r"|optim|sched|scaler|augment"
 )
-_DEEPEST = 4
+_MAX_DEPTH = 4
 """A network is looked for this many attributes below the top of the module that embeds it."""
 _MAX_PATTERNS = 6
 
@@ -34,7 +34,7 @@ class Group:
     """The names of one network.
 
     Attributes:
-        prefix: what stands in front of all of them, "" for nothing; "model_ema." for LitEma's names without dots.
+        prefix: the prefix of all of them in the file, "" for nothing; "model_ema." for LitEma's names without dots.
         names: the network's own name to the name in the file.
     """
 
@@ -111,7 +111,7 @@ def _groups(prefix: str, names: dict[str, str], is_network: IsNetwork, depth: in
         if is_network(plain_names(variant)):
             yield Group(prefix, variant)
             return
-    if depth >= _DEEPEST:
+    if depth >= _MAX_DEPTH:
         return
     children: dict[str, dict[str, str]] = {}
     for name, old in names.items():

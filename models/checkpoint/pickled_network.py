@@ -13,11 +13,11 @@ from srdeploy.models.checkpoint.filebytes import RefusedError
 from srdeploy.models.checkpoint.inert import Record, TensorRecord
 from srdeploy.models.checkpoint.plain import is_plain, plain
 
-LONGEST_NAME = 512
-_DEEPEST = 32
-_MOST_STEPS = 120_000
+MAX_NAME_LENGTH = 512
+_MAX_DEPTH = 32
+_MAX_STEPS = 120_000
 """A default-size pickled RCAN takes 41,000 steps."""
-_MOST_ATTRIBUTES = 64
+_MAX_ATTRIBUTES = 64
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class ModuleRecord:
 
 
 def is_pickled_network(value: Any) -> bool:
-    """Whether a value is a pickled `nn.Module`."""
+    """Return True if a value is a pickled `nn.Module`."""
     return isinstance(value, Record) and isinstance(value.state, dict) and "_modules" in value.state
 
 
@@ -44,7 +44,7 @@ def lift(network: Record) -> tuple[dict[str, TensorRecord], dict[str, ModuleReco
     modules: dict[str, ModuleRecord] = {}
     for prefix, module in walk.modules(network):
         modules[prefix.removesuffix(".")] = ModuleRecord(str(module.kind), walk.attributes(module.state))
-        passing = walk.passing_buffers(module.state)
+        passing = walk.transient_buffers(module.state)
         for member in ("_parameters", "_buffers"):
             for name, value in walk.named(module.state.get(member)):
                 tensor = as_tensor(value)
@@ -77,7 +77,7 @@ class _Walk:
         holders: list[int] = []
         record, prefix = network, ""
         while True:
-            if len(above) > _DEEPEST or id(record) in holders:
+            if len(above) > _MAX_DEPTH or id(record) in holders:
                 raise RefusedError("holds a network that contains itself", expected="a tree of modules")
             yield prefix, record
             above.append((prefix, self._children(record)))
@@ -106,7 +106,7 @@ class _Walk:
         for name, value in members.items():
             self._step()
             if isinstance(name, str):
-                if len(name) > LONGEST_NAME:
+                if len(name) > MAX_NAME_LENGTH:
                     raise RefusedError(f"holds a network with a name of {len(name)} characters", expected="short names")
                 yield name, value
 
@@ -117,12 +117,12 @@ class _Walk:
             found = self._attributes[id(state)] = {}
             for name, value in state.items():
                 self._step()
-                wanted = isinstance(name, str) and len(name) <= LONGEST_NAME and not name.startswith("_")
-                if wanted and name.isprintable() and len(found) < _MOST_ATTRIBUTES and is_plain(value, depth=1):
+                wanted = isinstance(name, str) and len(name) <= MAX_NAME_LENGTH and not name.startswith("_")
+                if wanted and name.isprintable() and len(found) < _MAX_ATTRIBUTES and is_plain(value, depth=1):
                     found[name] = plain(value)
         return found
 
-    def passing_buffers(self, state: Mapping[Any, Any]) -> set[str]:
+    def transient_buffers(self, state: Mapping[Any, Any]) -> set[str]:
         """Return the names of the buffers that a state_dict leaves out."""
         names = state.get("_non_persistent_buffers_set")
         if not isinstance(names, (list, tuple)):
@@ -133,5 +133,5 @@ class _Walk:
 
     def _step(self) -> None:
         self._steps += 1
-        if self._steps > _MOST_STEPS:
+        if self._steps > _MAX_STEPS:
             raise RefusedError("holds a network of endlessly many parts", expected="RCAN or SRDenseNet")

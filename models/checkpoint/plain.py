@@ -7,20 +7,20 @@ from typing import Any
 from srdeploy.models.checkpoint.filebytes import shown
 from srdeploy.models.checkpoint.inert import Global
 
-_LONGEST_TEXT = 4096
-_MOST_ITEMS = 64
-_MOST_ENTRIES = 256
+_MAX_TEXT = 4096
+_MAX_ITEMS = 64
+_MAX_ENTRIES = 256
 
 
 def is_plain(value: Any, depth: int = 2) -> bool:
-    """Whether a value is a number, text, None or class name, or a short list or dict of these, `depth` levels deep."""
+    """Return True if a value is a number, text, None, class name, or a short list or dict of these, `depth` deep."""
     if value is None or isinstance(value, (bool, int, float, Global)):
         return True
     if isinstance(value, str):
-        return len(value) <= _LONGEST_TEXT
+        return len(value) <= _MAX_TEXT
     if isinstance(value, (list, tuple, dict)):
         members = value.values() if isinstance(value, dict) else value
-        return depth > 0 and len(value) <= _MOST_ITEMS and all(is_plain(item, depth - 1) for item in members)
+        return depth > 0 and len(value) <= _MAX_ITEMS and all(is_plain(item, depth - 1) for item in members)
     return False
 
 
@@ -41,6 +41,6 @@ def plain_dict(values: Mapping[Any, Any]) -> dict[str, Any]:
     """Return the plain entries of a dict as JSON values; of a huge one, the first few hundred."""
     return {
         shown(key): plain(value)
-        for key, value in list(values.items())[:_MOST_ENTRIES]
+        for key, value in list(values.items())[:_MAX_ENTRIES]
         if isinstance(key, (str, int)) and is_plain(value)
     }

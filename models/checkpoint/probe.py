@@ -1,10 +1,10 @@
-"""Tell candidates apart by running them on real images.
+"""Distinguish candidates by running them on real images.
 
-A super-resolution network that is run as it was trained gives an image whose bicubic reduction is the input again, to
+A super-resolution network that is run as it was trained returns an image whose bicubic reduction is the input again, to
 some 40 dB and more. A wrong value range, residual scale or activation breaks that by many decibels. What is measured:
 PSNR (peak 1) between the reduced, clamped output and the input, without a border of 2 pixels, averaged over the
-images. What limits it: two candidates that both keep the image nearly the same cannot be told apart, hence the margin
-that `srdeploy.models.checkpoint.resolve` asks for.
+images. What limits it: two candidates that both keep the image nearly the same cannot be distinguished, hence the
+margin that `srdeploy.models.checkpoint.resolve` requires.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ from srdeploy.models.networks.spec import ModelSpec
 CROP = 64
 """Side of the centre crop that is run: large enough for a stable mean, small enough for a full-size RCAN on a CPU."""
 
-MOST_IMAGES = 6
+MAX_IMAGES = 6
 _BORDER = 2
 
 
@@ -43,15 +43,15 @@ def rank_candidates(
     Args:
         combinations: values by choice.
         network: makes the network (0..1 outside) of a combination.
-        spec: of any of them; colours and least size are the same for all.
-        images: at most `MOST_IMAGES` are used.
+        spec: of any of them; colors and minimum size are the same for all.
+        images: at most `MAX_IMAGES` are used.
         progress: advanced once per combination.
 
     Raises:
         UsageError: an image is too small.
         InputError: an image cannot be read.
     """
-    inputs = [_crop(path, spec) for path in images[:MOST_IMAGES]]
+    inputs = [_crop(path, spec) for path in images[:MAX_IMAGES]]
     ranking = []
     with progress.task("trying candidates on real images", total=len(combinations)) as advance:
         for values in combinations:

@@ -52,7 +52,7 @@ class StateDict:
 
 @dataclass(frozen=True)
 class Hints:
-    """What the wrapper says about the training script that wrote it.
+    """What the wrapper reveals about the training script that wrote it.
 
     Attributes:
         keys: of the outermost dict around the weights ("epoch", "best_psnr", "state_dict", "optimizer"), () if bare.
@@ -75,7 +75,7 @@ class RawCheckpoint:
         weights: which of `alternatives` the properties below show: "raw" if there is one, else the first.
         alternatives: the plain weights ("raw"), their moving average ("ema"), and others by the keys that lead to them.
         metadata: constructor arguments that the trainer wrote beside the weights (traiNNer), as JSON values.
-        hints: what the wrapper says about the training script.
+        hints: what the wrapper reveals about the training script.
     """
 
     path: Path

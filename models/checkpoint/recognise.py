@@ -51,7 +51,7 @@ def recognise(tensors: Mapping[str, Tensor], hints: Hints) -> Recognised:
 
     Args:
         tensors: as the checkpoint names them, without a wrapper's prefix.
-        hints: what the file says beside its tensors.
+        hints: what the file contains beside its tensors.
 
     Raises:
         InputError: no dialect or a refused one, left-over or missing keys, or shapes that do not fit together.
@@ -111,7 +111,7 @@ def tensor_shapes(config: NetworkConfig) -> dict[str, torch.Size]:
 def check_geometry(
     network: nn.Module, dialect: Dialect, config: NetworkConfig, attributes: Mapping[str, Mapping[str, Any]]
 ) -> int:
-    """Compare stride and padding with what a pickled network says about its own convolutions.
+    """Compare stride and padding with a pickled network's own convolutions.
 
     State dicts do not hold them, so the family decides; a file that does hold them must agree.
 

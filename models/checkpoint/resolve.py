@@ -1,7 +1,7 @@
-"""Answer what the tensors cannot say, and keep the evidence.
+"""Answer what the tensors leave open, and keep the evidence.
 
 In this order: the file's own metadata, the user's flag, the wrapper (or tensor values) where it is reliable, a run of
-every remaining candidate on real images, what the source's own code does when nobody says otherwise, and else a
+every remaining candidate on real images, the default of the source's own code, and otherwise a
 refusal that lists candidates and flags. A flag that contradicts the metadata or the network's family is an error, not
 a winner.
 """
@@ -38,7 +38,7 @@ class Decision:
         fields: configuration fields that took the value.
         meaning: what it is about.
         value: what was taken; None when it is open.
-        by: who settled it.
+        by: where the answer comes from.
         reason: why.
         candidates: values found in public code.
         contested: public files are known to differ, so that a default deserves a word.
@@ -137,7 +137,7 @@ def with_values(config: NetworkConfig, questions: Sequence[Question], values: di
     try:
         return replace(config, **changes)
     except ValueError as error:
-        raise UsageError(f"the stated values do not fit the network ({error})") from error
+        raise UsageError(f"the given values do not fit the network ({error})") from error
 
 
 def _refuse_foreign_flags(config: NetworkConfig, questions: Sequence[Question], choices: Choices, title: str) -> None:
@@ -148,12 +148,12 @@ def _refuse_foreign_flags(config: NetworkConfig, questions: Sequence[Question], 
         if name in asked or name == "weights" or (name == "colours" and value == "rgb"):
             continue
         if not hasattr(config, fixed.get(name, name)):
-            raise UsageError(f"{flag_of(name)} says nothing about {title}", next_step="leave the flag out")
+            raise UsageError(f"{flag_of(name)} does not apply to {title}", next_step="omit the flag")
         actual = getattr(config, fixed.get(name, name))
         if actual != value:
             raise UsageError(
                 f"{flag_of(name)} {flag_value(value)} contradicts {title}, which has {flag_value(actual)}",
-                next_step="leave the flag out",
+                next_step="omit the flag",
             )
 
 
@@ -165,7 +165,7 @@ def _answer(question: Question, choices: Choices) -> Answer | None:
         if stated is not None and stated != known.value:
             raise UsageError(
                 f"{question.flag} {flag_value(stated)} contradicts the file's metadata ({known.reason})",
-                next_step="leave the flag out",
+                next_step="omit the flag",
             )
         return known
     if stated is not None:
@@ -187,7 +187,7 @@ def _combinations(questions: Sequence[Question]) -> list[dict[str, Any]]:
 
 
 def _from_ranking(questions: Sequence[Question], ranking: Sequence[Ranked]) -> dict[str, Answer]:
-    """Take from a ranking what it tells clearly: for each question, the lead of the best value over the next best."""
+    """Take the clear answers of a ranking: for each question, the lead of the best value over the second best."""
     answers: dict[str, Answer] = {}
     best = ranking[0]
     if best.psnr_db < PLAUSIBLE_DB:
@@ -220,7 +220,7 @@ def _unresolved(questions: Sequence[Question], title: str, ranking: Sequence[Ran
         f"{question.meaning} ({question.flag} {' or '.join(map(flag_value, question.candidates))})"
         for question in questions
     ]
-    found = f"the checkpoint is {title}, whose files do not say {' nor '.join(parts)}"
+    found = f"the checkpoint is {title}, whose files leave open {' and '.join(parts)}"
     if ranking:
         tries = ", ".join(
             f"{' '.join(f'{flag_of(choice)} {flag_value(value)}' for choice, value in entry.values.items())}: "
@@ -228,10 +228,10 @@ def _unresolved(questions: Sequence[Question], title: str, ranking: Sequence[Ran
             for entry in ranking[:4]
         )
         return InputError(
-            f"{found}, and the probe images do not tell either ({tries})",
-            next_step="state the flags, or probe with more and larger images",
+            f"{found}, and the probe images do not decide it ({tries})",
+            next_step="pass the flags, or probe with more and larger images",
         )
-    step = "state the flags"
+    step = "pass the flags"
     if any(question.probed for question in questions):
         step += ", or pass --probe IMAGES to try the candidates on real images"
     return InputError(found, next_step=step)

@@ -34,7 +34,7 @@ class TensorBuilder:
 
         Raises:
             RefusedError: a tensor leaves its storage or repeats values, or together they hold more than the file could
-                honestly say (every name over the same bytes).
+                honestly contain (every name over the same bytes).
         """
         total = 0
         for name, record in records.items():

@@ -1,6 +1,6 @@
 """Read a pickle as inert values: the standard library's machine without any opcode that makes or changes objects.
 
-Python's own unpickler in its pure form (`pickle._Unpickler`), because the compiled one leaves no say over dicts:
+Python's own unpickler in its pure form (`pickle._Unpickler`), because the compiled one cannot be kept from hashing:
 it crashed on a key nested 250,000 deep and took over 20 s for 100,000 keys of one hash (CPython 3.11). A scan with
 `pickletools.genops` before it bounds the number of operations and admits known opcodes only, so that reading takes
 time and memory in proportion to the bytes that are present. Nothing is imported, looked up or called.
@@ -127,7 +127,7 @@ class _InertUnpickler(pickle._Unpickler):
         self.append(instance(kind, tuple(arguments)))
 
     def _load_build(self) -> None:
-        # The state of a dict (`_metadata` of a state_dict), of a tensor or of a name says nothing about weights.
+        # The state of a dict (`_metadata` of a state_dict), of a tensor or of a name is not needed for weights.
         state = self.stack.pop()
         if isinstance(self.stack[-1], Record):
             self.stack[-1].state = state

@@ -13,7 +13,13 @@ from srdeploy.models.checkpoint.arrays import tensor_of_array
 from srdeploy.models.checkpoint.filebytes import RefusedError, shown
 from srdeploy.models.checkpoint.inert import Record, TensorRecord
 from srdeploy.models.checkpoint.names import IsNetwork, is_training_name, split_names
-from srdeploy.models.checkpoint.pickled_network import LONGEST_NAME, ModuleRecord, as_tensor, is_pickled_network, lift
+from srdeploy.models.checkpoint.pickled_network import (
+    MAX_NAME_LENGTH,
+    ModuleRecord,
+    as_tensor,
+    is_pickled_network,
+    lift,
+)
 from srdeploy.models.checkpoint.plain import plain_dict
 
 # How training scripts name the network among the things they save; searched before other names.
@@ -34,7 +40,7 @@ RAW_KEYS = (
     "module",
 )
 _EMA_NAME = re.compile(r"^ema|ema$|_ema_|averaged|shadow")
-# Names that say which weights these are, so that they are neither "the" weights nor their average.
+# Names that identify certain weights, so that they are neither "the" weights nor their average.
 _SPECIAL_NAME = re.compile(r"best|swa|last|final|teacher|student|old|prev|init|pretrain|latest|target|backup")
 _PLAIN_NAMES = ("online", "current", "raw")
 _TRAINING_STATE = (
@@ -52,7 +58,7 @@ _TRAINING_STATE = (
 )
 
 MAX_TENSORS = 100_000
-_DEEPEST_WRAPPER = 4
+_MAX_WRAPPERS = 4
 _SHADOW = "shadow_params"
 # Shifts of the mean colour are frozen in several training codes, and averages of parameters then leave them out.
 _FROZEN = ("sub_mean.", "add_mean.")
@@ -144,7 +150,7 @@ class _Search:
 
     def look(self, node: Any, path: tuple[str, ...]) -> bool:
         """Collect the state dicts in `node`; return True if there is one."""
-        if not isinstance(node, (dict, list, tuple, Record)) or len(path) > _DEEPEST_WRAPPER or id(node) in self._known:
+        if not isinstance(node, (dict, list, tuple, Record)) or len(path) > _MAX_WRAPPERS or id(node) in self._known:
             return False
         self._known.add(id(node))
         if isinstance(node, Record):
@@ -224,7 +230,7 @@ def _check_names(tensors: Mapping[str, TensorRecord]) -> None:
     if len(tensors) > MAX_TENSORS:
         raise RefusedError(f"holds {len(tensors)} tensors", expected=f"at most {MAX_TENSORS}")
     for name in tensors:
-        if not 0 < len(name) <= LONGEST_NAME or not name.isprintable():
+        if not 0 < len(name) <= MAX_NAME_LENGTH or not name.isprintable():
             raise RefusedError(f"names a tensor {shown(name)!r}", expected="a printable name")
 
 
@@ -297,7 +303,7 @@ def _labelled(states: Sequence[FoundState], root: Any) -> dict[str, FoundState]:
 
 
 def _role(path: Sequence[str], root: Any) -> str:
-    """Return "raw" or "ema" for a path, or "" if its names say something else (best_model, swa_state_dict)."""
+    """Return "raw" or "ema" for a path, or "" if its names mean something else (best_model, swa_state_dict)."""
     if isinstance(root, dict) and "averaging_state" in root and "current_model_state" in root:  # Lightning's callback
         return "raw" if path[:1] == ("current_model_state",) else "ema"
     for part in reversed(path):

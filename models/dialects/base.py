@@ -1,6 +1,6 @@
-"""What a checkpoint dialect is: key names, how the configuration follows from shapes, and what shapes cannot say.
+"""What a checkpoint dialect is: key names, how the configuration follows from shapes, and what shapes leave open.
 
-A dialect is data plus one function. Its layout names where each tensor of the canonical network lies in the source's
+A dialect is data plus one function. Its layout names where each tensor of the canonical network is in the source's
 key set; its `read` function turns shapes into a configuration and lists the open questions. Everything else, that is
 matching, renaming, checking that every key is used and every tensor filled, and answering the questions, is done once
 for all dialects (`srdeploy.models.checkpoint.recognise`, `srdeploy.models.checkpoint.resolve`).
@@ -18,12 +18,12 @@ from srdeploy.models.networks.spec import NetworkConfig
 
 AnsweredBy = Literal["metadata", "flag", "wrapper", "tensors", "probe", "default", "open"]
 """Who settled a question: the file's own metadata, the user, the wrapper around the tensors, the values of tensors, a
-run on real images, what the source's own code does when nobody says otherwise, or nobody."""
+run on real images, the default of the source's own code, or nobody ("open")."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A value for an open question, who gave it and why."""
+    """A value for an open question, where it comes from and why."""
 
     value: Any
     by: AnsweredBy
@@ -32,7 +32,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Question:
-    """Something that decides the arithmetic and that the tensors' names and shapes do not say.
+    """Something that decides the arithmetic and does not follow from the tensors' names and shapes.
 
     Attributes:
         choice: name of the choice; the flag is the same word with dashes.
@@ -40,11 +40,11 @@ class Question:
         meaning: what it is about, as a sentence part for people.
         candidates: values found in public code.
         answer: a reliable answer from the file (metadata, wrapper or tensor values), if there is one.
-        usual: what the source's own code uses unless it is told otherwise; taken when nothing better is known, and
-            said aloud. None where public files differ so that no value is safe.
+        usual: the default of the source's own code; taken when nothing better is known, and reported. None where
+            public files differ so that no value is safe.
         any_value: the user may state a value that is not among the candidates.
-        probed: candidates differ enough for real images to tell them apart.
-        contested: public files are known to differ, so that taking `usual` is said aloud.
+        probed: candidates differ enough for real images to distinguish them.
+        contested: public files are known to differ, so that taking `usual` is reported as an assumption.
     """
 
     choice: str
@@ -65,19 +65,19 @@ class Question:
 
 @dataclass(frozen=True)
 class Hints:
-    """What a file says beside its tensors.
+    """What a file contains beside its tensors.
 
     Attributes:
         file_name: without folders.
         members: names that lay beside the weights in the wrapper ("optimizer", "ema_state_dict", ...).
         metadata: constructor arguments or other values that the file's writer put in on purpose.
-        neighbour: a configuration file that its publisher puts beside the weights.
+        neighbor: the configuration file that a publisher puts next to the weights.
     """
 
     file_name: str = ""
     members: frozenset[str] = frozenset()
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    neighbour: Mapping[str, Any] = field(default_factory=dict)
+    neighbor: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Dialect:
         title: what people call it.
         source: where its code lives.
         signature: keys that are all present in every file of the family.
-        absent: keys that are never present; they tell look-alikes apart.
+        absent: keys that are never present; they distinguish families with similar keys.
         read: from shapes and hints to a configuration.
         layout: where the tensors lie.
     """

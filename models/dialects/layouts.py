@@ -1,4 +1,4 @@
-"""Key layouts as data: one template per layer of the canonical networks, and what shapes say about their sizes.
+"""Key layouts as data: one template per layer of the canonical networks, and the sizes that shapes determine.
 
 Templates are filled with group, block, layer, step (all from 0), their counterparts from 1 (block1, layer1), the
 counts (groups, blocks), and step2, step3 (index of a convolution in a sequence of 2 or 3 modules per step) with
@@ -97,7 +97,7 @@ class RcanLayout:
             "groups": groups,
             "blocks": blocks,
             "features": features,
-            # The width is stored; the "reduction" of the papers is not (22 features / 8 gives 2, read back as 11).
+            # The width is stored; the "reduction" of the papers is not (22 features / 8 is 2, read back as 11).
             "attention_width": survey.size("attention_width", squeeze, 0),
             "channels": channels,
             "upsampler": upsampler,

@@ -62,10 +62,10 @@ def _stored(survey: Survey, key: str) -> tuple[float, ...]:
 
 def _factor(hints: Hints) -> Question:
     if "ema_state_dict" in hints.members:
-        answer = Answer(1.0, "wrapper", "an ema_state_dict lies beside the weights: written after November 2022")
+        answer = Answer(1.0, "wrapper", "an ema_state_dict is next to the weights: written after November 2022")
     elif "scheduler" in hints.members:
         answer = Answer(
-            255.0, "wrapper", "a scheduler but no ema_state_dict lies beside the weights: written before December 2022"
+            255.0, "wrapper", "a scheduler but no ema_state_dict is next to the weights: written before December 2022"
         )
     else:
         answer = None

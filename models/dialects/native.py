@@ -22,7 +22,7 @@ _LARGEST_SCALE = 64
 
 @dataclass(frozen=True)
 class NativeLayout:
-    """Every tensor lies under its own name."""
+    """Every tensor is under its own name."""
 
     def modules(self, config: NetworkConfig) -> dict[str, str]:
         """Return every tensor's name by itself."""
@@ -65,7 +65,7 @@ def _check_size(survey: Survey, config: NetworkConfig) -> None:
     for entry in fields(config):
         value = getattr(config, entry.name)
         if isinstance(value, int) and value > values:
-            raise survey.refuse(f"its metadata say {entry.name} {value} and it holds {values} values")
+            raise survey.refuse(f"its metadata has {entry.name} {value} and it holds {values} values")
     if config.scale > _LARGEST_SCALE or getattr(config, "unshuffle", 1) > _LARGEST_SCALE:
         raise survey.refuse(f"its metadata speak of scale {config.scale}", f"at most {_LARGEST_SCALE}")
 

@@ -51,7 +51,7 @@ def read(survey: Survey, hints: Hints) -> Reading:
 
 
 def read_unshuffle(survey: Survey, hints: Hints) -> Reading:
-    """Read traiNNer-redux's variant that starts with a pixel unshuffle: the tail says x4, the network is x1 or x2."""
+    """Read traiNNer-redux's variant that starts with a pixel unshuffle: the tail scales by 4, the network by 1 or 2."""
     sizes = UNSHUFFLE_LAYOUT.sizes(survey)
     inputs = survey.shape("head.1.weight", 4)[1]
     factor = math.isqrt(inputs // sizes["channels"])
@@ -85,12 +85,12 @@ def _value_range(survey: Survey, hints: Hints) -> Question:
     if "rgb_range" in hints.metadata:
         stated = hints.metadata["rgb_range"]
         if stated not in (1, 255):
-            raise survey.refuse(f"its metadata says rgb_range {stated!r}", "1 or 255")
+            raise survey.refuse(f"its metadata has rgb_range {stated!r}", "1 or 255")
         return value_range_question(answer=Answer(float(stated), "metadata", f"rgb_range is {stated:g}"))
     stored = range_of_mean_shift(survey)
     if stored == 1.0:
         return value_range_question(answer=Answer(1.0, "tensors", "the stored mean shift is a mean on 0..1"))
-    if hints.neighbour.get("model_type") == "RCAN" or _SUPER_IMAGE_NAME.fullmatch(hints.file_name):
+    if hints.neighbor.get("model_type") == "RCAN" or _SUPER_IMAGE_NAME.fullmatch(hints.file_name):
         reason = "the file name or the config.json beside it is super-image's, which feeds 0..1 to a 0..255 mean shift"
         return value_range_question(answer=Answer(1.0, "wrapper", reason))
     if stored == 255.0:
@@ -108,7 +108,7 @@ def _activation(survey: Survey, hints: Hints) -> Question:
     if "act_mode" in hints.metadata:
         stated = hints.metadata["act_mode"]
         if stated not in (*candidates, "none"):
-            raise survey.refuse(f"its metadata says act_mode {stated!r}", ", ".join((*candidates, "none")))
+            raise survey.refuse(f"its metadata has act_mode {stated!r}", ", ".join((*candidates, "none")))
         answer = Answer("identity" if stated == "none" else stated, "metadata", f"act_mode is {stated}")
     return Question(
         choice="activation",
@@ -116,7 +116,9 @@ def _activation(survey: Survey, hints: Hints) -> Question:
         meaning="the activation between a block's two convolutions",
         candidates=candidates,
         answer=answer,
-        usual=Answer("relu", "default", "all sources of this layout use ReLU unless traiNNer-redux was told otherwise"),
+        usual=Answer(
+            "relu", "default", "all sources of this layout use ReLU unless traiNNer-redux's options name another"
+        ),
         probed=False,
         contested=False,
     )
@@ -133,7 +135,7 @@ def _check_metadata(survey: Survey, metadata: Mapping[str, Any], sizes: Mapping[
     }
     for name, size in names.items():
         if name in metadata and metadata[name] != sizes[size]:
-            raise survey.refuse(f"its metadata says {name} {metadata[name]} and its tensors say {sizes[size]}")
+            raise survey.refuse(f"its metadata has {name} {metadata[name]} and its tensors have {sizes[size]}")
 
 
 DIALECT = Dialect(

@@ -1,4 +1,4 @@
-"""What several RCAN dialects share: the mean shift stored as convolutions, and the words of common questions."""
+"""What several RCAN dialects share: the mean shift stored as convolutions, and the text of common questions."""
 
 from srdeploy.models.choices import COLOUR_ORDERS, VALUE_RANGES
 from srdeploy.models.dialects.base import Answer, Question, Survey
@@ -10,7 +10,7 @@ def has_mean_shift(survey: Survey) -> bool:
 
 
 def range_of_mean_shift(survey: Survey) -> float | None:
-    """Return the value range that a stored mean shift was written for; None when its size does not tell.
+    """Return the value range that a stored mean shift was written for; None when its size fits neither.
 
     Public means lie between 0.4 and 0.5 of the range, so the bias is about -0.44 or about -114.
     """

@@ -25,7 +25,7 @@ REFUSED = (
     Refusal(
         title="an SRDenseNet whose source is not public",
         signatures=(("dense_blocks.0.input.0.weight", "dense_blocks.0.layers.0.0.weight"),),
-        reason="without its code nobody knows where its activations stand",
+        reason="the places of its activations are only in its code",
     ),
     Refusal(
         title="EDSR",

@@ -1,6 +1,6 @@
 """ZFhuang's SRDenseNet: batch normalisation and activation before every dense layer, and 2H - 1 rows per doubling.
 
-Its deconvolutions are 3x3 with stride 2 and without output padding, so x2 gives 2H - 1 rows and x4 gives 4H - 3.
+Its deconvolutions are 3x3 with stride 2 and without output padding, so x2 returns 2H - 1 rows and x4 returns 4H - 3.
 """
 
 from srdeploy.models.dialects.base import Dialect, Hints, Reading, Survey

@@ -122,7 +122,7 @@ def rcan_x8() -> RcanConfig:
 
 
 class Rcan(nn.Module):
-    """RCAN as its configuration says."""
+    """RCAN, as configured."""
 
     def __init__(self, config: RcanConfig) -> None:
         super().__init__()
@@ -266,7 +266,7 @@ def _reflect_to_multiple(image: Tensor, factor: int) -> Tensor:
     """Reflect the image at its bottom and right edge up to the next multiple of `factor`.
 
     Written as an index lookup, because the padding operator fixes the sizes it was traced with. An axis that is too
-    short to be reflected repeats its first pixel; the specification's least size keeps users away from there.
+    short to be reflected repeats its first pixel; the specification's minimum size excludes such inputs.
     """
     for axis in (2, 3):
         size = image.shape[axis]

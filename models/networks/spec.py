@@ -31,7 +31,7 @@ class ModelSpec:
         mean: constant subtracted before and added after the network, on 0..1; None when there is none, or when it is
             a stored matrix.
         trim: output pixels missing at the bottom and right: H' = scale * H - trim.
-        min_size: least height and width of the input.
+        min_size: minimum height and width of the input.
         receptive_radius: LR pixels on each side of an output pixel's own LR pixel that it depends on; None when it
             depends on the whole image (channel attention).
         macs_per_pixel: multiply-adds of all convolutions per LR pixel, without the once-per-image attention gates
@@ -39,7 +39,7 @@ class ModelSpec:
         largest_tensor_per_pixel: elements of the largest intermediate tensor per LR pixel.
         traffic_per_pixel: elements read and written per LR pixel when every convolution reads its input and writes its
             output once, with activations, pooling sums, concatenations and pixel shuffles done in passing; an addition
-            or a gate reads its second operand. Weights are left out.
+            or a gate reads its second operand. Weights are excluded.
     """
 
     architecture: str

@@ -6,7 +6,7 @@ The variants of the paper differ in what reaches the reconstruction: the last bl
 last block (HL), or every block (All). All layers but the last two kinds compute at low resolution.
 
 There is one network; `SrDenseNetConfig` spells out every numerical difference between the public families: what each
-layer reads, in which order maps are concatenated, where activations and batch normalisation stand, how the
+layer reads, in which order maps are concatenated, the places of activations and batch normalization, how the
 upsampling is done and which layers have a bias.
 """
 
@@ -244,7 +244,7 @@ def srdensenet_batchnorm(scale: int = 4, channels: int = 1) -> SrDenseNetConfig:
 
 
 class SrDenseNet(nn.Module):
-    """SRDenseNet as its configuration says."""
+    """SRDenseNet, as configured."""
 
     def __init__(self, config: SrDenseNetConfig) -> None:
         super().__init__()
@@ -275,7 +275,7 @@ class SrDenseNet(nn.Module):
             image: (N, C, H, W) float in [0, value_range], Y or RGB.
 
         Returns:
-            (N, C, scale * H - trim, scale * W - trim), same range, not clamped; trim as the specification says.
+            (N, C, scale * H - trim, scale * W - trim), same range, not clamped; trim as specified.
         """
         config = self.config
         if config.mean_shift == "matrix":

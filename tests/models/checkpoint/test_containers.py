@@ -91,8 +91,8 @@ def _npz(header: bytes, data: bytes = b"") -> bytes:
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,)}", "whose shape says otherwise"),
-        (b"{'descr': '<f4', 'fortran_order': False, 'shape': (-1,)}", "whose shape says otherwise"),
+        (b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,)}", "whose shape needs another number"),
+        (b"{'descr': '<f4', 'fortran_order': False, 'shape': (-1,)}", "whose shape needs another number"),
         (b"{'descr': '|O', 'fortran_order': False, 'shape': (2,)}", "tensor a of kind object"),
         (b"{'descr': '>f4', 'fortran_order': False, 'shape': (2,)}", "tensor a of kind big-endian float32"),
         (b"{'descr': '<f4'}", "without a valid header"),

@@ -1,4 +1,4 @@
-"""Loaded checkpoints: outside contract, evidence, weights, channel order, neighbours, and no time wasted."""
+"""Loaded checkpoints: outside contract, evidence, weights, channel order, neighbors, and no time wasted."""
 
 import json
 import os
@@ -116,7 +116,7 @@ def test_a_constant_mean_is_reordered_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("neighbour", "name", "value", "by"),
+    ("neighbor", "name", "value", "by"),
     [
         pytest.param({"model_type": "RCAN"}, "weights.pt", 1.0, "wrapper", id="config.json of super-image"),
         pytest.param({"model_type": "EDSR"}, "weights.pt", 255.0, "default", id="another config.json"),
@@ -125,11 +125,11 @@ def test_a_constant_mean_is_reordered_too(tmp_path: Path) -> None:
         pytest.param(["list"], "weights.pt", 255.0, "default", id="a config.json of another kind"),
     ],
 )
-def test_a_publishers_neighbouring_file_is_a_hint(
-    tmp_path: Path, neighbour: Any, name: str, value: float, by: str
+def test_a_publishers_neighboring_file_is_a_hint(
+    tmp_path: Path, neighbor: Any, name: str, value: float, by: str
 ) -> None:
-    if neighbour is not None:
-        text = neighbour if isinstance(neighbour, str) else json.dumps(neighbour)
+    if neighbor is not None:
+        text = neighbor if isinstance(neighbor, str) else json.dumps(neighbor)
         (tmp_path / "config.json").write_text(text)
 
     loaded = load_checkpoint(saved(tmp_path / name, state_of()))
@@ -138,7 +138,7 @@ def test_a_publishers_neighbouring_file_is_a_hint(
     assert (decision.choice, decision.value, decision.by) == ("value_range", value, by)
 
 
-def test_a_neighbour_that_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_neighbor_that_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.json")
 
     assert load_checkpoint(saved(tmp_path / "net.pt", state_of())).spec.value_range == 255.0
@@ -176,7 +176,7 @@ def test_safetensors_metadata_is_believed_and_checked(tmp_path: Path) -> None:
     assert isinstance(loaded.config, RcanConfig)
     assert loaded.config.activation == "gelu"
     assert loaded.evidence.container == "safetensors"
-    with pytest.raises(InputError, match="metadata says n_feats 64 and its tensors say 4"):
+    with pytest.raises(InputError, match="metadata has n_feats 64 and its tensors have 4"):
         load_checkpoint(lying)
     with pytest.raises(UsageError, match="contradicts the file's metadata"):
         load_checkpoint(honest, Choices(activation="relu"))
@@ -188,7 +188,7 @@ def test_metadata_of_a_strange_kind_is_refused(tmp_path: Path) -> None:
     for told in ({"act_mode": "swish2"}, {"act_mode": ["relu"]}, {"n_colors": "3"}):
         save_file(state, path, metadata={"metadata": json.dumps(told)})
 
-        with pytest.raises(InputError, match="its metadata says"):
+        with pytest.raises(InputError, match="its metadata has"):
             load_checkpoint(path)
 
 

@@ -355,7 +355,7 @@ def test_a_file_that_is_still_being_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("choices", "step"),
-    [(Choices(res_scale=0.5), "leave the flag out"), (Choices(group_skip=False), "leave the flag out")],
+    [(Choices(res_scale=0.5), "omit the flag"), (Choices(group_skip=False), "omit the flag")],
     ids=["contradicts the family", "contradicts the family's structure"],
 )
 def test_a_flag_that_contradicts_the_file(tmp_path: Path, choices: Choices, step: str) -> None:
@@ -405,14 +405,14 @@ def _texts(node: ast.expr, constants: dict[str, ast.expr]) -> Iterator[str]:
 
 
 TAKEN_ELSEWHERE = {
-    "leave the flag out",
+    "omit the flag",
     "wait until it is fully written",
     "pass the checkpoint first and images with their own option",
     # test_folding.py
     "remove it before saving, with torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove",
     # test_resolve.py
-    "state the flags, or probe with more and larger images",
-    "state the flags",
+    "pass the flags, or probe with more and larger images",
+    "pass the flags",
 }
 
 

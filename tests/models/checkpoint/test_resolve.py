@@ -96,9 +96,9 @@ def test_a_probe_answers_only_what_it_tells() -> None:
             id="metadata",
         ),
         pytest.param([], {"res_scale": 0.5}, "--res-scale 0.5 contradicts a family, which has 1", id="fixed"),
-        pytest.param([], {"layer_scale": 0.5}, "--layer-scale says nothing about a family", id="foreign"),
+        pytest.param([], {"layer_scale": 0.5}, "--layer-scale does not apply to a family", id="foreign"),
         pytest.param([], {"activation": "gelu"}, "--activation gelu contradicts a family, which has relu", id="name"),
-        pytest.param([], {"colours": "bgr"}, "--colours says nothing about a family", id="one channel"),
+        pytest.param([], {"colours": "bgr"}, "--colours does not apply to a family", id="one channel"),
         pytest.param(
             [replace(SCALE, any_value=False)], {"res_scale": 0.5}, "--res-scale 0.5; expected 0.1 or 1", id="candidate"
         ),
@@ -181,7 +181,7 @@ def test_probing_does_not_pretend(tmp_path: Path, photo: Path) -> None:
     """Without an offset both ranges compute the same."""
     path = lornatang_file(tmp_path / "bare.pth", shift=0.0)
 
-    with pytest.raises(InputError, match="the probe images do not tell either"):
+    with pytest.raises(InputError, match="the probe images do not decide it"):
         load_checkpoint(path, probe_images=[photo])
 
 
