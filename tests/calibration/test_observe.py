@@ -1,5 +1,7 @@
 """Streaming statistics and the ranges that follow from them."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -157,3 +159,29 @@ def test_ranges_of_another_model_are_refused(tmp_path: Path) -> None:
         read_ranges(path, model_sha256="aa")
     with pytest.raises(UsageError):
         read_ranges(tmp_path / "missing.json", model_sha256="aa")
+
+
+_PEAK_OF_A_PASS = """
+import resource, sys
+import numpy as np, onnx
+from onnx import TensorProto, helper
+from srdeploy.calibration.observe import observe
+from srdeploy.core.onnx_graph import Graph
+
+names = ["input", *(f"map_{index}" for index in range(39)), "output"]
+nodes = [helper.make_node("Sigmoid", [one], [two], name=two) for one, two in zip(names, names[1:])]
+values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 16, "h", "w"]) for name in ("input", "output")]
+graph = helper.make_graph(nodes, "chain", values[:1], values[1:])
+model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+observe(Graph(model), names[1:], [np.zeros((1, 16, 8, 8), np.float32)], threads=1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+observe(Graph(model), names[1:], [np.ones((1, 16, 256, 256), np.float32)], threads=1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_observed_tensors_are_freed_one_after_the_other() -> None:
+    done = subprocess.run([sys.executable, "-c", _PEAK_OF_A_PASS], capture_output=True, text=True, check=True)
+
+    # Forty maps of 4 MiB are alive together when their statistics run last.
+    assert int(done.stdout) < 80 * 1024
