@@ -24,6 +24,7 @@ from srdeploy.runtime.engines.concatenation import chain_concatenations
 from srdeploy.runtime.engines.feasibility import check_feasible, footprint, largest_legal_shape
 from srdeploy.runtime.engines.gpu import find_gpu
 from srdeploy.runtime.engines.options import BuildOptions, BuiltEngine
+from srdeploy.runtime.engines.pooled_gates import multiply_pooled_maps
 from srdeploy.runtime.engines.tensorrt import worker
 from srdeploy.runtime.engines.tensorrt.layers import (
     Layers,
@@ -55,6 +56,9 @@ def build_plan(product: Product, graph: GraphFile, options: BuildOptions, progre
     legal = largest_legal_shape(cost, options.profiles[-1].max, memory)
     progress.note(f"largest shape within the limits: {format_shape(legal)}")
     model, chained = chain_concatenations(graph.model)
+    products = 0
+    if product.multiplies_pooled_maps:
+        model, products = multiply_pooled_maps(model)
     rewritten = GraphFile(model, path=graph.path, sha256=graph.sha256, contract=graph.contract)
     data, layers, seconds = _in_worker(product, trt.__version__, rewritten, options, progress)
     proof = prove_precision(layers, graph)
@@ -65,6 +69,7 @@ def build_plan(product: Product, graph: GraphFile, options: BuildOptions, progre
         "largest_legal_shape": list(legal),
         "tf32": options.tf32,
         "concatenations_chained": chained,
+        "pooled_maps_multiplied": products,
         "build_seconds": round(seconds, 2),
         "unproven": list(proof.unproven),
     }

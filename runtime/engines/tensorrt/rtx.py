@@ -233,6 +233,7 @@ RTX = Product(
     oldest=(1, 7),
     refused_options=REFUSED_OPTIONS,
     reads_layers_from_log=True,
+    multiplies_pooled_maps=True,
     captures_graphs=False,
     distributions=("tensorrt_rtx", "tensorrt_rtx_cu13", "tensorrt_rtx_cu13_bindings", "tensorrt_rtx_cu13_libs"),
     check_build=check_build,
