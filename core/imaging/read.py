@@ -296,15 +296,6 @@ def to_uint8(output: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
     return quantized(output, np.uint8)
 
 
-def to_uint16(output: NDArray[np.floating[Any]]) -> NDArray[np.uint16]:
-    """Return a network's output as (H, W, C) uint16: as `to_uint8`, times 65535.
-
-    Raises:
-        GateError: a value is NaN or infinite.
-    """
-    return quantized(output, np.uint16)
-
-
 def quantized(output: NDArray[np.floating[Any]], dtype: Any) -> NDArray[Any]:
     """Clamp, scale to the peak of an unsigned type, round half to even: (1?, C, H, W) to (H, W, C)."""
     planes = output[0] if output.ndim == 4 else output

@@ -20,10 +20,10 @@ from srdeploy.core.imaging.read import (
     is_picture,
     network_input,
     picture_metadata,
+    quantized,
     read_image,
     rgb8,
     to_uint8,
-    to_uint16,
 )
 
 RANDOM = np.random.default_rng(0)
@@ -284,7 +284,7 @@ def test_output_is_clamped_and_rounded_half_to_even() -> None:
     values = np.array([[[-1.0, 0.5 / 255, 1.5 / 255, 2.5 / 255, 1.0, 7.0]]])
 
     np.testing.assert_array_equal(to_uint8(values)[0, :, 0], [0, 0, 2, 2, 255, 255])
-    np.testing.assert_array_equal(to_uint16(values)[0, [0, 4], 0], [0, 65535])
+    np.testing.assert_array_equal(quantized(values, np.uint16)[0, [0, 4], 0], [0, 65535])
 
 
 def test_bytes_survive_the_round_trip_through_the_network_s_range() -> None:
