@@ -18,10 +18,10 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types fuzz bench clean
+.PHONY: help demo test check lint types fuzz bench test-gpu bench-gpu gpu-breakages clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1@\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F@ '{printf "%-12s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1@\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F@ '{printf "%-18s %s\n", $$1, $$2}'
 
 demo: $(VENV)/run.stamp  ## deploy and run the two example networks; writes demo-output/
 	$(BIN)/srdeploy demo --force -o demo-output $(DEMO_ARGS)
@@ -49,6 +49,16 @@ bench: $(VENV)/test.stamp  ## measurements that need no data (minutes; want a qu
 	$(BIN)/python benchmarks/paper_claims.py --engine openvino -o build/bench
 	$(BIN)/srdeploy export examples/srdensenet_x4_demo.pth --force -o build/bench.onnx
 	$(BIN)/python benchmarks/bench_agreement.py build/bench.onnx --shape 1x1x96x96 -o build/bench
+
+# On a GPU machine: an environment with `pip install -c constraints.txt -e '.[gpu,dev]'`, which these two do not change.
+test-gpu:  ## run the GPU tests on the NVIDIA GPU of this machine; an engine family that is missing is an error
+	SRDEPLOY_TEST_GPU=real $(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)
+
+bench-gpu:  ## measure engines and baselines on the NVIDIA GPU of this machine; writes benchmarks/results/
+	$(BIN)/python benchmarks/gpu.py $(BENCH_ARGS)
+
+gpu-breakages: $(VENV)/test.stamp  ## break the GPU runner on purpose, in memory: the GPU tests must notice (many minutes)
+	$(BIN)/python tests/gpu_simulator/breakages.py
 
 clean:  ## remove the environment and everything made by these targets
 	rm -rf $(VENV) build dist *.egg-info demo-output test-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,6 +1,7 @@
-"""What the engines are worth on an NVIDIA GPU: parity, latency against every fair baseline, distance to the floor.
+"""Engines on an NVIDIA GPU: parity, latency against the strongest baselines, distance to the floor.
 
     python benchmarks/gpu.py [--network rcan] [--minutes 8] [-o benchmarks/results]
+    python benchmarks/gpu.py --brief -o build/bench    # a functional run of minutes: its numbers mean nothing
 
 What is measured, for full RCAN x4 and SRDenseNet_All x4 (random weights: they cost the same time as trained ones),
 batch 1, at 480x270, 320x180 and 960x540 LR pixels: compute on the GPU (CUDA events around one inference) and end to end
@@ -9,7 +10,7 @@ here, TensorRT with CUDA graphs on and off, and torch.compile FP16 with max-auto
 that TensorRT-RTX built for compute capability 8.0 opens here at all.
 
 What limits it: a lower bound per shape comes from two rates measured on the same GPU in the same run, an FP16 matrix
-product and a device copy. No engine can be quicker than multiply-adds at the one and activations, each written and read
+product and a device copy. No engine can be faster than multiply-adds at the one and activations, each written and read
 once, at the other; a good FP16 engine lies between that floor and twice the floor. Below 480x270 the activations fit
 into the L2 cache of large GPUs, so only the arithmetic floor binds there.
 
@@ -27,8 +28,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ import numpy as np
 import torch
 
 from srdeploy.calibration.quantize import quantize
-from srdeploy.core.environment import machine
+from srdeploy.core.environment import machine, package_versions
 from srdeploy.core.errors import SrdeployError
 from srdeploy.core.precision import Precision, Target
 from srdeploy.core.runner import Runner, run_image
@@ -66,9 +67,38 @@ NETWORKS: dict[str, tuple[NetworkConfig, float]] = {
     # name -> (configuration, bytes of FP16 activations read and written per LR pixel at the best possible fusion)
     "rcan": (rcan_x4(), 188_900.0),
     "srdensenet": (srdensenet_all(4), 42_500.0),
+    "small": (replace(rcan_x4(), groups=1, blocks=1, features=16, attention_width=2), 4_000.0),
 }
-SIZES = ((270, 480), (180, 320), (540, 960))
+
+
 EFFORT = Effort(warmup_runs=10, warmup_seconds=0.5, min_runs=20, max_runs=200, seconds=1.0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured: networks, LR sizes (height, width), effort, and the sizes of the two probes of the GPU."""
+
+    networks: tuple[str, ...] = ("rcan", "srdensenet")
+    sizes: tuple[tuple[int, int], ...] = ((270, 480), (180, 320), (540, 960))
+    effort: Effort = EFFORT
+    product_side: int = 8192
+    copy_bytes: int = 2**30
+    compiled: bool = True
+
+    def profile(self, channels: int) -> ShapeProfile:
+        """Return the shapes of an engine: tuned for the first size."""
+        height, width = (max(size[axis] for size in self.sizes) for axis in range(2))
+        return ShapeProfile((1, channels, 16, 16), (1, channels, *self.sizes[0]), (1, channels, height, width))
+
+
+BRIEF = Plan(
+    networks=("small",),
+    sizes=((24, 32), (16, 24)),
+    effort=Effort(warmup_runs=1, warmup_seconds=0.0, min_runs=5, max_runs=5, seconds=0.01),
+    product_side=256,
+    copy_bytes=2**20,
+    compiled=False,
+)
 GRACE_SECONDS = 15
 """Kept for closing what is open and for writing the result."""
 
@@ -83,8 +113,13 @@ def main() -> int:
     if reason:
         print(f"skipped: {reason}", file=sys.stderr)
         return 8
+    plan = BRIEF if arguments.brief else Plan()
+    plan = replace(plan, networks=tuple(arguments.network or plan.networks))
     document: dict[str, Any] = {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python benchmarks/gpu.py", *sys.argv[1:]]),
+        "brief": arguments.brief,
+        "versions": package_versions(("srdeploy", "torch", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy")),
         "machine": machine(),
         "gpu": _gpu(),
         "engines": [status.to_json() for status in availability()],
@@ -94,7 +129,7 @@ def main() -> int:
     started = time.monotonic()
     try:
         with tempfile.TemporaryDirectory() as folder, time_limit(60 * arguments.minutes - GRACE_SECONDS):
-            measure_all(arguments.network or list(NETWORKS), Path(folder), document)
+            measure_all(plan, Path(folder), document)
     except OutOfTime:
         document["stopped"] = "the time was over; what is missing was not measured"
     document["seconds"] = round(time.monotonic() - started, 1)
@@ -102,51 +137,55 @@ def main() -> int:
     slug = document["gpu"]["name"].lower().replace(" ", "-")
     path = arguments.output / f"gpu-{slug}-{document['created'][:10]}.json"
     path.write_text(json.dumps(document, indent=2, default=str) + "\n", encoding="utf-8")
-    print(json.dumps({"result": str(path), "stopped": document["stopped"]}))
+    print(json.dumps({"result": str(path), "gpu": document["gpu"]["name"], "stopped": document["stopped"]}))
     return 0
 
 
-def measure_all(names: Sequence[str], folder: Path, document: dict[str, Any]) -> None:
-    """Measure everything, the most wanted first, and put every result into the document as soon as it is there."""
-    document["rates"] = measured_rates()
+def measure_all(plan: Plan, folder: Path, document: dict[str, Any]) -> None:
+    """Measure everything, the most important first, and put every result into the document as soon as it exists."""
+    document["rates"] = measured_rates(plan)
     document["rtx_engine_for_8.0"] = _attempt(lambda: rtx_elsewhere(folder))
     with contextlib.ExitStack() as stack:
         benches = []
-        for name in names:
+        for name in plan.networks:
             result: dict[str, Any] = {"skipped": {}, "opened": {}, "parity": [], "latency": []}
             document["networks"][name] = result
-            benches.append((name, result, *open_all(name, folder, result, stack)))
-            measure_network(name, result, *benches[-1][2:], document["rates"])
-        for name, result, checkpoint, runners in benches:
+            benches.append((name, result, *open_all(name, plan, folder, result, stack)))
+            measure_network(name, plan, result, *benches[-1][2:], document["rates"])
+        for name, result, checkpoint, runners in benches if plan.compiled else ():
             form = replace(ON_GPU["compile"], name="torch.compile fp16 max-autotune", compile_mode="max-autotune")
             compiled = open_eager(checkpoint, form, device="cuda")
             chosen = [runners[0], *(runner for runner in runners if runner.info.engine != "eager"), compiled]
-            measure_network(name, result, checkpoint, chosen, document["rates"])
+            measure_network(name, plan, result, checkpoint, chosen, document["rates"])
 
 
 def measure_network(
-    name: str, result: dict[str, Any], checkpoint: LoadedCheckpoint, runners: list[Runner], rates: dict[str, float]
+    name: str,
+    plan: Plan,
+    result: dict[str, Any],
+    checkpoint: LoadedCheckpoint,
+    runners: list[Runner],
+    rates: dict[str, float],
 ) -> None:
     """Compare and measure the runners of one network on every size."""
-    for height, width in SIZES:
+    for height, width in plan.sizes:
         shape = (1, checkpoint.contract().channels, height, width)
         known = {row["runner"] for row in result["parity"] if row["shape"] == format_shape(shape)}
         result["parity"] += parity([runner for runner in runners if runner.info.name not in known], shape)
-        table = measure_shape(runners, shape)
+        table = measure_shape(runners, shape, plan.effort)
         table["floor"] = floor_ms(checkpoint, shape, NETWORKS[name][1], rates)
         result["latency"].append(table)
         print_table(name, table)
 
 
 def open_all(
-    name: str, folder: Path, result: dict[str, Any], stack: contextlib.ExitStack
+    name: str, plan: Plan, folder: Path, result: dict[str, Any], stack: contextlib.ExitStack
 ) -> tuple[LoadedCheckpoint, list[Runner]]:
     """Export a network and open the baselines and every engine that runs here; the first runner is the reference."""
     checkpoint = random_checkpoint(NETWORKS[name][0])
     fp16 = exported_fp16(checkpoint, folder / f"{name}.fp32.onnx")
-    runners: list[Runner] = [open_eager(checkpoint, ON_GPU[name], device="cuda") for name in ("eager", "half")]
-    channels = checkpoint.contract().channels
-    profile = ShapeProfile((1, channels, 16, 16), (1, channels, 270, 480), (1, channels, 540, 960))
+    runners: list[Runner] = [open_eager(checkpoint, ON_GPU[form], device="cuda") for form in ("eager", "half")]
+    profile = plan.profile(checkpoint.contract().channels)
     for status in availability():
         engine = status.name
         if status.why_not_run or not engine.startswith(("tensorrt", "onnxruntime-")):
@@ -221,7 +260,7 @@ def parity(runners: list[Runner], shape: Shape) -> list[dict[str, Any]]:
     return rows
 
 
-def measure_shape(runners: list[Runner], shape: Shape) -> dict[str, Any]:
+def measure_shape(runners: list[Runner], shape: Shape, effort: Effort) -> dict[str, Any]:
     """Measure all runners on one shape; runners that cannot take it are named with the reason.
 
     The memory of a runner is what its first run on the shape adds: at its peak in PyTorch's allocator, and for good on
@@ -242,18 +281,18 @@ def measure_shape(runners: list[Runner], shape: Shape) -> dict[str, Any]:
             "torch_peak_bytes": torch.cuda.max_memory_allocated() - allocated,
             "device_bytes_kept": free - torch.cuda.mem_get_info()[0],
         }
-    result = bench(able, shape=shape, effort=EFFORT, image=smooth_image(shape)).to_json()
+    result = bench(able, shape=shape, effort=effort, image=smooth_image(shape)).to_json()
     for row in result["rows"]:
         del row["times_ms"]
     return {**result, "failed": failed, "gpu_memory": memory}
 
 
-def measured_rates() -> dict[str, float]:
+def measured_rates(plan: Plan) -> dict[str, float]:
     """Measure an FP16 matrix product (TFLOP/s) and a device copy (GB/s, read plus write)."""
-    size = 8192
+    size = plan.product_side
     left, right = (torch.randn(size, size, device="cuda", dtype=torch.float16) for _ in range(2))
     product_ms = _median_ms(lambda: torch.mm(left, right))
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    source = torch.empty(plan.copy_bytes, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     copy_ms = _median_ms(lambda: target.copy_(source))
     return {"fp16_tflops": 2 * size**3 / product_ms / 1e9, "copy_gb_per_s": 2 * source.numel() / copy_ms / 1e6}
@@ -275,7 +314,7 @@ def rtx_elsewhere(folder: Path) -> dict[str, Any]:
     path = folder / "for-8.0.rtx"
     profile = ShapeProfile((1, 3, 16, 16), (1, 3, 64, 64), (1, 3, 64, 64))
     options = BuildOptions(profiles=(profile,), compute_capabilities=("8.0",), use_cache=False)
-    build_engine(exported_fp16(checkpoint, folder / "small.fp32.onnx"), path, engine="tensorrt-rtx", options=options)
+    build_engine(exported_fp16(checkpoint, folder / "for-8.0.fp32.onnx"), path, engine="tensorrt-rtx", options=options)
     trt = RTX.load()
     with runtime_log(trt) as (logger, log):
         runtime = trt.Runtime(logger)
@@ -348,7 +387,8 @@ def _attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--network", action="append", choices=list(NETWORKS), help="default: both")
+    parser.add_argument("--network", action="append", choices=list(NETWORKS), help="default: rcan and srdensenet")
+    parser.add_argument("--brief", action="store_true", help="a small network at small sizes: does everything run?")
     parser.add_argument("--minutes", type=float, default=8.0, help="everything stops after this time")
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results")
     return parser.parse_args()

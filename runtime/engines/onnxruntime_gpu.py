@@ -309,7 +309,7 @@ class OnnxRuntimeGpuRunner:
         import torch
 
         check_feeds(feeds, self._graph.inputs, engine=self._info.name)
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in feeds.items()}
+        tensors = {name: torch.from_numpy(np.require(array, requirements=["C", "W"])) for name, array in feeds.items()}
         moved = {name: tensor.pin_memory().to(self._device, non_blocking=True) for name, tensor in tensors.items()}
         return {name: value.cpu().numpy() for name, value in self.run_tensors(moved).items()}
 
@@ -363,7 +363,10 @@ class OnnxRuntimeGpuRunner:
         import torch
 
         check_feeds(feeds, self._graph.inputs, engine=self._info.name)
-        inputs = {name: torch.from_numpy(np.ascontiguousarray(value)).to(self._device) for name, value in feeds.items()}
+        inputs = {
+            name: torch.from_numpy(np.require(value, requirements=["C", "W"])).to(self._device)
+            for name, value in feeds.items()
+        }
         outputs = self.run_tensors(inputs)
         binding = self._session.io_binding()
         for name, tensor in inputs.items():

@@ -1,36 +1,52 @@
-"""Everything in this folder runs on an NVIDIA GPU: a real one where there is one, else a simulated one. No network."""
+"""Everything in this folder runs on an NVIDIA GPU: a real one where there is one, else simulated ones. No network.
+
+With SRDEPLOY_TEST_GPU=real (make test-gpu) only a real GPU will do, and an engine family that is missing is an error.
+"""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from gpu.cases import BUILT, ELSEWHERE, FIRST, MACHINES, PROFILE, REAL, REAL_ONLY, needs
 from gpu_simulator.cuda import Simulator
-from gpu_simulator.install import Setting, simulated
+from gpu_simulator.install import simulated
 
 from srdeploy.core.precision import Precision
+from srdeploy.core.runner import run_image
 from srdeploy.models.checkpoint.load import Evidence, LoadedCheckpoint
 from srdeploy.models.networks.rcan import RcanConfig
 from srdeploy.models.networks.spec import network_of, spec_of
 from srdeploy.runtime.bench.floor import Rates
 from srdeploy.runtime.engines.gpu import why_no_gpu
+from srdeploy.runtime.engines.options import BuildOptions
+from srdeploy.runtime.engines.registry import build_engine, open_engine
+from srdeploy.runtime.engines.tensorrt.runner import TensorRtRunner
 
 HERE = Path(__file__).parent
 
 
-REAL = why_no_gpu() is None
-MACHINES = {
-    "simulated-10.16-late": Setting("10.16.1.11", schedule="late"),
-    "simulated-11.4-at-once": Setting("11.4.0.106", schedule="at-once"),
-    "simulated-11.4-random": Setting("11.4.0.106", schedule="random", seed=1),
-}
+def pytest_sessionstart() -> None:
+    if REAL_ONLY and (reason := why_no_gpu()):
+        pytest.exit(f"the GPU tests were asked for on a real GPU, and {reason}", returncode=8)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kept, dropped = [], []
     for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(pytest.mark.gpu)
+        if HERE not in item.path.parents:
+            kept.append(item)
+            continue
+        item.add_marker(pytest.mark.gpu)
+        values = set(map(str, item.callspec.params.values())) if hasattr(item, "callspec") else set()
+        wanted = {place for family, place in ELSEWHERE.items() if family in values}
+        if item.get_closest_marker("once"):
+            wanted.add(FIRST)
+        (kept if "real" in values or wanted <= values else dropped).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=dropped)
 
 
 @pytest.fixture(scope="module", autouse=True, params=["real"] if REAL else MACHINES)
@@ -110,3 +126,28 @@ def onnx_fp16(onnx_fp32: Path) -> Path:
     path = onnx_fp32.with_name("model.fp16.onnx")
     quantize(onnx_fp32, path, precision=Precision.FP16, target=Target.TENSORRT, calibration=None)
     return path
+
+
+@pytest.fixture(scope="session")
+def expected(onnx_fp16: Path) -> Iterator[Callable[[np.ndarray], np.ndarray]]:
+    """What the FP16 graph computes on the CPU."""
+    with open_engine(onnx_fp16, engine="onnxruntime", threads=1) as runner:
+        yield lambda image: run_image(runner, image)
+
+
+@pytest.fixture(scope="module", params=BUILT)
+def built(
+    request: pytest.FixtureRequest, machine: object, onnx_fp16: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """An FP16 engine of every TensorRT that runs here."""
+    needs(request.param)
+    path = tmp_path_factory.mktemp(request.param) / "model.engine"
+    options = BuildOptions(profiles=(PROFILE,), use_cache=False)
+    return build_engine(onnx_fp16, path, engine=request.param, options=options).path
+
+
+@pytest.fixture
+def runner(built: Path) -> Iterator[TensorRtRunner]:
+    with open_engine(built) as opened:
+        assert isinstance(opened, TensorRtRunner)
+        yield opened

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gpu.cases import REAL
 from gpu_simulator.cuda import Simulator
 from gpu_simulator.install import Setting, simulated
 from PIL import Image
@@ -23,8 +24,6 @@ from srdeploy.runtime.bundle import choose_engine, read_bundle
 from srdeploy.runtime.engines.gpu import gpus
 from srdeploy.runtime.report.write import read_report
 from srdeploy.upscale.upscaler import Upscaler
-
-from .conftest import REAL
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "checkpoints" / "yulunzhang_rcan_x2" / "RCAN_BIX2.pt"
 BRIEF = Effort(warmup_runs=1, warmup_seconds=0.0, min_runs=5, max_runs=5, seconds=0.01)

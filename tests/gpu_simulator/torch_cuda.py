@@ -767,6 +767,7 @@ _MISSING = object()
 def install(simulator: Simulator) -> None:
     """Make `torch.cuda` be simulated devices."""
     global machine, allocator
+    torch.utils._device._device_constructors()  # keeps the real factories, for "with torch.device(...)"
     machine = simulator
     allocator = Allocator()
     for place, name, value in _replacements():
