@@ -40,11 +40,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             kept.append(item)
             continue
         item.add_marker(pytest.mark.gpu)
-        values = set(map(str, item.callspec.params.values())) if hasattr(item, "callspec") else set()
-        wanted = {place for family, place in ELSEWHERE.items() if family in values}
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        wanted = {place for family, place in ELSEWHERE.items() if family in params.values()}
         if item.get_closest_marker("once"):
             wanted.add(FIRST)
-        (kept if "real" in values or wanted <= values else dropped).append(item)
+        # Files with machines of their own have no such parameter.
+        everywhere = params.get("machine", "real") == "real"
+        (kept if everywhere or wanted <= {params["machine"]} else dropped).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=dropped)
 
