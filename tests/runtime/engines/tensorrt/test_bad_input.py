@@ -19,7 +19,6 @@ from srdeploy.core.shapes import ShapeProfile
 from srdeploy.runtime.engines import gpu, onnxruntime_gpu, recommended
 from srdeploy.runtime.engines.onnxruntime_gpu import CUDA, TENSORRT
 from srdeploy.runtime.engines.options import BuildOptions
-from srdeploy.runtime.engines.recommend import preference
 from srdeploy.runtime.engines.registry import build_engine, engine_status, open_engine
 from srdeploy.runtime.engines.tensorrt import products
 from srdeploy.upscale.upscaler import Upscaler
@@ -258,13 +257,10 @@ build_engine(Path({str(path)!r}), output, engine="tensorrt", options=options, pr
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
-def test_recommendations_and_preferences_follow_the_machine(machine: Callable[..., object]) -> None:
+def test_recommendations_follow_the_machine(machine: Callable[..., object]) -> None:
     with machine(ADA):  # type: ignore[attr-defined]
         found = {entry.engine: [str(precision) for precision in entry.precisions] for entry in recommended()}
         assert found["tensorrt"] == ["fp16", "int8", "fp8"]
         assert "tensorrt-rtx" not in found
         assert "openvino" not in found
-        assert preference("tensorrt") < preference("openvino")
         assert "openvino" in {entry.engine for entry in recommended("cpu")}
-    with machine():  # type: ignore[attr-defined]
-        assert preference("openvino") < preference("tensorrt")
