@@ -1,10 +1,10 @@
-"""What a TensorRT-RTX build costs on a machine without a GPU, and whether building again gives the same bytes.
+"""What a TensorRT-RTX build costs on a machine without a GPU: seconds, kernels, memory.
 
     python benchmarks/rtx_builds.py [--builds 4] [-o benchmarks/results]
 
 Full RCAN x4 and SRDenseNet_All x4 (random weights) in FP16, compute capability 8.9, profile 1 to 4 x 16 to 256 squared.
-The time is that of the whole command `srdeploy build`, imports included, without the cache. Every build runs in a
-folder and with an environment of its own, which must not show in the bytes. Wants a quiet machine for two minutes.
+The time is that of the whole command `srdeploy build`, imports included, without the cache. Needs a quiet machine for
+two minutes.
 """
 
 import argparse
