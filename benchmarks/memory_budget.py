@@ -114,12 +114,18 @@ def quantize_once(model: Path, images: Path, precision: str, memory: int) -> dic
         )
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return {
-        "peak_bytes": usage.ru_maxrss * 1024,
+        "peak_bytes": peak_bytes(),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "calibration_pixels": calibration.document["lr_pixels"],
         "int8_macs_share": result.int8_macs,
         "ways_compared": len(result.choice.trials) if result.choice else 0,
     }
+
+
+def peak_bytes() -> int:
+    """Return this process's largest resident set; `ru_maxrss` would include that of the process that started it."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024
 
 
 def export_full_size(folder: Path) -> Path:
