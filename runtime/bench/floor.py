@@ -10,8 +10,10 @@ that compute several layers tile by tile, move fewer bytes.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from srdeploy.core.errors import CapabilityError
@@ -22,6 +24,8 @@ from srdeploy.runtime.bench.turns import Effort, measure
 from srdeploy.runtime.engines.timer import timed
 
 _BYTES = {Precision.FP32: 4, Precision.FP16: 2, Precision.BF16: 2, Precision.INT8: 1, Precision.FP8: 1}
+_CPU_PRODUCTS, _GPU_PRODUCTS = (1536,), (1024, 2048, 4096, 8192)
+_CPU_COPIES, _GPU_COPIES = (2**25,), (2**22, 2**24, 2**27)  # values of 4 bytes; the largest are beyond the caches
 _EFFORT = Effort(warmup_runs=1, warmup_seconds=0.1, min_runs=10, max_runs=40, seconds=0.5)
 
 
@@ -124,33 +128,58 @@ def measure_rates(device: str = "cpu") -> Rates:
 
 def _measured_rates(torch: Any, device: str) -> Rates:
     on_gpu = device != "cpu"
-    size, count = (8192, 2**27) if on_gpu else (1536, 2**25)  # copies of 512 and 128 MiB, beyond the caches
-    source = torch.ones(count, dtype=torch.float32, device=device)
-    target = torch.empty_like(source)
-    functions: dict[Precision | None, Callable[[], float]] = {None: timed(lambda: target.copy_(source), device)}
+    copy, count = _sized(partial(_copy, torch, device), _GPU_COPIES if on_gpu else _CPU_COPIES, torch, device)
+    functions: dict[Precision | None, Callable[[], float]] = {None: timed(copy, device)}
+    sizes: dict[Precision, int] = {}
     for precision in (Precision.FP32, *((Precision.FP16,) if on_gpu else ()), Precision.INT8):
-        product = _product(torch, precision, size, device)
-        if product is not None:
-            functions[precision] = timed(product, device)
+        make = partial(_product, torch, device, precision)
+        try:
+            product, sizes[precision] = _sized(make, _GPU_PRODUCTS if on_gpu else _CPU_PRODUCTS, torch, device)
+        except (AttributeError, RuntimeError):
+            if precision is not Precision.INT8:
+                raise
+            continue  # PyTorch has no such product on this device
+        functions[precision] = timed(product, device)
     times = dict(zip(functions, measure(list(functions.values()), _EFFORT), strict=True))
     best = {precision: min(durations) / 1e3 for precision, durations in times.items()}
     return Rates(
         device=device,
-        macs_per_second={precision: size**3 / seconds for precision, seconds in best.items() if precision is not None},
-        bytes_per_second=2.0 * source.nbytes / best[None],
+        macs_per_second={precision: size**3 / best[precision] for precision, size in sizes.items()},
+        bytes_per_second=8.0 * count / best[None],  # 4 bytes read and 4 written per value
         threads=None if on_gpu else torch.get_num_threads(),
     )
 
 
-def _product(torch: Any, precision: Precision, size: int, device: str) -> Callable[[], object] | None:
-    """Return a large matrix product in a precision; None where PyTorch has none on this device."""
+def _sized(
+    make: Callable[[int], Callable[[], object]], sizes: Sequence[int], torch: Any, device: str
+) -> tuple[Callable[[], object], int]:
+    """Return the smallest work that takes a millisecond, else the largest, with its size.
+
+    Smaller work would measure how fast kernels are launched; larger work takes long on a slow device.
+    """
+    for size in sizes:
+        work = make(size)
+        work()
+        started = time.perf_counter()
+        work()
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+        if time.perf_counter() - started >= 1e-3:
+            break
+    return work, size
+
+
+def _copy(torch: Any, device: str, count: int) -> Callable[[], object]:
+    source = torch.ones(count, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def _product(torch: Any, device: str, precision: Precision, size: int) -> Callable[[], object]:
+    """Return a square matrix product in a precision."""
     if precision is Precision.INT8:
         # PyTorch's public operators quantize around the product; the private one is the product alone.
         first, second = (torch.randint(-127, 128, (size, size), dtype=torch.int8, device=device) for _ in range(2))
-        try:
-            torch._int_mm(first, second)
-        except (AttributeError, RuntimeError):
-            return None
         return lambda: torch._int_mm(first, second)
     dtype = torch.float16 if precision is Precision.FP16 else torch.float32
     first, second = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))

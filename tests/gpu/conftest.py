@@ -78,12 +78,14 @@ def own_engine_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyte
     monkeypatch.setenv("SRDEPLOY_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
 
 
-@pytest.fixture(autouse=True)
-def rates_of_a_simulated_gpu(machine: Simulator | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """State the rates that floors refer to: large matrix products on a simulated GPU would take minutes."""
-    if machine is not None:
-        rates = Rates("cuda:0", {Precision.FP32: 5e13, Precision.FP16: 5e14, Precision.INT8: 1e15}, 4e12, None)
-        monkeypatch.setattr("srdeploy.runtime.bench.latency.measure_rates", lambda device: rates)
+@pytest.fixture(scope="module", autouse=True)
+def rates_of_a_simulated_gpu(machine: Simulator | None) -> Iterator[None]:
+    """State the rates that floors refer to: they are measured with large matrix products."""
+    with pytest.MonkeyPatch.context() as patch:
+        if machine is not None:
+            rates = Rates("cuda:0", {Precision.FP32: 5e13, Precision.FP16: 5e14, Precision.INT8: 1e15}, 4e12, None)
+            patch.setattr("srdeploy.runtime.bench.latency.measure_rates", lambda device: rates)
+        yield
 
 
 @pytest.fixture(scope="session")
