@@ -16,6 +16,7 @@ CODES = {
     "GateError": 6,
     "UnstableError": 7,
     "CapabilityError": 8,
+    "GpuMemoryError": 8,
     "MissingExtraError": 8,
     "OutputError": 8,
 }
