@@ -1,6 +1,7 @@
 """srdeploy upscale: images, folders and videos through an engine, an ONNX file or a bundle."""
 
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -84,6 +85,13 @@ class UpscaleOptions:
     fallback: Path | None = option(
         "--fallback", type=ANY_PATH, default=None, help="FP32 ONNX file for tiles that the engine fails on."
     )
+    alpha: Literal["spread", "separate"] = option(
+        "--alpha",
+        type=click.Choice(["spread", "separate"]),
+        default="spread",
+        show_default=True,
+        help="Colors of transparent pixels: spread visible ones over them, or keep them (alpha is a separate picture).",
+    )
     as_float: bool = option("--float", default=False, help="Write 32-bit floating-point TIFF, not clamped.")
     suffix: str | None = option(
         "--format", default=None, help="For folders: png, jpg, webp or tif; default: as each input."
@@ -162,6 +170,8 @@ def _image(up: Any, source: Path, output: Path, written: Any, progress: RichProg
     if report.fidelity_db is not None:
         progress.note(f"tiles: {report.fidelity_db:.1f} dB between this picture and one more tile across its seams")
     height, width = report.output_size
+    for note in report.notes:
+        warning_line(note)
     progress.note(f"{output}: {width}x{height} in {seconds:.2f} s")
     return {"output": str(output), "seconds": round(seconds, 3), **report.to_json()}
 
@@ -185,6 +195,12 @@ def _folder(
         for fault, count in made.tally.repaired.items():
             repaired[fault] = repaired.get(fault, 0) + count
     _warn_repaired(repaired)
+    lost = Counter(note for made in report.made.values() for note in made.notes)
+    for note, count in lost.items():
+        warning_line(f"{count} of {len(report.made)} images: {note}")
+    if report.unread:
+        kinds = ", ".join(f"{count} {suffix or 'without a suffix'}" for suffix, count in report.unread.items())
+        progress.note(f"not read, as not named like images: {kinds}")
     progress.note(
         f"{output}: {len(report.made)} made, {len(report.skipped)} existed already, {len(report.failed)} failed "
         f"in {report.seconds:.1f} s"
@@ -236,4 +252,5 @@ def _open(options: UpscaleOptions) -> "Upscaler":
         device=options.device,
         threads=options.threads,
         fallback=options.fallback,
+        alpha=options.alpha,
     )

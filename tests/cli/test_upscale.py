@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image, PngImagePlugin
 
 from srdeploy.cli.main import run
 from srdeploy.core.contract import ModelContract
@@ -194,3 +195,33 @@ def test_ctrl_c_in_a_video_keeps_finished_segments_and_the_next_run_goes_on(mode
     assert document["frames"] == 1500
     assert document["frames_resumed"] >= 120
     assert not parts.exists()
+
+
+def test_what_is_not_kept_and_not_read_is_said(
+    model: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    text = PngImagePlugin.PngInfo()
+    text.add_text("parameters", "a tree")
+    Image.open(photo).save(folder / "a.png", pnginfo=text)
+    (folder / "clip.mp4").write_bytes(b"")
+
+    code = upscale(model, folder, "-o", tmp_path / "out", "--format", "jpg", "--json")
+
+    shown = capsys.readouterr()
+    assert code == 0
+    assert "1 of 1 images: PNG text (parameters) is not kept in JPEG" in shown.err
+    assert "1 .mp4" in shown.err
+    assert json.loads(shown.out)["made"]["a.png"]["not_kept"]
+
+
+def test_hidden_colors_are_kept_on_request(model: Path, tmp_path: Path) -> None:
+    texture = RANDOM.integers(0, 256, (12, 10, 4), dtype=np.uint8)
+    texture[..., 3] = np.where(RANDOM.random((12, 10)) < 0.5, 0, 200)
+    write_image(tmp_path / "in.png", texture)
+
+    assert upscale(model, tmp_path / "in.png", "-o", tmp_path / "out.png", "--alpha", "separate") == 0
+
+    pixels = texture.repeat(2, axis=0).repeat(2, axis=1)
+    np.testing.assert_array_equal(read_image(tmp_path / "out.png").pixels, pixels)
