@@ -7,7 +7,7 @@ What is measured: `srdeploy upscale` as a process of its own, from start to end,
 mosaic of the demo's photographs. Peak memory is the largest resident size of that process as the kernel counts it
 (`wait4`), libraries included. `--memory` is not given: the default of streamed pictures must do.
 
-How the result is judged: windows of the output, read back with libvips, against the same network on the same part of
+How the result is checked: windows of the output, read back with libvips, against the same network on the same part of
 the input with a wide margin. They differ by what channel attention sees (a tile instead of a window) and by rounding;
 a row or column out of place would be below 40 dB at once.
 
@@ -118,7 +118,7 @@ def train_and_export(model: Path, steps: int) -> dict[str, Any]:
 
 
 def measure(model: Path, folder: Path, ending: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Upscale one file in a process of its own and judge the output."""
+    """Upscale one file in a process of its own and check the output."""
     source, output = folder / f"in.{ending}", folder / f"out.{ending}"
     write_mosaic(source, arguments.side)
     words = [Path(sys.executable).with_name("srdeploy"), "upscale", model, source, "-o", output, "--json"]

@@ -12,7 +12,7 @@ What limits it: the body's multiply-adds fall by exactly scale squared, the netw
 deconvolutions come on top (66 % of SRDenseNet_All x4 is in them). Latency follows the multiply-adds only as far as
 both forms run at the same rate; small images run at a lower one.
 
-How to read it: the ratio of one row. For x3 one deconvolution of stride 3 stands in for the paper's pair, which only
+How to read it: the ratio of one row. For x3 one deconvolution of stride 3 replaces the paper's pair, which only
 doubles. Needs no network and no data.
 """
 

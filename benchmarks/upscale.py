@@ -10,7 +10,7 @@ Pictures. One network (the demo RCAN x2, whose channel attention makes tiles dif
 
 Each runs in a process of its own, in turns, with the same number of threads. Seconds are the median over the rounds of
 one whole picture, opening excluded. Memory is the peak of the process above what it held before the run. Fidelity is
-the PSNR to the whole image by the same library, so that it judges the tiles alone; the seam score is explained in
+the PSNR to the whole image by the same library, so that it measures the tiles alone; the seam score is explained in
 `srdeploy.upscale.tiles.seam_score_at`, and its value on the whole image at the same places is the neutral point.
 
 Lock-step on the three engines that can be cut, with whole images by the same engine beside it, is what exactness costs.
@@ -53,7 +53,7 @@ REFERENCES = {
     "spandrel loop": "spandrel whole",
     "openvino lock-step": "openvino whole",
 }
-"""Which whole image judges the tiles; ours on ONNX Runtime where nothing is said."""
+"""Which whole image the tiles are compared with; ours on ONNX Runtime by default."""
 
 
 def main() -> None:

@@ -3,8 +3,8 @@
 Decoding, the network ("compute": conversions and guards included) and encoding are timed alone over the same frames,
 then `upscale_video` from file to file, in turns; figures are medians over the rounds. "Engine only" is the bare runner.
 
-How fast can it be? No quicker than its slowest stage alone. On a CPU the stages also share the processors, so no
-quicker than all their processor time together, spread over all processors: with one thread for the network and a second
+How fast can it be? No faster than its slowest stage alone. On a CPU the stages also share the processors, so no
+faster than all their processor time together, spread over all processors: with one thread for the network and a second
 processor free, the first limit counts; with all threads for the network, the second. The limit is the larger time, and
 end to end should come within 10 % of it.
 

@@ -312,7 +312,7 @@ def _check_finite(graph: Graph, tensor: str, *values: NDArray[Any]) -> None:
 
 
 def _per_tensor(outputs: Sequence[NDArray[Any]]) -> Iterator[tuple[NDArray[Any], ...]]:
-    # The outputs stand in the order in which _add_reductions appended them: min, max, mean, sample.
+    # The outputs are in the order in which _add_reductions appended them: min, max, mean, sample.
     for start in range(0, len(outputs), 4):
         yield tuple(outputs[start : start + 4])
 

@@ -146,7 +146,7 @@ def save_weights(weights: dict[str, torch.Tensor], output: Path) -> None:
 def training_batches(recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield (low, high) batches without end: (B, C, p, p) and (B, C, scale p, scale p) float32 in [0, 1].
 
-    Patches are flipped and turned; colour channels are shuffled, which stands in for the colours that a handful of
+    Patches are flipped and turned; colour channels are shuffled, which replaces the colours that a handful of
     photographs lacks. Of three places drawn, the one with the most contrast is kept: much of these photographs is sky.
     """
     random = np.random.default_rng(recipe.seed)

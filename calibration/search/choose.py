@@ -3,7 +3,7 @@
 Three questions, in this order, each with the least expensive measurement that answers it:
 
 1. How are ranges and weights chosen? A few candidates are compared by fidelity on crops of the calibration images.
-2. Does the result keep the bound? Judged on images kept aside, on the target's engine where it runs here.
+2. Does the result keep the bound? Evaluated on held-out images, on the target's engine where it runs here.
 3. If not, which layers become more exact? Quantizing each group of layers alone shows its error, and the engine's clock
    what it costs to split them or to leave them float. Independent errors add up, so the changes that remove most error
    per millisecond are made first until the bound is kept, which is then measured.

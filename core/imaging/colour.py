@@ -1,4 +1,4 @@
-"""RGB and YCbCr of BT.601 in studio swing: the luma that super-resolution is trained and judged on.
+"""RGB and YCbCr of BT.601 in studio swing: the luma that super-resolution is trained and evaluated on.
 
 Here Y' runs from 16/255 to 235/255 and Cb, Cr from 16/255 to 240/255 when R, G, B run from 0 to 1. It is not the luma
 of JPEG (0.299, 0.587, 0.114 without offset): a PSNR on that one is about 1.3 dB lower.

@@ -206,7 +206,7 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Picture:
 
 
 def picture_metadata(path: Path) -> Picture:
-    """Return what comes along with an image of any size, without decoding it: `pixels` is empty, (0, 0, C).
+    """Return the metadata of an image of any size, without decoding it: `pixels` is empty, (0, 0, C).
 
     Raises:
         InputError: as `read_image`, but no image is too large.
@@ -250,7 +250,7 @@ def _picture(path: Path, image: Image.Image, pixels: Pixels, exif: bytes | None)
 
 
 def rgb8(source: Path | Picture) -> NDArray[np.uint8]:
-    """Return an image as (H, W, 3) uint8 RGB: gray is repeated, 16 bits are rounded to 8, alpha is left out.
+    """Return an image as (H, W, 3) uint8 RGB: gray is repeated, 16 bits are rounded to 8, alpha is dropped.
 
     Raises:
         InputError, MissingExtraError: as `read_image`.
@@ -268,7 +268,7 @@ def network_input(
     """Return what a network of these colours takes: (1, C, H, W) float32 in [0, 1].
 
     Args:
-        picture: a decoded picture (alpha is left out) or an array (H, W), (H, W, 1) or (H, W, 3), uint8 or uint16.
+        picture: a decoded picture (alpha is dropped) or an array (H, W), (H, W, 1) or (H, W, 3), uint8 or uint16.
         colours: "rgb", or "y" for the Y of BT.601 in studio swing, 16/255 to 235/255.
     """
     pixels = picture.colour if isinstance(picture, Picture) else picture
@@ -304,7 +304,7 @@ def quantized(output: NDArray[np.floating[Any]], dtype: Any) -> NDArray[Any]:
         raise GateError("the network's output holds NaN or infinite values", expected="numbers near 0..1")
     peak = np.iinfo(dtype).max
     pixels = np.empty((*planes.shape[1:], len(planes)), dtype)
-    for channel, plane in enumerate(planes):  # plane by plane: three times quicker than turning the whole
+    for channel, plane in enumerate(planes):  # plane by plane: three times faster than transposing the whole
         scaled = np.clip(plane, 0, 1).astype(np.float64 if dtype == np.uint16 else np.float32, copy=False)
         scaled *= peak
         pixels[..., channel] = np.rint(scaled, out=scaled)
@@ -325,7 +325,7 @@ def opened(path: Path, *, max_pixels: int | None = MAX_PIXELS) -> Iterator[Image
     try:
         if path.stat().st_size == 0:
             raise InputError(f"{path} is empty (0 bytes)", expected="an image")
-        # Pillow's own limit is lifted because this module judges the size itself, just below, and headers of any
+        # Pillow's own limit is lifted because this module checks the size itself, just below, and headers of any
         # size may be asked for; the limit is process-wide, hence the lock.
         with _open_lock, _pillow_limit(None):
             image = Image.open(path, formats=FORMATS)

@@ -97,7 +97,7 @@ def report_document(
             "int8_macs_share", "latency_ms" (or None), "fidelity_db", "drop_db", "layers_kept_float", "layers_split" and
             "taken".
         studies: further measurements by name, as `srdeploy.runtime.bench.studies` gives them ("throughput", "scaling").
-        stages: one entry per stage of the road, {"name", "seconds", "note"}.
+        stages: one entry per stage of the pipeline, {"name", "seconds", "note"}.
         commands: the exact commands that reproduce the run, one line each.
         environment: the conditions (`srdeploy.runtime.bench.conditions.conditions()`); None reads them now.
 
