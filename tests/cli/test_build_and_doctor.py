@@ -150,7 +150,7 @@ def test_doctor_survives_a_broken_package(monkeypatch: pytest.MonkeyPatch) -> No
     from srdeploy.runtime.engines import openvino as openvino_engine
     from srdeploy.runtime.engines.registry import availability
 
-    def broken() -> None:
+    def broken(device: str) -> None:
         raise OSError("libopenvino.so: cannot open shared object file")
 
     monkeypatch.setattr(openvino_engine, "why_not_run", broken)

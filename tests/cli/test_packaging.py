@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ["core", "models", "export", "calibration", "runtime", "cli"]
+FOLDERS = ["core", "models", "export", "calibration", "runtime", "upscale", "cli"]
 
 
 @pytest.fixture(scope="module")
