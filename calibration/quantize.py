@@ -57,7 +57,7 @@ class QuantizeResult:
         int8_macs: their share of the multiply-adds, 0..1.
         weight_bits: 8, or 7 for weights within +-64; None for graphs that are not INT8.
         floats: layer -> reason, for the layers of an 8-bit graph that stay float.
-        merged: layers of the network that are one layer in the graph (see tail.py).
+        merged: layers of the network that are one layer in the graph (see rewrites/tail.py).
         islands: nodes of a 16-bit graph that stay FP32, with reasons.
         readback: what the engine reports that it runs; None when no engine of the target runs here.
         choice: the search and all it measured; None for FP16 and BF16.

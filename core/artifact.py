@@ -121,7 +121,7 @@ def atomic_folder(path: Path, *, force: bool = False, known_by: str | None = Non
 
 
 def refuse_input_as_output(output: Path, source: Path) -> None:
-    """Refuse to write over the file that is read, which even `force` does not mean.
+    """Refuse to overwrite the input file, even when `force` is set.
 
     Raises:
         UsageError: both are the same file.

@@ -7,7 +7,7 @@ after the last convolution, where one step of 255 would already be visible.
 
 A dense network concatenates features that each have a range of their own. Quantizing every concatenation anew costs a
 pass over hundreds of channels per layer. With `share`, each feature is quantized once where it is made, with one scale
-for all that meet in a concatenation, so that the concatenation moves bytes; equalization (equalize.py) makes that
+for all that meet in a concatenation, so that the concatenation moves bytes; equalization (rewrites/equalize.py) makes that
 scale fit all of them.
 """
 
@@ -28,8 +28,8 @@ class Recipe:
         kind: type of activations.
         half: the float part and all scales are FP16.
         deconvolution: "int8" (weights per output channel on axis 1), "float" or "rewrite" (exact convolutions and a
-            pixel shuffle, see rewrite.py).
-        merge_tail: replace the linear end of the network by one layer (see tail.py).
+            pixel shuffle, see rewrites/deconvolution.py).
+        merge_tail: replace the linear end of the network by one layer (see rewrites/tail.py).
         quantize_first, quantize_last: whether the layers that read and write the image are quantized.
         min_channels: layers with fewer input or output channels stay float.
         quantize_outputs: quantize the outputs of layers too; the engine computes a layer with integers only then.
@@ -37,7 +37,7 @@ class Recipe:
             expects the pair directly before the convolution and moves it through the concatenation.
         quantize_before_shuffle: quantize the input of a pixel shuffle instead of its output, where quantization fuses
             with the convolution and the shuffle moves bytes.
-        reader_scales: give each reader of a residual stream its own scale per channel (see streams.py); the engine
+        reader_scales: give each reader of a residual stream its own scale per channel (see rewrites/streams.py); the engine
             multiplies while it quantizes.
         allow_splits: allow a layer to run as two 8-bit convolutions, where these are faster than one float
             convolution.

@@ -28,7 +28,7 @@ _HERE = "srdeploy.runtime.engines."
 class Family:
     """An engine family.
 
-    It is implemented by a module, or by an object in a module, that is imported at its first use. That has
+    A module, or an object in a module, implements the family and is imported on first use. The implementation has
     `key_parts(options)`, `build(graph, options, progress)` and `REFUSED_OPTIONS` if it builds, `open_onnx(graph, ...)`
     if it opens ONNX files as they are, `open_built(engine, ...)` if it opens its own engines, `precisions(gpu)` for
     what is worth building, and `why_not_build()`, `why_not_run(device)` and `versions()` for the doctor.
