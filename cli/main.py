@@ -15,6 +15,7 @@ VERBS = {
     "inspect": ("srdeploy.cli.inspect", "Show what a checkpoint, ONNX file, engine or bundle is."),
     "export": ("srdeploy.cli.export", "Export a checkpoint to ONNX and check it against the network."),
     "quantize": ("srdeploy.cli.quantize", "Make an FP16, BF16, INT8 or FP8 graph with real images."),
+    "compress": ("srdeploy.cli.compress", "Make a graph of fewer multiply-adds that keeps a bound in dB."),
     "build": ("srdeploy.cli.build", "Build an engine from an ONNX file."),
     "verify": ("srdeploy.cli.verify", "Compare an ONNX file or engine with the eager network, in decibels."),
     "bench": ("srdeploy.cli.bench", "Measure latency next to the eager network."),

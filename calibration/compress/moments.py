@@ -1,0 +1,137 @@
+"""Means and covariances of what layers read on real images, in the original graph and in the compressed one."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from srdeploy.calibration.compress.factors import Array
+from srdeploy.calibration.observe import run_outputs
+from srdeploy.core.contract import INPUT
+from srdeploy.core.onnx_graph import Graph, Layer
+
+WINDOWS = 256
+"""Windows taken of every layer and image."""
+MAX_WEIGHTS = 2304
+"""Weights per output channel whose covariance is taken whole, 256 channels of 3x3; of wider layers, the channels'."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of x, which a layer reads in the original graph, and z, which it reads in the other one.
+
+    Attributes:
+        mean_x, mean_z: (d,), (e,).
+        cross: (d, e), covariance of x with z.
+        covariance: (e, e), of z.
+        windows: how many were seen; fewer than e leave directions that were never seen.
+    """
+
+    mean_x: Array
+    mean_z: Array
+    cross: Array
+    covariance: Array
+    windows: int
+
+    @property
+    def same(self) -> bool:
+        """Whether z is x: both were taken from the original graph."""
+        return self.mean_x.shape == self.mean_z.shape and bool(np.array_equal(self.mean_x, self.mean_z))
+
+
+def is_channelwise(graph: Graph, layer: Layer) -> bool:
+    """Return True if a layer's moments are those of single pixels, (in,), instead of whole windows, (in * kh * kw,)."""
+    kernel = graph.initializers[layer.weight].dims[2:]
+    return layer.op == "ConvTranspose" or layer.channels_in * kernel[0] * kernel[1] > MAX_WEIGHTS
+
+
+def collect_moments(
+    original: Graph, other: Graph | None, layers: Sequence[Layer], batches: Sequence[NDArray[np.float32]], seed: int = 0
+) -> dict[str, Moments]:
+    """Run both graphs over images and return the moments of layers by name; `other` None means the original itself.
+
+    Args:
+        original: the graph that the layers are of.
+        other: a graph with the same tensor names; a tensor may have fewer channels there.
+        layers: convolutions and deconvolutions without groups.
+        batches: small images (1, C, H, W): the inputs of all layers are held in memory for one of them.
+        seed: for the places of the windows.
+    """
+    random = np.random.default_rng(seed)
+    tensors = [name for name in dict.fromkeys(layer.input for layer in layers) if name != INPUT]
+    sums: dict[str, _Sums] = {}
+    others = _maps(other.model, tensors, batches) if other is not None else None
+    for batch, maps in zip(batches, _maps(original.model, tensors, batches), strict=True):
+        changed = maps if others is None else next(others)
+        for layer in layers:
+            pair = [batch if layer.input == INPUT else found[layer.input] for found in (maps, changed)]
+            x, z = _windows(original, layer, pair[0][0], pair[1][0], random)
+            sums.setdefault(layer.name, _Sums.for_first(x, z)).add(x, z)
+    return {name: entry.moments() for name, entry in sums.items()}
+
+
+@dataclass
+class _Sums:
+    """Sums relative to offsets near the means, in double precision."""
+
+    offset_x: NDArray[np.float32]
+    offset_z: NDArray[np.float32]
+    total_x: Array
+    total_z: Array
+    cross: Array
+    square: Array
+    count: int = 0
+
+    @classmethod
+    def for_first(cls, x: NDArray[np.float32], z: NDArray[np.float32]) -> "_Sums":
+        d, e = x.shape[1], z.shape[1]
+        square = np.zeros((e, e))
+        cross = square if x is z else np.zeros((d, e))  # one array where both are the same
+        return cls(x.mean(axis=0), z.mean(axis=0), np.zeros(d), np.zeros(e), cross, square)
+
+    def add(self, x: NDArray[np.float32], z: NDArray[np.float32]) -> None:
+        same = x is z
+        x, z = x - self.offset_x, z - self.offset_z
+        self.square += z.T @ z
+        if not same:
+            self.cross += x.T @ z
+        self.total_x += x.sum(axis=0, dtype=np.float64)
+        self.total_z += z.sum(axis=0, dtype=np.float64)
+        self.count += len(x)
+
+    def moments(self) -> Moments:
+        x, z = self.total_x / self.count, self.total_z / self.count
+        return Moments(
+            mean_x=x + self.offset_x,
+            mean_z=z + self.offset_z,
+            cross=self.cross / self.count - np.outer(x, z),
+            covariance=self.square / self.count - np.outer(z, z),
+            windows=self.count,
+        )
+
+
+def _maps(
+    model: onnx.ModelProto, tensors: Sequence[str], batches: Sequence[NDArray[np.float32]]
+) -> Iterator[Mapping[str, NDArray[np.float32]]]:
+    return run_outputs(model, tensors, batches) if tensors else iter([{}] * len(batches))
+
+
+def _windows(
+    graph: Graph, layer: Layer, x: NDArray[np.float32], z: NDArray[np.float32], random: np.random.Generator
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return windows of two maps (C, H, W) at the same random places, (n, C * kh * kw) each; see `is_channelwise`."""
+    height, width = (1, 1) if is_channelwise(graph, layer) else graph.initializers[layer.weight].dims[2:]
+    rows, columns = max(1, x.shape[1] - height + 1), max(1, x.shape[2] - width + 1)
+    places = random.choice(rows * columns, min(WINDOWS, rows * columns), replace=False)
+    row, column = places // columns, places % columns
+
+    def taken(values: NDArray[np.float32]) -> NDArray[np.float32]:
+        short = [max(0, size - side) for size, side in zip((height, width), values.shape[1:], strict=True)]
+        values = np.pad(values, ((0, 0), (0, short[0]), (0, short[1])))
+        taps = [values[:, row + y, column + x] for y in range(height) for x in range(width)]
+        return np.stack(taps, axis=1).reshape(-1, places.size).T
+
+    first = taken(x)
+    return first, first if z is x else taken(z)

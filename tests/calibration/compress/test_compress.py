@@ -1,0 +1,252 @@
+"""Compression of whole graphs: what is redundant by construction is found, and the bound holds."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from srdeploy.calibration.compress import compress as module
+from srdeploy.calibration.compress.compress import CompressOptions, compress
+from srdeploy.calibration.compress.layers import Change, candidates, readers
+from srdeploy.calibration.compress.moments import collect_moments
+from srdeploy.calibration.compress.rebuild import apply_changes
+from srdeploy.calibration.images.dataset import CalibrationSet
+from srdeploy.calibration.options import QuantizeOptions
+from srdeploy.calibration.quantize import quantize
+from srdeploy.core.contract import INPUT, OUTPUT, ModelContract
+from srdeploy.core.errors import GateError, InputError, UsageError
+from srdeploy.core.manifest import read_manifest
+from srdeploy.core.onnx_graph import Graph, name_nodes
+from srdeploy.core.ort import cpu_session
+from srdeploy.core.precision import Precision, Target
+
+RANDOM = np.random.default_rng(0)
+
+
+def with_weights(model: onnx.ModelProto, change: Callable[[str, np.ndarray], np.ndarray]) -> onnx.ModelProto:
+    """Return a graph with other weights."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for tensor in copy.graph.initializer:
+        values = change(tensor.name, numpy_helper.to_array(tensor).copy())
+        tensor.CopyFrom(
+            numpy_helper.from_array(values.astype(np.float32) if values.dtype == float else values, tensor.name)
+        )
+    name_nodes(copy)
+    return copy
+
+
+def low_rank_inputs(name: str, weights: np.ndarray) -> np.ndarray:
+    """Let a few mixtures of the input channels decide in every wide layer."""
+    if weights.ndim != 4 or not name.endswith(".weight"):
+        return weights
+    axis = 0 if name.startswith("deconv") else 1
+    channels = weights.shape[axis]
+    if channels < 16:
+        return weights
+    basis = np.linalg.qr(np.random.default_rng(1).standard_normal((channels, 6)))[0]
+    return np.moveaxis(np.tensordot(basis @ basis.T, weights, axes=(1, axis)), 0, axis).astype(np.float32)
+
+
+def images(channels: int) -> list[np.ndarray]:
+    return [RANDOM.random((1, channels, 24, 24), dtype=np.float32) for _ in range(12)]
+
+
+def output(model: onnx.ModelProto, image: np.ndarray) -> np.ndarray:
+    return cpu_session(model).run([OUTPUT], {INPUT: image})[0]
+
+
+@pytest.mark.parametrize("network", ["dense", "residual"])
+def test_factors_of_a_layer_of_low_rank_reproduce_the_graph(
+    network: str, networks: dict[str, Callable[..., onnx.ModelProto]]
+) -> None:
+    graph = Graph(with_weights(networks[network](), low_rank_inputs))
+    layers = [layer for layer in candidates(graph) if layer.channels_in >= 16]
+    batches = images(1 if network == "dense" else 3)
+    moments = collect_moments(graph, None, layers, batches)
+    changes = [Change(layer.name, "inputs", 8, 0.0, 0.0) for layer in layers]
+
+    made = apply_changes(graph, changes, moments)
+
+    onnx.checker.check_model(made, full_check=True)
+    assert sum("first.weight" in tensor.name for tensor in made.graph.initializer) == len(layers) >= 5
+    np.testing.assert_allclose(output(made, batches[0]), output(graph.model, batches[0]), atol=1e-3)
+    small = batches[0][:, :, :1, :1]
+    np.testing.assert_allclose(output(made, small), output(graph.model, small), atol=1e-3)
+
+
+def test_factors_behind_a_layer_whose_outputs_repeat_reproduce_the_graph(
+    networks: dict[str, Callable[..., onnx.ModelProto]],
+) -> None:
+    def repeated(name: str, values: np.ndarray) -> np.ndarray:
+        if name.startswith(("body.end", "body.0.2")) and values.shape[0] == 16:
+            return np.repeat(values[:8], 2, axis=0) * np.arange(1, 17).reshape(-1, *[1] * (values.ndim - 1)) / 16
+        return values
+
+    graph = Graph(with_weights(networks["residual"](), repeated))
+    layers = [layer for layer in candidates(graph) if layer.name in ("body.end", "body.0.2")]
+    batches = images(3)
+
+    made = apply_changes(
+        graph,
+        [Change(layer.name, "outputs", 8, 0.0, 0.0) for layer in layers],
+        collect_moments(graph, None, layers, batches),
+    )
+
+    np.testing.assert_allclose(output(made, batches[0]), output(graph.model, batches[0]), atol=1e-3)
+
+
+@pytest.mark.parametrize("activation", ["Relu", "PRelu"])
+def test_channels_that_repeat_others_are_removed_without_loss(
+    activation: str, networks: dict[str, Callable[..., onnx.ModelProto]]
+) -> None:
+    def repeated(name: str, values: np.ndarray) -> np.ndarray:
+        if name in ("body.0.0.weight", "body.0.0.bias", "deconv.bias"):
+            return np.concatenate([values[:8], values[:8]])
+        return np.concatenate([values[:, :8]] * 2, axis=1) if name == "deconv.weight" else values
+
+    for network, first in (("residual", "body.0.0"), ("dense", "deconv")):
+        graph = Graph(with_weights(networks[network](), repeated))
+        if activation == "PRelu":
+            graph = Graph(with_slopes(graph.model))
+        pairs = {layer.name: reader for layer, reader in readers(graph)}
+        reader = pairs[first]
+        batches = images(3 if network == "residual" else 1)
+        moments = collect_moments(graph, None, [reader], batches)
+        change = Change(first, "channels", 8, 0.0, 0.0, tuple(range(8)), reader.name)
+
+        made = apply_changes(graph, [change], moments)
+
+        assert Graph(made).layers[-1].macs <= graph.layers[-1].macs
+        onnx.checker.check_model(made, full_check=True)
+        np.testing.assert_allclose(output(made, batches[0]), output(graph.model, batches[0]), atol=1e-3)
+
+
+def with_slopes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a graph whose first ReLUs of 16 channels are PReLUs, with the same slope for channels 8 apart."""
+    graph = Graph(model)
+    slopes = np.tile(RANDOM.random(8, dtype=np.float32) * 0.3, 2)[:, None, None]
+    model.graph.initializer.append(numpy_helper.from_array(slopes, "slopes"))
+    for node in model.graph.node:
+        layer = next((layer for layer in graph.layers if layer.output == node.input[0]), None)
+        if node.op_type == "Relu" and layer is not None and layer.channels_out == 16 and layer.resolution > 0:
+            node.op_type = "PRelu"
+            node.input.append("slopes")
+    return model
+
+
+def test_what_is_redundant_is_found_within_the_bound_and_written_down(
+    networks: dict[str, Callable[..., onnx.ModelProto]],
+    calibrations: dict[str, CalibrationSet],
+    tmp_path: Path,
+) -> None:
+    onnx.save(with_weights(networks["dense"](), low_rank_inputs), tmp_path / "model.onnx")
+    options = CompressOptions(max_psnr_drop=0.01, target=Target.TENSORRT)
+
+    result = compress(
+        tmp_path / "model.onnx", tmp_path / "small.onnx", calibration=calibrations["dense"], options=options
+    )
+
+    assert result.macs_before / result.macs_after > 1.2
+    assert result.quality.drop_db <= 0.01
+    assert result.quality.worst_drop_db is not None
+    model = onnx.load(tmp_path / "small.onnx")
+    assert sum(layer.macs for layer in Graph(model).layers) == pytest.approx(result.macs_after)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    contract = ModelContract.from_metadata(metadata, name="small.onnx")
+    assert contract.provenance["compression"]["fewer_macs"] == pytest.approx(
+        result.macs_before / result.macs_after, abs=1e-3
+    )
+    details = read_manifest(tmp_path / "small.onnx").details
+    assert {entry["layer"] for entry in details["layers"]} == {change.layer for change in result.changes}
+    assert sum(entry["error_share"] for entry in details["layers"]) == pytest.approx(1, abs=0.01)
+    json.dumps(result.to_json(), allow_nan=False)
+
+
+def test_a_compressed_graph_is_quantized_like_any_other(
+    networks: dict[str, Callable[..., onnx.ModelProto]],
+    calibrations: dict[str, CalibrationSet],
+    tmp_path: Path,
+) -> None:
+    onnx.save(with_weights(networks["dense"](), low_rank_inputs), tmp_path / "model.onnx")
+    compress(
+        tmp_path / "model.onnx",
+        tmp_path / "small.onnx",
+        calibration=calibrations["dense"],
+        options=CompressOptions(max_psnr_drop=0.05, target=Target.TENSORRT),
+    )
+
+    result = quantize(
+        tmp_path / "small.onnx",
+        tmp_path / "int8.onnx",
+        precision=Precision.INT8,
+        target=Target.OPENVINO,
+        calibration=calibrations["dense"],
+        options=QuantizeOptions(),
+    )
+
+    assert any(".first" in name or ".second" in name for name in result.int8_layers)
+
+
+def test_a_bound_that_nothing_meets_ends_with_what_was_measured(
+    network_paths: dict[str, Path], calibrations: dict[str, CalibrationSet], tmp_path: Path
+) -> None:
+    with pytest.raises(GateError, match=r"nothing to gain here.*x fewer multiply-adds: -?\d"):
+        compress(
+            network_paths["residual"],
+            tmp_path / "small.onnx",
+            calibration=calibrations["residual"],
+            options=CompressOptions(max_psnr_drop=1e-6),
+        )
+    assert not list(tmp_path.glob("small*"))
+
+
+def test_what_was_measured_is_not_measured_again_after_an_interruption(
+    networks: dict[str, Callable[..., onnx.ModelProto]],
+    calibrations: dict[str, CalibrationSet],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    onnx.save(with_weights(networks["dense"](), low_rank_inputs), tmp_path / "model.onnx")
+    arguments = (tmp_path / "model.onnx", tmp_path / "small.onnx")
+    options = CompressOptions(max_psnr_drop=0.01, target=Target.TENSORRT)
+    effects: list[str] = []
+    effect = module._Search._effect
+    monkeypatch.setattr(
+        module._Search, "_effect", lambda self, change: effects.append(change.key) or effect(self, change)
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Search, "run", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            compress(*arguments, calibration=calibrations["dense"], options=options)
+    measured = len(effects)
+
+    compress(*arguments, calibration=calibrations["dense"], options=options)
+
+    assert measured > 3
+    assert len(effects) == measured
+
+
+@pytest.mark.parametrize(("drop", "worst"), [(0.0, None), (-1.0, None), (0.1, 0.0)])
+def test_bounds_that_make_no_sense_are_refused(drop: float, worst: float | None) -> None:
+    with pytest.raises(UsageError, match="positive number of decibels"):
+        CompressOptions(max_psnr_drop=drop, max_worst_drop=worst)
+
+
+def test_a_quantized_graph_is_refused(
+    network_paths: dict[str, Path], calibrations: dict[str, CalibrationSet], tmp_path: Path
+) -> None:
+    quantize(
+        network_paths["dense"], tmp_path / "int8.onnx", precision=Precision.INT8, target=Target.OPENVINO,
+        calibration=calibrations["dense"],
+    )  # fmt: skip
+
+    with pytest.raises(InputError, match="quantized already"):
+        compress(
+            tmp_path / "int8.onnx", tmp_path / "small.onnx", calibration=calibrations["dense"],
+            options=CompressOptions(max_psnr_drop=0.1),
+        )  # fmt: skip
