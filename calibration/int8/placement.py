@@ -7,8 +7,8 @@ after the last convolution, where one step of 255 would already be visible.
 
 A dense network concatenates features that each have a range of their own. Quantizing every concatenation anew costs a
 pass over hundreds of channels per layer. With `share`, each feature is quantized once where it is made, with one scale
-for all that meet in a concatenation, so that the concatenation moves bytes; equalization (rewrites/equalize.py) makes that
-scale fit all of them.
+for all that meet in a concatenation, so that the concatenation moves bytes; equalization
+(rewrites/equalize.py) makes that scale fit all of them.
 """
 
 from collections.abc import Collection, Mapping
@@ -37,8 +37,8 @@ class Recipe:
             expects the pair directly before the convolution and moves it through the concatenation.
         quantize_before_shuffle: quantize the input of a pixel shuffle instead of its output, where quantization fuses
             with the convolution and the shuffle moves bytes.
-        reader_scales: give each reader of a residual stream its own scale per channel (see rewrites/streams.py); the engine
-            multiplies while it quantizes.
+        reader_scales: give each reader of a residual stream its own scale per channel (see
+            rewrites/streams.py); the engine multiplies while it quantizes.
         allow_splits: allow a layer to run as two 8-bit convolutions, where these are faster than one float
             convolution.
         weight_bits: 8, or 7 for weights within +-64, which processors without VNNI need.
