@@ -81,7 +81,9 @@ def ratio_label(value: float, low: float | None, high: float | None) -> str:
 
 def median_label(median_ms: float, ci_share: float, *, stable: bool) -> str:
     """Write a median in milliseconds; one that is not known well enough carries its uncertainty: "24 ms ±12 %"."""
-    return f"{median_ms:.3g} ms" if stable else f"{median_ms:.2g} ms ±{100 * ci_share:.0f} %"
+    rounded = float(f"{median_ms:.3g}" if stable else f"{median_ms:.2g}")
+    text = f"{rounded:g} ms"  # the second time without an exponent: 120, not 1.2e+02
+    return text if stable else f"{text} ±{100 * ci_share:.0f} %"
 
 
 def listed(names: Sequence[str]) -> str:

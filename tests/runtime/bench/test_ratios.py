@@ -85,6 +85,9 @@ def test_a_ratio_is_written_with_the_digits_that_its_interval_supports(
 
 def test_an_unstable_median_carries_its_uncertainty() -> None:
     assert median_label(24.123, 0.02, stable=True) == "24.1 ms"
+    assert median_label(123.4, 0.05, stable=False) == "120 ms ±5 %"
+    assert median_label(99.7, 0.05, stable=False) == "100 ms ±5 %"
+    assert median_label(1234.5, 0.05, stable=True) == "1230 ms"
     assert median_label(24.123, 0.12, stable=False) == "24 ms ±12 %"
 
 
