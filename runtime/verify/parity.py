@@ -207,22 +207,6 @@ class VerifyResult:
         }
 
 
-def verify(
-    candidate: Runner,
-    reference: Runner,
-    images: Sequence[Sample],
-    *,
-    gates: Gates | None = None,
-    grid: Sequence[tuple[int, int, int]] = GRID,
-    keep_crops: int = 0,
-    progress: Progress = SILENT,
-) -> VerifyResult:
-    """Evaluate one engine; see `verify_all`."""
-    return verify_all(
-        [candidate], reference, images, gates=[gates], grid=grid, keep_crops=keep_crops, progress=progress
-    )[0]
-
-
 def verify_all(
     candidates: Sequence[Runner],
     reference: Runner,

@@ -37,7 +37,7 @@ from srdeploy.runtime.report.labels import (
     size_label,
 )
 from srdeploy.runtime.report.write import read_report, schema, write_report
-from srdeploy.runtime.verify.parity import Gates, VerifyResult, verify
+from srdeploy.runtime.verify.parity import Gates, VerifyResult, verify_all
 
 SCREENSHOTS = Path(__file__).parents[3] / "test-output"
 
@@ -79,7 +79,7 @@ def judged(engine: Enlarger, gates: Gates | None = None) -> VerifyResult:
         )
         truth = np.repeat(np.repeat(picture[0].transpose(1, 2, 0), 2, 0), 2, 1) * 254
         samples.append(Sample(name, picture, np.rint(truth).astype(np.uint8)))
-    return verify(engine, Enlarger("eager fp32"), samples, gates=gates, keep_crops=2)
+    return verify_all([engine], Enlarger("eager fp32"), samples, gates=[gates], keep_crops=2)[0]
 
 
 def spread(name: str, times: NDArray[np.float64]) -> Row:

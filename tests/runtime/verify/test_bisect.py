@@ -18,7 +18,7 @@ from srdeploy.core.samples import Sample
 from srdeploy.runtime.engines.registry import open_engine
 from srdeploy.runtime.verify.bisect import bisect_path, channels_fitted, middle
 from srdeploy.runtime.verify.difference import snr_db
-from srdeploy.runtime.verify.parity import verify
+from srdeploy.runtime.verify.parity import verify_all
 
 
 def dense_graph(path: Path, codes: str | None = None, *, perturbed: str | None = None) -> Path:
@@ -128,7 +128,7 @@ def test_signed_codes_behind_a_concatenation_in_openvino_are_caught(tmp_path: Pa
 
     def passes(path: Path, engine: str) -> bool:
         with open_engine(path, engine=engine, parity=True) as candidate, open_engine(plain) as reference:
-            return verify(candidate, reference, [sample]).passed
+            return verify_all([candidate], reference, [sample])[0].passed
 
     assert passes(signed, "onnxruntime")
     assert passes(unsigned, "onnxruntime")

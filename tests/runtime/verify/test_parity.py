@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from srdeploy.core.contract import INPUT, OUTPUT, ModelContract
 from srdeploy.core.errors import UsageError
 from srdeploy.core.precision import Precision
-from srdeploy.core.runner import RunnerInfo
+from srdeploy.core.runner import Runner, RunnerInfo
 from srdeploy.core.samples import Sample
 from srdeploy.core.shapes import ShapeProfile
 from srdeploy.models.networks.rcan import Rcan, RcanConfig
 from srdeploy.runtime.verify.crops import WORST_SIDE
-from srdeploy.runtime.verify.parity import GRID, Gates, VerifyResult, grid_batches, verify, verify_all
+from srdeploy.runtime.verify.parity import GRID, Gates, VerifyResult, grid_batches, verify_all
 
 SCALE = 2
 CONFIG = RcanConfig(
@@ -95,14 +95,21 @@ def samples() -> list[Sample]:
     return result
 
 
-def judged(
+def verify(
+    candidate: Runner, reference: Runner, samples: list[Sample], *, gates: Gates | None = None, **options: Any
+) -> VerifyResult:
+    """Evaluate one engine."""
+    return verify_all([candidate], reference, samples, gates=[gates], **options)[0]
+
+
+def evaluated(
     network: torch.nn.Module, samples: list[Sample], change: Change | None = None, **options: Any
 ) -> VerifyResult:
     return verify(TorchRunner(network, change=change), TorchRunner(network), samples, **options)
 
 
 def test_identical_engines_are_infinitely_faithful(network: torch.nn.Module, samples: list[Sample]) -> None:
-    result = judged(network, samples)
+    result = evaluated(network, samples)
 
     assert result.passed
     assert result.min_fidelity_db == math.inf
@@ -116,7 +123,7 @@ def test_identical_engines_are_infinitely_faithful(network: torch.nn.Module, sam
 def test_rounding_noise_passes(network: torch.nn.Module, samples: list[Sample]) -> None:
     noise = np.random.default_rng(1)
 
-    result = judged(network, samples, lambda output: output + noise.normal(0, 1e-6, output.shape).astype(np.float32))
+    result = evaluated(network, samples, lambda output: output + noise.normal(0, 1e-6, output.shape).astype(np.float32))
 
     assert result.passed
     assert 110 < result.min_fidelity_db < 130
@@ -181,7 +188,7 @@ def _wrapped(output: NDArray[np.float32]) -> NDArray[np.float32]:
     ],
 )
 def test_wrong_engines_are_caught(network: torch.nn.Module, samples: list[Sample], change: Change, reason: str) -> None:
-    result = judged(network, samples, change)
+    result = evaluated(network, samples, change)
 
     assert not result.passed
     assert any(reason in failure for failure in result.failures), result.failures
@@ -200,7 +207,7 @@ def test_the_drop_against_ground_truth_decides(
     gates = Gates(20.0, 10.0, max_psnr_drop_db=allowed)
     noise = np.random.default_rng(2)
 
-    result = judged(
+    result = evaluated(
         network, samples, lambda output: output + noise.normal(0, 0.02, output.shape).astype(np.float32), gates=gates
     )
 
@@ -210,7 +217,7 @@ def test_the_drop_against_ground_truth_decides(
 
 
 def test_a_set_is_the_mean_of_its_images(network: torch.nn.Module, samples: list[Sample]) -> None:
-    result = judged(network, samples)
+    result = evaluated(network, samples)
 
     values = [case.reference_quality.psnr_y_db for case in result.images if case.reference_quality]
     assert len(values) == 2
@@ -225,7 +232,7 @@ def test_the_worst_crop_holds_the_defect(network: torch.nn.Module) -> None:
         output[:, :, 200:203, 40:43] += 0.5
         return output
 
-    result = judged(network, [Sample("large", picture)], spoiled, grid=(), keep_crops=1)
+    result = evaluated(network, [Sample("large", picture)], spoiled, grid=(), keep_crops=1)
 
     assert result.worst is not None
     assert result.worst.error.shape == (WORST_SIDE, WORST_SIDE)
@@ -236,7 +243,7 @@ def test_the_worst_crop_holds_the_defect(network: torch.nn.Module) -> None:
 
 
 def test_nan_is_magenta_in_the_pictures(network: torch.nn.Module, samples: list[Sample]) -> None:
-    result = judged(network, samples[:1], _nan_in_a_tile)
+    result = evaluated(network, samples[:1], _nan_in_a_tile)
 
     assert result.worst is not None
     assert np.any(np.all(result.worst.candidate == (255, 0, 255), axis=2))
