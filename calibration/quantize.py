@@ -30,6 +30,7 @@ from srdeploy.core.contract import ModelContract
 from srdeploy.core.environment import int8_weights_overflow, package_versions
 from srdeploy.core.errors import BuildError, GateError, InputError, UsageError
 from srdeploy.core.manifest import Manifest, Source, manifest_path
+from srdeploy.core.onnx_file import set_contract
 from srdeploy.core.onnx_graph import Graph
 from srdeploy.core.precision import Precision, Target
 from srdeploy.core.progress import SILENT, Progress
@@ -396,12 +397,7 @@ def _describe(
             "calibration_images": sorted(calibration.image_hashes) if calibration else [],
         }
     }
-    updated = replace(contract, precision=precision, provenance=provenance)
-    others = {entry.key: entry.value for entry in model.metadata_props if not entry.key.startswith("srdeploy.")}
-    del model.metadata_props[:]
-    for key, value in (others | updated.to_metadata()).items():
-        entry = model.metadata_props.add()
-        entry.key, entry.value = key, value
+    set_contract(model, replace(contract, precision=precision, provenance=provenance))
 
 
 __all__: Sequence[str] = ("QuantizeOptions", "QuantizeResult", "artifacts_folder", "quantize")

@@ -23,7 +23,7 @@ from srdeploy.core.artifact import refuse_existing, refuse_input_as_output
 from srdeploy.core.precision import Precision, Target
 
 if TYPE_CHECKING:
-    from srdeploy.calibration.compress.compress import CompressResult
+    from srdeploy.calibration.compress.result import CompressResult
 
 EXAMPLE = example(
     """
@@ -81,7 +81,8 @@ def command(options: CompressVerbOptions) -> None:
     to what the network computes on real images, without retraining. The result is another network than the trained one:
     its manifest lists every changed layer.
     """
-    from srdeploy.calibration.compress.compress import CompressOptions, compress
+    from srdeploy.calibration.compress.compress import compress
+    from srdeploy.calibration.compress.result import CompressOptions
     from srdeploy.calibration.fp32 import read_fp32_graph
     from srdeploy.calibration.images.dataset import make_calibration_set
     from srdeploy.cli.pipeline.opening import engine_opener

@@ -8,7 +8,7 @@ from typing import Any
 import onnx
 from onnx import TensorProto
 
-from srdeploy.core.contract import INPUT, OUTPUT, ModelContract
+from srdeploy.core.contract import INPUT, OUTPUT, PREFIX, ModelContract
 from srdeploy.core.errors import InputError
 from srdeploy.core.onnx_graph import Graph, add_outputs
 from srdeploy.core.shapes import TensorSpec
@@ -91,6 +91,15 @@ def _check_names(graph: onnx.GraphProto, path: Path) -> None:
     outputs = [value.name for value in graph.output]
     if inputs != [INPUT] or OUTPUT not in outputs:
         raise InputError(f"{path} has inputs {inputs} and outputs {outputs}", expected=f"[{INPUT!r}] and [{OUTPUT!r}]")
+
+
+def set_contract(model: onnx.ModelProto, contract: ModelContract) -> None:
+    """Write a contract into a graph's metadata; entries of others stay."""
+    others = {entry.key: entry.value for entry in model.metadata_props if not entry.key.startswith(PREFIX)}
+    del model.metadata_props[:]
+    for key, value in (others | contract.to_metadata()).items():
+        entry = model.metadata_props.add()
+        entry.key, entry.value = key, value
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:

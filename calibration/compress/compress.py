@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,18 @@ from srdeploy.calibration.compress.layers import (
 )
 from srdeploy.calibration.compress.moments import Moments, collect_moments
 from srdeploy.calibration.compress.rebuild import apply_changes
+from srdeploy.calibration.compress.result import CompressOptions, CompressResult, Point
 from srdeploy.calibration.fp32 import read_fp32_graph
 from srdeploy.calibration.images.dataset import CalibrationSet
 from srdeploy.calibration.journal import Journal
-from srdeploy.calibration.search.evaluate import Evaluator, GraphQuality, OpenEngine, open_model
+from srdeploy.calibration.search.evaluate import Evaluator, OpenEngine, open_model
 from srdeploy.core.artifact import atomic_files, sha256_of_bytes
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.environment import package_versions
-from srdeploy.core.errors import GateError, UsageError
+from srdeploy.core.errors import GateError
 from srdeploy.core.imaging.psnr import drop_for_fidelity
 from srdeploy.core.manifest import Manifest, Source, manifest_path
+from srdeploy.core.onnx_file import set_contract
 from srdeploy.core.onnx_graph import Graph, Layer
 from srdeploy.core.precision import Target
 from srdeploy.core.progress import SILENT, Progress
@@ -51,111 +53,6 @@ MULTIPLES = {Target.OPENVINO: 16, Target.ONNXRUNTIME: 16, Target.TENSORRT: 8, Ta
 """Channels that engines compute together: 16 32-bit lanes of AVX-512, 8 halves of a tensor core."""
 _PROBE_ERROR = 0.01
 _PACKAGES = ("onnx", "onnxruntime", "openvino", "numpy")
-
-
-@dataclass(frozen=True)
-class CompressOptions:
-    """What a user decides about compression.
-
-    Attributes:
-        max_psnr_drop: bound in dB on the mean loss of Y PSNR on images kept aside.
-        max_worst_drop: bound in dB on the loss of the worst image; None for no bound.
-        target: the engine family that ranks are rounded for.
-        time_budget_s: the search stops trying after so many seconds and takes the best found.
-    """
-
-    max_psnr_drop: float
-    max_worst_drop: float | None = None
-    target: Target = Target.OPENVINO
-    time_budget_s: float = 600.0
-
-    def __post_init__(self) -> None:
-        for name, value in (("--max-psnr-drop", self.max_psnr_drop), ("--max-worst-drop", self.max_worst_drop)):
-            if value is not None and not value > 0:
-                raise UsageError(f"{name} {value}", expected="a positive number of decibels")
-        if not self.time_budget_s > 0:
-            raise UsageError(f"--time-budget {self.time_budget_s}", expected="a positive number of seconds")
-
-    def is_satisfied_by(self, quality: GraphQuality) -> bool:
-        """Return True if a quality keeps the bound."""
-        worst = quality.worst_drop_db
-        worst_kept = self.max_worst_drop is None or (worst is not None and worst <= self.max_worst_drop)
-        return quality.drop_db <= self.max_psnr_drop and worst_kept
-
-    def bound(self) -> str:
-        """Return the bound as a phrase."""
-        worst = "" if self.max_worst_drop is None else f", at most {self.max_worst_drop:g} dB on the worst image"
-        return f"at most {self.max_psnr_drop:g} dB lost on average{worst}"
-
-
-@dataclass(frozen=True)
-class Point:
-    """One measured graph.
-
-    Attributes:
-        changes: what was changed.
-        macs: multiply-adds per LR pixel.
-        quality: on the images kept aside.
-    """
-
-    changes: tuple[Change, ...]
-    macs: float
-    quality: GraphQuality
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the point as JSON values."""
-        return {"layers": len(self.changes), "macs_per_pixel": round(self.macs, 1), **self.quality.to_json()}
-
-
-@dataclass(frozen=True)
-class CompressResult:
-    """What was written and what is known about it.
-
-    Attributes:
-        output: the ONNX file.
-        changes: the changed layers.
-        macs_before, macs_after: multiply-adds per LR pixel.
-        quality: of the written graph, on images kept aside.
-        points: all graphs that were measured.
-        latency_ms: of the graph and of the original on the target's engine, the first held-out image, interleaved; None
-            where it does not run here.
-        errors: predicted share of each change in the output's error power.
-        notes: what a user should know.
-    """
-
-    output: Path
-    changes: tuple[Change, ...]
-    macs_before: float
-    macs_after: float
-    quality: GraphQuality
-    points: tuple[Point, ...]
-    latency_ms: tuple[float, float] | None = None
-    errors: Mapping[str, float] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Return everything as JSON values."""
-        return {
-            "output": str(self.output),
-            "macs_per_pixel": {"before": round(self.macs_before, 1), "after": round(self.macs_after, 1)},
-            "fewer_macs": round(self.macs_before / self.macs_after, 3),
-            "quality": self.quality.to_json(),
-            "layers": [
-                {
-                    "layer": change.layer,
-                    "kind": change.form,
-                    "rank": change.rank,
-                    "reader": change.reader,
-                    "error_share": round(self.errors.get(change.key, 0.0), 4),
-                }
-                for change in self.changes
-            ],
-            "pareto": [point.to_json() for point in self.points],
-            "latency_ms": dict(zip(("compressed", "original"), self.latency_ms, strict=True))
-            if self.latency_ms
-            else None,
-            "notes": list(self.notes),
-        }
 
 
 def compress(
@@ -196,7 +93,7 @@ def compress(
         if open_engine is not None:
             point, model, latency = search.undo_what_is_not_faster(point, model, open_engine)
         contract = _described(source.contract, point, source.sha256, calibration, search)
-        _write_contract(model, contract)
+        set_contract(model, contract)
         data = model.SerializeToString()
         file.write_bytes(data)
         result = CompressResult(
@@ -260,7 +157,7 @@ class _Search:
         best: Point | None = None
         with self._progress.task("searching the bound", total=TRIALS) as advance:
             for _ in range(TRIALS):
-                point = self._measure(self._choose(budget), refitted=False)
+                point = self._measure(self._choose(budget))
                 kept = self._options.is_satisfied_by(point.quality)
                 advance(note=self._label(point))
                 if kept:
@@ -412,8 +309,8 @@ class _Search:
     def _build(self, changes: Sequence[Change]) -> onnx.ModelProto:
         return apply_changes(self._graph, changes, self._moments)
 
-    def _measure(self, changes: Sequence[Change], *, refitted: bool) -> Point:
-        return self._measured(self._recalibrated(changes) if refitted else self._build(changes), changes)
+    def _measure(self, changes: Sequence[Change]) -> Point:
+        return self._measured(self._build(changes), changes)
 
     def _measured(self, model: onnx.ModelProto, changes: Sequence[Change]) -> Point:
         macs = sum(layer.macs for layer in Graph(model).layers)
@@ -500,11 +397,3 @@ def _described(
         macs_per_pixel=contract.macs_per_pixel * point.macs / search.macs_before,
         provenance=dict(contract.provenance) | {"compression": compression},
     )
-
-
-def _write_contract(model: onnx.ModelProto, contract: ModelContract) -> None:
-    others = {entry.key: entry.value for entry in model.metadata_props if not entry.key.startswith("srdeploy.")}
-    del model.metadata_props[:]
-    for key, value in (others | contract.to_metadata()).items():
-        entry = model.metadata_props.add()
-        entry.key, entry.value = key, value

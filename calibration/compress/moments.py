@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from srdeploy.calibration.compress.factors import Array
 from srdeploy.calibration.observe import run_outputs
+from srdeploy.calibration.windows import random_places, windows_at
 from srdeploy.core.contract import INPUT
 from srdeploy.core.onnx_graph import Graph, Layer
 
@@ -67,7 +68,11 @@ def collect_moments(
         changed = maps if others is None else next(others)
         for layer in layers:
             pair = [batch if layer.input == INPUT else found[layer.input] for found in (maps, changed)]
-            x, z = _windows(original, layer, pair[0][0], pair[1][0], random)
+            height, width = original.initializers[layer.weight].dims[2:]
+            kernel = (1, 1) if is_channelwise(original, layer) else (height, width)
+            places = random_places(pair[0][0], kernel, WINDOWS, random)
+            x = windows_at(pair[0][0], kernel, places)
+            z = x if others is None else windows_at(pair[1][0], kernel, places)
             sums.setdefault(layer.name, _Sums.for_first(x, z)).add(x, z)
     return {name: entry.moments() for name, entry in sums.items()}
 
@@ -116,22 +121,3 @@ def _maps(
     model: onnx.ModelProto, tensors: Sequence[str], batches: Sequence[NDArray[np.float32]]
 ) -> Iterator[Mapping[str, NDArray[np.float32]]]:
     return run_outputs(model, tensors, batches) if tensors else iter([{}] * len(batches))
-
-
-def _windows(
-    graph: Graph, layer: Layer, x: NDArray[np.float32], z: NDArray[np.float32], random: np.random.Generator
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return windows of two maps (C, H, W) at the same random places, (n, C * kh * kw) each; see `is_channelwise`."""
-    height, width = (1, 1) if is_channelwise(graph, layer) else graph.initializers[layer.weight].dims[2:]
-    rows, columns = max(1, x.shape[1] - height + 1), max(1, x.shape[2] - width + 1)
-    places = random.choice(rows * columns, min(WINDOWS, rows * columns), replace=False)
-    row, column = places // columns, places % columns
-
-    def taken(values: NDArray[np.float32]) -> NDArray[np.float32]:
-        short = [max(0, size - side) for size, side in zip((height, width), values.shape[1:], strict=True)]
-        values = np.pad(values, ((0, 0), (0, short[0]), (0, short[1])))
-        taps = [values[:, row + y, column + x] for y in range(height) for x in range(width)]
-        return np.stack(taps, axis=1).reshape(-1, places.size).T
-
-    first = taken(x)
-    return first, first if z is x else taken(z)

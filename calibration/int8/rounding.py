@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srdeploy.calibration.observe import run_outputs
+from srdeploy.calibration.windows import random_places, windows_at
 from srdeploy.core.contract import INPUT
 from srdeploy.core.onnx_graph import Graph, Layer
 from srdeploy.core.progress import SILENT, Progress
@@ -93,7 +94,9 @@ def collect_covariances(
             for batch, maps in zip(batches, _maps(graph, tensors, batches), strict=True):
                 for layer in members:
                     values = batch if layer.input == INPUT else maps[layer.input]
-                    windows = _windows(graph, layer, values[0], random)
+                    height, width = graph.initializers[layer.weight].dims[2:]
+                    places = random_places(values[0], (height, width), WINDOWS, random)
+                    windows = windows_at(values[0], (height, width), places)
                     parts = [windows[:, start:end] for start, end in _bounds(graph, layer)]
                     entries = moments.setdefault(layer.name, [_Moments.of(part) for part in parts])
                     for entry, part in zip(entries, parts, strict=True):
@@ -208,17 +211,3 @@ def _maps(
     graph: Graph, tensors: Sequence[str], batches: Iterable[NDArray[np.float32]]
 ) -> Iterator[Mapping[str, NDArray[np.float32]]]:
     return run_outputs(graph.model, tensors, batches) if tensors else ({} for _ in batches)
-
-
-def _windows(
-    graph: Graph, layer: Layer, values: NDArray[np.float32], random: np.random.Generator
-) -> NDArray[np.float32]:
-    """Return windows of a map (C, H, W) at random places, (n, C * kh * kw); a small map is padded with zeros."""
-    height, width = graph.initializers[layer.weight].dims[2:]
-    short = [max(0, size - side) for size, side in zip((height, width), values.shape[1:], strict=True)]
-    values = np.pad(values, ((0, 0), (0, short[0]), (0, short[1])))
-    rows, columns = values.shape[1] - height + 1, values.shape[2] - width + 1
-    places = random.choice(rows * columns, min(WINDOWS, rows * columns), replace=False)
-    row, column = places // columns, places % columns
-    taps = [values[:, row + y, column + x] for y in range(height) for x in range(width)]
-    return np.stack(taps, axis=1).reshape(-1, places.size).T

@@ -10,10 +10,11 @@ import pytest
 from onnx import numpy_helper
 
 from srdeploy.calibration.compress import compress as module
-from srdeploy.calibration.compress.compress import CompressOptions, compress
+from srdeploy.calibration.compress.compress import compress
 from srdeploy.calibration.compress.layers import Change, candidates, readers
 from srdeploy.calibration.compress.moments import collect_moments
 from srdeploy.calibration.compress.rebuild import apply_changes
+from srdeploy.calibration.compress.result import CompressOptions
 from srdeploy.calibration.images.dataset import CalibrationSet
 from srdeploy.calibration.options import QuantizeOptions
 from srdeploy.calibration.quantize import quantize

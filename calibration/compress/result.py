@@ -1,0 +1,116 @@
+"""What a user decides about compression, and what is known about its result."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from srdeploy.calibration.compress.layers import Change
+from srdeploy.calibration.search.evaluate import GraphQuality
+from srdeploy.core.errors import UsageError
+from srdeploy.core.precision import Target
+
+
+@dataclass(frozen=True)
+class CompressOptions:
+    """What a user decides about compression.
+
+    Attributes:
+        max_psnr_drop: bound in dB on the mean loss of Y PSNR on images kept aside.
+        max_worst_drop: bound in dB on the loss of the worst image; None for no bound.
+        target: the engine family that ranks are rounded for.
+        time_budget_s: the search stops trying after so many seconds and takes the best found.
+    """
+
+    max_psnr_drop: float
+    max_worst_drop: float | None = None
+    target: Target = Target.OPENVINO
+    time_budget_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("--max-psnr-drop", self.max_psnr_drop), ("--max-worst-drop", self.max_worst_drop)):
+            if value is not None and not value > 0:
+                raise UsageError(f"{name} {value}", expected="a positive number of decibels")
+        if not self.time_budget_s > 0:
+            raise UsageError(f"--time-budget {self.time_budget_s}", expected="a positive number of seconds")
+
+    def is_satisfied_by(self, quality: GraphQuality) -> bool:
+        """Return True if a quality keeps the bound."""
+        worst = quality.worst_drop_db
+        worst_kept = self.max_worst_drop is None or (worst is not None and worst <= self.max_worst_drop)
+        return quality.drop_db <= self.max_psnr_drop and worst_kept
+
+    def bound(self) -> str:
+        """Return the bound as a phrase."""
+        worst = "" if self.max_worst_drop is None else f", at most {self.max_worst_drop:g} dB on the worst image"
+        return f"at most {self.max_psnr_drop:g} dB lost on average{worst}"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measured graph.
+
+    Attributes:
+        changes: what was changed.
+        macs: multiply-adds per LR pixel.
+        quality: on the images kept aside.
+    """
+
+    changes: tuple[Change, ...]
+    macs: float
+    quality: GraphQuality
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the point as JSON values."""
+        return {"layers": len(self.changes), "macs_per_pixel": round(self.macs, 1), **self.quality.to_json()}
+
+
+@dataclass(frozen=True)
+class CompressResult:
+    """What was written and what is known about it.
+
+    Attributes:
+        output: the ONNX file.
+        changes: the changed layers.
+        macs_before, macs_after: multiply-adds per LR pixel.
+        quality: of the written graph, on images kept aside.
+        points: all graphs that were measured.
+        latency_ms: of the graph and of the original on the target's engine, the first held-out image, interleaved; None
+            where it does not run here.
+        errors: predicted share of each change in the output's error power.
+        notes: what a user should know.
+    """
+
+    output: Path
+    changes: tuple[Change, ...]
+    macs_before: float
+    macs_after: float
+    quality: GraphQuality
+    points: tuple[Point, ...]
+    latency_ms: tuple[float, float] | None = None
+    errors: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return {
+            "output": str(self.output),
+            "macs_per_pixel": {"before": round(self.macs_before, 1), "after": round(self.macs_after, 1)},
+            "fewer_macs": round(self.macs_before / self.macs_after, 3),
+            "quality": self.quality.to_json(),
+            "layers": [
+                {
+                    "layer": change.layer,
+                    "kind": change.form,
+                    "rank": change.rank,
+                    "reader": change.reader,
+                    "error_share": round(self.errors.get(change.key, 0.0), 4),
+                }
+                for change in self.changes
+            ],
+            "pareto": [point.to_json() for point in self.points],
+            "latency_ms": dict(zip(("compressed", "original"), self.latency_ms, strict=True))
+            if self.latency_ms
+            else None,
+            "notes": list(self.notes),
+        }
