@@ -57,8 +57,8 @@ test-gpu:  ## run the GPU tests on the NVIDIA GPU of this machine; an engine fam
 bench-gpu:  ## measure engines and baselines on the NVIDIA GPU of this machine; writes benchmarks/results/
 	$(BIN)/python benchmarks/gpu.py $(BENCH_ARGS)
 
-gpu-breakages: $(VENV)/test.stamp  ## break the GPU runner on purpose, in memory: the GPU tests must notice (many minutes)
-	$(BIN)/python tests/gpu_simulator/breakages.py
+gpu-breakages: $(VENV)/test.stamp  ## break the GPU runner on purpose, in memory: its tests must notice (part of make test)
+	$(PYTEST) -v tests/gpu/test_gpu_breakages.py
 
 clean:  ## remove the environment and everything made by these targets
 	rm -rf $(VENV) build dist *.egg-info demo-output test-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

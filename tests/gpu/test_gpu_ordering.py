@@ -100,6 +100,19 @@ def test_memory_of_a_freed_input_is_not_reused_too_soon(runner: TensorRtRunner, 
     assert_same(result.cpu().numpy(), expected(picture))
 
 
+def test_a_new_plan_in_memory_that_the_callers_stream_still_writes_to(
+    runner: TensorRtRunner, expected: Expected
+) -> None:
+    for index in range(6):
+        picture = image(1, 3, 16 + 8 * index, 24, seed=index)
+        stale = torch.empty(picture.shape, device="cuda")
+        torch.cuda._sleep(20_000_000)
+        for _ in range(8):
+            stale.fill_(0.5)
+        del stale  # the plan's input may be in this memory now
+        assert_same(run_image(runner, picture), expected(picture))
+
+
 def test_a_stream_of_images_of_one_shape(runner: TensorRtRunner, expected: Expected) -> None:
     pictures = [image(1, 3, 48, 64, seed=seed) for seed in range(4 * CAPTURE_AFTER)]
 
@@ -117,10 +130,21 @@ def test_a_stream_of_images_of_many_shapes(runner: TensorRtRunner, expected: Exp
         assert_same(answer, expected(picture))
 
 
+def test_a_stream_of_images_that_is_abandoned_disturbs_no_later_one(runner: TensorRtRunner, expected: Expected) -> None:
+    pictures = [image(1, 3, 48, 64, seed=seed) for seed in range(3)]
+    abandoned = runner.run_many(image(1, 3, 48, 64, seed=9) for _ in range(4))
+    next(abandoned)
+    abandoned.close()  # type: ignore[attr-defined]  # a generator
+
+    for picture, answer in zip(pictures, runner.run_many(pictures), strict=True):
+        assert_same(answer, expected(picture))
+
+
 def test_plans_are_evicted_while_their_work_is_queued(runner: TensorRtRunner, expected: Expected) -> None:
     pictures = [image(1, 3, 16 + 8 * index, 24, seed=index) for index in range(2 * MAX_PLANS)]
+    on_gpu = [torch.from_numpy(picture).cuda() for picture in pictures]  # before: these copies wait for the stream
 
-    results = [runner.run_tensors({"input": torch.from_numpy(picture).cuda()})["output"] for picture in pictures]
+    results = [runner.run_tensors({"input": tensor})["output"] for tensor in on_gpu]
 
     for picture, result in zip(pictures, results, strict=True):
         assert_same(result.cpu().numpy(), expected(picture))

@@ -1,170 +1,230 @@
-"""Deliberate breakages of the TensorRT runner: a good suite fails for each. Not part of the tests.
+"""Deliberate breakages of the TensorRT runner, for the test that each of them makes a test of the runner fail.
 
-    python tests/gpu_simulator/breakages.py [NAME ...]
-
-For every breakage the GPU tests run on the simulated GPU with a changed text of one source file, in memory: no file is
-changed. Prints which test catches it, and under which schedule; the exit status is 1 when one passes all tests.
+A breakage is another text of one place in the source. `broken` compiles the changed source and puts the code of its
+functions in place of the present one: in memory, in this process, and only inside the block.
 """
 
-import os
-import re
-import subprocess
-import sys
-import tempfile
-import time
+import contextlib
+import importlib
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).parents[2]
 RUNNER = "srdeploy.runtime.engines.tensorrt.runner"
 TIMER = "srdeploy.runtime.engines.timer"
-TESTS = ("tests/gpu/test_gpu_ordering.py", "tests/gpu/test_gpu_engines.py")
 
-BREAKAGES: dict[str, tuple[str, str, str]] = {
-    # name -> (module, text, what it becomes)
-    "computation does not wait for the upload": (RUNNER, "self.stream.wait_event(plan.loaded)", "pass"),
-    "computation does not wait for the download": (RUNNER, "self.stream.wait_event(plan.fetched)", "pass"),
-    "pinned buffer overwritten while it is read": (RUNNER, "self.copies.synchronize()  # the pinned", "pass  # "),
-    "input overwritten while it is computed on": (RUNNER, "self.copies.wait_event(self.computed)", "pass"),
-    "run_tensors does not wait for the caller": (RUNNER, "            self.stream.wait_stream(caller)\n", ""),
-    "caller does not wait for run_tensors": (RUNNER, "            caller.wait_stream(self.stream)\n", ""),
-    "download does not wait for the computation": (RUNNER, "        self.copies.wait_stream(stream)\n", ""),
-    "run returns the pinned buffer itself": (RUNNER, "host_output.numpy().copy()}", "host_output.numpy()}"),
-    "run_many yields the pinned buffer itself": (
-        RUNNER,
+
+@dataclass(frozen=True)
+class Breakage:
+    """A breakage of one source file.
+
+    Attributes:
+        name: what goes wrong.
+        test: a test of `test_gpu_ordering` or `test_gpu_engines` that notices it.
+        old: text in the source.
+        new: what it becomes.
+        module: whose source it is.
+    """
+
+    name: str
+    test: str
+    old: str
+    new: str
+    module: str = RUNNER
+
+
+BREAKAGES = (
+    Breakage(
+        "computation does not wait for the upload",
+        "test_plans_alternate_before_and_after_their_capture",
+        "self.stream.wait_event(plan.loaded)",
+        "pass",
+    ),
+    Breakage(
+        "pinned buffers overwritten while they are copied",
+        "test_a_stream_of_images_that_is_abandoned_disturbs_no_later_one",
+        "self.copies.synchronize()  # the pinned",
+        "pass  # ",
+    ),
+    Breakage(
+        "input overwritten while it is computed on",
+        "test_tensors_and_arrays_take_turns",
+        "self.copies.wait_event(self.computed)",
+        "pass",
+    ),
+    Breakage(
+        "run_tensors does not wait for the caller",
+        "test_work_is_ordered_after_the_callers_stream",
+        "            self.stream.wait_stream(caller)\n",
+        "",
+    ),
+    Breakage(
+        "caller does not wait for run_tensors",
+        "test_tensors_at_other_addresses_every_time",
+        "            caller.wait_stream(self.stream)\n",
+        "",
+    ),
+    Breakage(
+        "download does not wait for the computation",
+        "test_plans_alternate_before_and_after_their_capture",
+        "        self.copies.wait_stream(stream)\n",
+        "",
+    ),
+    Breakage(
+        "run returns the pinned buffer itself",
+        "test_the_ways_to_run_do_not_write_over_each_other",
+        "host_output.numpy().copy()}",
+        "host_output.numpy()}",
+    ),
+    Breakage(
+        "run_many yields the pinned buffer itself",
+        "test_a_stream_of_images_of_one_shape",
         "                yield waiting[0].host_output.numpy().copy()",
         "                yield waiting[0].host_output.numpy()",
     ),
-    "one slot for run_many": (RUNNER, "slot=1 + turn % 2", "slot=1"),
-    "no device memory set": (RUNNER, "context.set_device_memory(memory.data_ptr(), memory.numel())", "pass"),
-    "device memory arguments swapped": (
-        RUNNER,
+    Breakage("one slot for run_many", "test_a_stream_of_images_of_one_shape", "slot=1 + turn % 2", "slot=1"),
+    Breakage(
+        "no device memory set",
+        "test_plans_alternate_before_and_after_their_capture",
+        "context.set_device_memory(memory.data_ptr(), memory.numel())",
+        "pass",
+    ),
+    Breakage(
+        "device memory arguments swapped",
+        "test_plans_alternate_before_and_after_their_capture",
         "set_device_memory(memory.data_ptr(), memory.numel())",
         "set_device_memory(memory.numel(), memory.data_ptr())",
     ),
-    "half of the device memory": (RUNNER, "torch.empty(max(needed, 1)", "torch.empty(max(needed // 2, 1)"),
-    "captured before the first run": (
-        RUNNER,
+    Breakage(
+        "half of the device memory",
+        "test_plans_alternate_before_and_after_their_capture",
+        "torch.empty(max(needed, 1)",
+        "torch.empty(max(needed // 2, 1)",
+    ),
+    Breakage(
+        "captured before the first run",
+        "test_plans_alternate_before_and_after_their_capture",
         "        plan.uses += 1\n",
         "        plan.uses += 1\n"
         "        if self.capturing and plan.uses == 1:\n"
         "            self._capture(plan)\n"
         "            return self._compute(plan)\n",
     ),
-    "graph of the caller's buffer": (
-        RUNNER,
+    Breakage(
+        "graph of the caller's buffer",
+        "test_tensors_at_other_addresses_every_time",
         "plan.input.copy_(image, non_blocking=True)",
         "plan.context.set_tensor_address(self._engine.inputs[0].name, image.data_ptr())",
     ),
-    "plan of another shape": (RUNNER, "key = (slot, *shape)", "key = (slot, *shape[:2], shape[3])"),
-    "contexts shared by threads": (
-        RUNNER,
+    Breakage(
+        "plan of another shape",
+        "test_plans_alternate_before_and_after_their_capture",
+        "key = (slot, *shape)",
+        "key = (slot, *shape[:2], shape[3])",
+    ),
+    Breakage(
+        "contexts shared by threads",
+        "test_threads_compute_at_the_same_time",
         'lane = getattr(self._local, "lane", None)',
         "lane = self._lanes[0][1] if self._lanes else None",
     ),
-    "inference mode reaches the buffers": (
-        RUNNER,
+    Breakage(
+        "inference mode reaches the buffers",
+        "test_the_callers_inference_mode_and_gradients_stay_outside",
         "with torch.cuda.device(self._device), torch.inference_mode(False):",
         "with torch.cuda.device(self._device):",
     ),
-    "time read before the end": (TIMER, "            end.synchronize()\n", ""),
-    "evicted plans not waited for": (
-        RUNNER,
+    Breakage("time read before the end", "test_compute_time_is_the_gpus", "            end.synchronize()\n", "", TIMER),
+    Breakage(
+        "evicted plans not waited for",
+        "test_plans_are_evicted_while_their_work_is_queued",
         "        self.stream.synchronize()\n        _, oldest",
         "        _, oldest",
     ),
-    "no record_stream": (RUNNER, "            image.record_stream(self.stream)\n", ""),
-    "lanes of ended threads kept": (RUNNER, "ended[1].close()  # a program", "continue  # a program"),
-    "engine freed before contexts": (
-        RUNNER,
+    Breakage(
+        "no record_stream",
+        "test_memory_of_a_freed_input_is_not_reused_too_soon",
+        "            image.record_stream(self.stream)\n",
+        "",
+    ),
+    Breakage(
+        "lanes of ended threads kept",
+        "test_threads_that_have_ended_give_their_memory_back",
+        "ended[1].close()  # a program",
+        "continue  # a program",
+    ),
+    Breakage(
+        "engine freed before contexts",
+        "test_work_that_is_queued_when_the_runner_closes_is_finished",
         "            for _, lane in self._lanes:\n                lane.close()\n",
         "",
     ),
-    # Those above are the ones that the suite was made for; those below came with later forms of the runner.
-    "run_tensors returns the plan's buffer": (RUNNER, "        return result\n", "        return plan.output\n"),
-    "one context for all plans of a lane": (
-        RUNNER,
+    Breakage(
+        "run_tensors returns the plan's buffer",
+        "test_tensors_at_other_addresses_every_time",
+        "        return result\n",
+        "        return plan.output\n",
+    ),
+    Breakage(
+        "one context for all plans of a lane",
+        "test_plans_alternate_before_and_after_their_capture",
         "context = self._cuda_engine.create_execution_context(runtime_config)",
         'context = getattr(self, "_one", None) or self._cuda_engine.create_execution_context(runtime_config)\n'
         "        self._one = context",
     ),
-    "a plan reads memory that the caller's stream still uses": (
-        RUNNER,
+    Breakage(
+        "a plan uses memory that the caller's stream still uses",
+        "test_a_new_plan_in_memory_that_the_callers_stream_still_writes_to",
         "                self.stream.wait_stream(torch.cuda.current_stream(self._device))\n",
         "",
     ),
-    "memory size asked for before the shape": (
-        RUNNER,
+    Breakage(
+        "memory size asked for before the shape",
+        "test_plans_alternate_before_and_after_their_capture",
         "if not context.set_input_shape(self._engine.inputs[0].name, shape):",
         "context.update_device_memory_size_for_shapes()\n"
         "        if not context.set_input_shape(self._engine.inputs[0].name, shape):",
     ),
-    "engine runs while another device is current": (
-        RUNNER,
+    Breakage(
+        "engine runs while another device is current",
+        "test_the_caller_may_have_another_device_current",
         '        """Enqueue one inference from the plan\'s input to its output on the private stream."""\n'
         "        with torch.cuda.device(self._device):",
+        '        """Enqueue one inference from the plan\'s input to its output on the private stream."""\n'
         "        if True:",
     ),
-}
-
-_HOOK = """
-import importlib.machinery, sys
-MODULE, OLD, NEW = {module!r}, {old!r}, {new!r}
-
-class Broken(importlib.machinery.SourceFileLoader):
-    def get_data(self, path):
-        data = super().get_data(path)
-        if path.endswith(".py"):
-            text = data.decode()
-            assert OLD in text, "the breakage does not fit the source any more"
-            data = text.replace(OLD, NEW).encode()
-        return data
-    def path_stats(self, path):
-        raise OSError  # no cached bytecode
-
-class Finder:
-    def find_spec(self, name, path=None, target=None):
-        if name != MODULE:
-            return None
-        for finder in sys.meta_path:
-            if finder is not self and (found := finder.find_spec(name, path, target)):
-                found.loader = Broken(found.loader.name, found.loader.path)
-                return found
-
-sys.meta_path.insert(0, Finder())
-"""
+)
 
 
-def main() -> int:
-    names = sys.argv[1:] or list(BREAKAGES)
-    missed, started = [], time.monotonic()
-    for name in names:
-        found = caught_by(*BREAKAGES[name])
-        print(f"{'caught' if found else 'MISSED'}  {name}{': ' + found if found else ''}", flush=True)
-        if not found:
-            missed.append(name)
-    print(f"{len(names) - len(missed)} of {len(names)} caught in {time.monotonic() - started:.0f} s")
-    return 1 if missed else 0
+@contextlib.contextmanager
+def broken(breakage: Breakage) -> Iterator[None]:
+    """Run the block with the code of the changed source."""
+    module = importlib.import_module(breakage.module)
+    text = Path(str(module.__file__)).read_text(encoding="utf-8")
+    if breakage.old not in text:
+        raise LookupError(f"the breakage {breakage.name!r} does not fit the source any more")
+    changed = types.ModuleType(breakage.module)
+    source = text.replace(breakage.old, breakage.new)
+    exec(compile(source, str(module.__file__), "exec"), vars(changed))  # noqa: S102
+    found = _functions(changed)
+    before = {name: function.__code__ for name, function in _functions(module).items()}
+    try:
+        for name, function in _functions(module).items():
+            function.__code__ = found[name].__code__
+        yield
+    finally:
+        for name, function in _functions(module).items():
+            function.__code__ = before[name]
 
 
-def caught_by(module: str, old: str, new: str) -> str | None:
-    """Return the first test that fails, None when all pass."""
-    with tempfile.TemporaryDirectory() as folder:
-        hook = _HOOK.format(module=module, old=old, new=new)
-        (Path(folder) / "sitecustomize.py").write_text(hook, encoding="utf-8")
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--show-capture=no", *TESTS]
-        done = subprocess.run(
-            [*command, "-k", "not rtx and not onnxruntime and not process and not baseline"],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    if done.returncode == 0:
-        return None
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+::\S+)", done.stdout, re.MULTILINE)
-    return failed[1].rpartition("::")[2] if failed else f"no test ran: {done.stdout[-300:]} {done.stderr[-300:]}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _functions(module: types.ModuleType) -> dict[str, Any]:
+    """Return the functions, methods and properties that a module defines, by qualified name."""
+    found = {}
+    for place in (module, *(kind for kind in vars(module).values() if isinstance(kind, type))):
+        for value in vars(place).values():
+            function = value.fget if isinstance(value, property) else value
+            if isinstance(function, types.FunctionType) and function.__module__ == module.__name__:
+                found[function.__qualname__] = function
+    return found

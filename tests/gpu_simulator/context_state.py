@@ -3,7 +3,6 @@
 Failures that TensorRT documents come as False or -1 with a line in the log; what it leaves undefined is a violation.
 """
 
-import contextlib
 import ctypes
 import threading
 import time
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_simulator.cuda import Simulator, ViolationError, Work
+from gpu_simulator.cuda import Simulator, Work
 from gpu_simulator.engine_file import EngineFile
 from gpu_simulator.states import API_USAGE, Part, error
 
@@ -258,14 +257,6 @@ class ContextState(Part):
         return False
 
     def released(self) -> None:
-        kind = type(self.logger)
-        if kind.__module__ not in ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings.tensorrt_rtx"):
-            # Raised from a destructor it would only be printed: recorded, it fails the test.
-            with contextlib.suppress(ViolationError):
-                self.simulator.rule(
-                    "python-logger",
-                    "a context was freed under a logger written in Python: a helper thread that logs would hang it",
-                )
         with self.simulator.lock:
             queued = [work.run for stream in self.simulator.all_streams() for work in stream.queue if work.run]
             if any(self in _cells(run) for run in queued):
@@ -273,6 +264,12 @@ class ContextState(Part):
         self.gone = True
         if self._own is not None:
             self.simulator.release(self._own)
+        kind = type(self.logger)
+        if kind.__module__ not in ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings.tensorrt_rtx"):
+            self.simulator.rule(
+                "python-logger",
+                "a context was freed under a logger written in Python: a helper thread that logs would hang it",
+            )
 
 
 def _cells(function: Any) -> list[Any]:

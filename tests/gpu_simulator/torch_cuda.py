@@ -476,11 +476,14 @@ def _copy_(self: Any, source: Any, non_blocking: bool = False) -> Any:
     stream = _current_stream(where).native
     host = source if to_gpu else self
     pinned = (to_gpu and from_gpu) or machine.is_pinned(_address(host))
-    target, origin = _raw(self), _raw(source)
+    target, origin = _later(self), _later(source)
+    unchanged = _unchanged(host) if pinned and to_gpu and not from_gpu and stream.capture is None else None
 
-    def run(target: torch.Tensor = target, origin: torch.Tensor = origin) -> None:
-        with _PLAIN(), torch.inference_mode(target.is_inference()):
-            _TENSOR["copy_"](target, origin)
+    def run() -> None:
+        if unchanged is not None and not unchanged():
+            raise machine.violation("pinned memory was written to before its copy to the GPU had run")
+        with _PLAIN(), torch.inference_mode(False):
+            _TENSOR["copy_"](target(), origin())
 
     if stream.capture is not None and not pinned:
         machine.refuse_while_capturing(stream)
@@ -488,6 +491,42 @@ def _copy_(self: Any, source: Any, non_blocking: bool = False) -> Any:
     if not pinned or not (non_blocking or (to_gpu and from_gpu)):
         stream.synchronize()
     return self
+
+
+def _later(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Return what gives queued work a tensor's memory.
+
+    GPU memory is known by its address alone: queued work does not keep a block from being handed out again. Host memory
+    is kept, as PyTorch keeps pinned memory until its copies have run.
+    """
+    raw = _raw(tensor)
+    if not isinstance(tensor, CudaTensor) or not raw.numel():
+        return lambda: raw
+    address, shape, strides, dtype = raw.data_ptr(), tuple(raw.shape), raw.stride(), raw.dtype
+    size = (sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) + 1) * raw.element_size()
+    device = machine.device_of(address)
+    assert device is not None
+
+    def view() -> torch.Tensor:
+        if not machine.on_device(address, size, device):
+            raise machine.violation("GPU memory was given back while queued work uses it")
+        buffer = (ctypes.c_ubyte * size).from_address(address)
+        return torch.as_strided(torch.frombuffer(buffer, dtype=dtype), shape, strides)
+
+    return view
+
+
+def _unchanged(host: torch.Tensor) -> Callable[[], bool]:
+    """Return what compares host memory with what it holds now."""
+    raw = _raw(host)
+    with _PLAIN():
+        before = raw.contiguous().view(torch.uint8).clone()
+
+    def same() -> bool:
+        with _PLAIN():
+            return torch.equal(raw.contiguous().view(torch.uint8), before)
+
+    return same
 
 
 def _raw(tensor: torch.Tensor) -> torch.Tensor:
@@ -556,9 +595,9 @@ def _contiguous(self: Any, memory_format: Any = torch.contiguous_format) -> Any:
 
 
 def _fill(self: Any, value: float = 0) -> Any:
-    raw = _raw(self)
+    memory = _later(self)
     stream = _current_stream(self.device).native
-    stream.push(Work("fill", lambda: raw.fill_(value), 0.002))
+    stream.push(Work("fill", lambda: memory().fill_(value), 0.002))
     return self
 
 

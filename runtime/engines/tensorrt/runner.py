@@ -229,13 +229,12 @@ class _Plan:
         self.copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.loaded: torch.cuda.Event | None = None
         self.computed: torch.cuda.Event | None = None
-        self.fetched: torch.cuda.Event | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.uses = 0
 
     def load(self, image: NDArray[Any]) -> None:
         """Start the copy of a host array to the GPU on the copy stream."""
-        self.copies.synchronize()  # the pinned buffer is read until its last copy has ended
+        self.copies.synchronize()  # the pinned buffers, and the output, are in use until their last copies have ended
         if self.computed is not None:  # and the buffer on the GPU until its last computation has ended
             self.copies.wait_event(self.computed)
         self.host_input.numpy()[...] = image
@@ -249,9 +248,9 @@ class _Plan:
         self.copies.wait_stream(stream)
         with torch.cuda.stream(self.copies):
             self.host_output.copy_(self.output, non_blocking=True)
-            self.fetched = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self.fetched.record(self.copies)
-        return self.fetched
+            fetched = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            fetched.record(self.copies)
+        return fetched
 
     def close(self) -> None:
         """Free the graph before the context whose kernels it holds."""
@@ -324,9 +323,6 @@ class _Lane:
             if plan.loaded is not None:
                 self.stream.wait_event(plan.loaded)
                 plan.loaded = None
-            if plan.fetched is not None:  # an output must not be overwritten while it is copied to the host
-                self.stream.wait_event(plan.fetched)
-                plan.fetched = None
             self._compute(plan)
             plan.computed = torch.cuda.Event()  # type: ignore[no-untyped-call]
             plan.computed.record(self.stream)
