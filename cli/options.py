@@ -178,7 +178,8 @@ def _positional(options: Any) -> list[str]:
     for entry, declared in _declared(options):
         if _is_argument(declared):
             value = getattr(options, entry.name)
-            words += [_text(each, declared.type) for each in (value if declared.declarations else (value,))]
+            values = value if declared.declarations else (value,)
+            words += [_text(each, declared.type) for each in values if each is not None]
     return words
 
 

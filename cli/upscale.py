@@ -1,5 +1,7 @@
 """srdeploy upscale: images, folders and videos through an engine, an ONNX file or a bundle."""
 
+import contextlib
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -24,10 +26,12 @@ from srdeploy.cli.options import (
     option,
     verb,
 )
+from srdeploy.cli.upscale_status import show_status
 from srdeploy.core.errors import InputError, UsageError
 from srdeploy.core.precision import Precision
 
 if TYPE_CHECKING:
+    from srdeploy.upscale.folders import FolderReport
     from srdeploy.upscale.upscaler import Upscaler
 
 EXAMPLE = example(
@@ -35,6 +39,8 @@ EXAMPLE = example(
 srdeploy upscale rcan_x4.srd photo.png -o photo_x4.png
 srdeploy upscale model.int8.onnx photos/ -o photos_x4/ --engine openvino
 srdeploy upscale rcan_x2.srd clip.mp4 -o clip_x2.mp4 --quality 16
+srdeploy upscale rcan_x4.srd photos/ -o photos_x4/ --shard 0/8
+srdeploy upscale --status photos_x4/
 """
 )
 
@@ -43,8 +49,8 @@ srdeploy upscale rcan_x2.srd clip.mp4 -o clip_x2.mp4 --quality 16
 class UpscaleOptions:
     """What `srdeploy upscale` is given."""
 
-    model: Path = argument(type=ANY_PATH)
-    source: Path = argument(type=ANY_PATH)
+    model: Path | None = argument(type=ANY_PATH, default=None)
+    source: Path | None = argument(type=ANY_PATH, default=None)
     engine: str | None = option(
         "--engine",
         default=None,
@@ -56,7 +62,9 @@ class UpscaleOptions:
         default=None,
         help="Take only engines of this precision from a bundle.",
     )
-    device: str = option("--device", default="auto", show_default=True, help=DEVICE)
+    device: str = option(
+        "--device", default="auto", show_default=True, help=f"{DEVICE} For folders also several: cuda:0,cuda:1."
+    )
     threads: int | None = option("--threads", type=POSITIVE, default=None, help=THREADS)
     memory: int | None = option(
         "--memory",
@@ -108,7 +116,27 @@ class UpscaleOptions:
     progressive: bool = option(
         "--progressive", default=False, help="Videos: take frames that are marked as interlaced for whole ones."
     )
-    output: Path = option("-o", "--output", type=OUTPUT_PATH, help="Output file; a folder when SOURCE is one.")
+    shard: str | None = option(
+        "--shard",
+        default=None,
+        metavar="I/N",
+        help="Upscale part I (from 0) of N of a folder; run each part anywhere that shares the two folders.",
+    )
+    mixed_engines: bool = option(
+        "--mixed-engines",
+        default=False,
+        help="Allow several devices to run different engines or precisions of a bundle.",
+    )
+    output: Path | None = option(
+        "-o", "--output", type=OUTPUT_PATH, default=None, help="Output file; a folder when SOURCE is one."
+    )
+    status: Path | None = option(
+        "--status",
+        type=ANY_PATH,
+        default=None,
+        metavar="OUT",
+        help="Show what is done, failed and left of an output folder, and exit.",
+    )
     force: bool = option("--force", default=False, help=FORCE)
     as_json: bool = option("--json", default=False, help=JSON)
 
@@ -120,34 +148,98 @@ def command(options: UpscaleOptions) -> None:
     Sizes that do not fit the memory or the engine run in tiles. A tile that comes out as NaN, infinity or one color
     is run again in FP32 where the bundle (or --fallback) has it; else the command ends with exit code 6, no output.
     """
+    if options.status is not None:
+        show_status(options.status, as_json=options.as_json)
+        return
+    from srdeploy.upscale.folders import upscale_folder
+    from srdeploy.upscale.scale.shards import parse_shard
     from srdeploy.upscale.single_image import OutputOptions, refuse_same
 
-    source, output = options.source, options.output
+    model, source, output = _paths(options)
     if not source.exists():
         raise InputError(f"{source} does not exist", expected="an image, a folder of images or a video")
     refuse_same(source, output)
     written = OutputOptions(as_float=options.as_float, quality=options.quality, force=options.force)
     progress = RichProgress()
-    with _open(options) as up:
-        info = up.info
-        progress.note(f"{info.name} on {info.device}, {info.numeric_mode}; x{up.contract.scale}, {up.contract.colours}")
-        if source.is_dir():
-            _refuse("a folder of images", {"--codec": options.codec, "--progressive": options.progressive})
-            document = _folder(up, source, output, written, options.suffix, progress)
-        elif _is_video(source):
-            _refuse("a video", {"--float": options.as_float, "--format": options.suffix})
-            document = _video(up, options, progress)
+    kind = _kind(source)
+    _refuse(kind, _unfitting(kind, options))
+    devices = _devices(options.device)
+    shard = None if options.shard is None else parse_shard(options.shard)
+    suffix = _suffix(options)
+    with contextlib.ExitStack() as opened:
+        ups = [opened.enter_context(_open(options, model, device)) for device in devices]
+        up, info = ups[0], ups[0].info
+        where = ", ".join(each.info.device for each in ups)
+        progress.note(f"{info.name} on {where}, {info.numeric_mode}; x{up.contract.scale}, {up.contract.colours}")
+        if kind == "a folder of images":
+            report = upscale_folder(
+                ups,
+                source,
+                output,
+                written,
+                suffix=suffix,
+                shard=shard,
+                mixed_engines=options.mixed_engines,
+                progress=progress,
+            )
+            document = _folder(report, output, progress)
+        elif kind == "a video":
+            document = _video(up, options, source, output, progress)
         else:
-            video_only = {"--codec": options.codec, "--progressive": options.progressive}
-            _refuse("an image", {**video_only, "--format": options.suffix})
             document = _image(up, source, output, written, progress)
-        document = {"model": str(options.model), "engine": info.name, "versions": dict(info.versions), **document}
+        document = {"model": str(model), "engine": info.name, "versions": dict(info.versions), **document}
     failures = document.pop("failures", None)
     if options.as_json:
         emit_json(document)
     if failures is not None:
         failures.raise_failures()
-    next_command("srdeploy", "inspect", str(options.model))
+    if kind == "a folder of images":
+        next_command("srdeploy", "upscale", "--status", str(output))
+    else:
+        next_command("srdeploy", "inspect", str(model))
+
+
+def _paths(options: UpscaleOptions) -> tuple[Path, Path, Path]:
+    """Return model, source and output, which only --status needs not.
+
+    Raises:
+        UsageError: one of them is missing.
+    """
+    given = {"MODEL": options.model, "SOURCE": options.source, "-o": options.output}
+    missing = [name for name, value in given.items() if value is None]
+    if options.model is None or options.source is None or options.output is None:
+        raise UsageError(f"missing {' and '.join(missing)}", expected="srdeploy upscale MODEL SOURCE -o OUTPUT")
+    return options.model, options.source, options.output
+
+
+def _kind(source: Path) -> str:
+    if source.is_dir():
+        return "a folder of images"
+    return "a video" if _is_video(source) else "an image"
+
+
+def _unfitting(kind: str, options: UpscaleOptions) -> dict[str, Any]:
+    """Return the options that do not apply to this kind of input, with their values."""
+    of_videos = {"--codec": options.codec, "--progressive": options.progressive}
+    of_folders = {"--format": options.suffix, "--shard": options.shard, "--mixed-engines": options.mixed_engines}
+    several = {"--device with several names": "," in options.device}
+    return {
+        "a folder of images": of_videos,
+        "a video": {"--float": options.as_float, **of_folders, **several},
+        "an image": {**of_videos, **of_folders, **several},
+    }[kind]
+
+
+def _devices(text: str) -> list[str]:
+    """Return the names of --device.
+
+    Raises:
+        UsageError: several of which one is no GPU, or is named twice.
+    """
+    names = [name.strip() for name in text.split(",")]
+    if len(names) > 1 and (len(set(names)) < len(names) or not all(re.fullmatch(r"cuda:[0-9]+", n) for n in names)):
+        raise UsageError(f"--device {text}", expected="one name, or different GPUs such as cuda:0,cuda:1")
+    return names
 
 
 def _refuse(what: str, given: dict[str, Any]) -> None:
@@ -176,18 +268,8 @@ def _image(up: Any, source: Path, output: Path, written: Any, progress: RichProg
     return {"output": str(output), "seconds": round(seconds, 3), **report.to_json()}
 
 
-def _folder(
-    up: Any, source: Path, output: Path, written: Any, suffix: str | None, progress: RichProgress
-) -> dict[str, Any]:
-    from srdeploy.upscale.folders import upscale_folder
-    from srdeploy.upscale.image_writer import FORMATS
-
-    if suffix is not None and f".{suffix.lower().lstrip('.')}" not in FORMATS:
-        raise UsageError(f"--format {suffix}", expected=", ".join(name.lstrip(".") for name in FORMATS))
-    ending = None if suffix is None else "." + suffix.lower().lstrip(".")
-    if written.as_float:
-        ending = ending or ".tif"
-    report = upscale_folder(up, source, output, written, suffix=ending, progress=progress)
+def _folder(report: "FolderReport", output: Path, progress: RichProgress) -> dict[str, Any]:
+    """Print what happened to a folder, and return it as JSON values."""
     for name, error in report.failed.items():
         warning_line(f"{name}: {error}")
     repaired: dict[str, int] = {}
@@ -208,12 +290,22 @@ def _folder(
     return {"output": str(output), **report.to_json(), "failures": report}
 
 
-def _video(up: Any, given: UpscaleOptions, progress: RichProgress) -> dict[str, Any]:
+def _suffix(options: UpscaleOptions) -> str | None:
+    from srdeploy.upscale.image_writer import FORMATS
+
+    if options.suffix is None:
+        return ".tif" if options.as_float else None
+    suffix = "." + options.suffix.lower().lstrip(".")
+    if suffix not in FORMATS:
+        raise UsageError(f"--format {options.suffix}", expected=", ".join(name.lstrip(".") for name in FORMATS))
+    return suffix
+
+
+def _video(up: Any, given: UpscaleOptions, source: Path, output: Path, progress: RichProgress) -> dict[str, Any]:
     from srdeploy.upscale.video.job import VideoOptions, upscale_video
 
-    output = given.output
     options = VideoOptions(given.codec, given.quality, force=given.force, progressive=given.progressive)
-    report = upscale_video(up, given.source, output, options, progress=progress)
+    report = upscale_video(up, source, output, options, progress=progress)
     _warn_repaired(report.repaired)
     progress.note(
         f"{output}: {report.frames} frames in {report.seconds:.1f} s ({report.frames_per_second:.2f} a second)"
@@ -233,7 +325,7 @@ def _warn_repaired(repaired: dict[str, int]) -> None:
         warning_line(f"{count} tiles came out as {fault} and were run again on the FP32 fallback")
 
 
-def _open(options: UpscaleOptions) -> "Upscaler":
+def _open(options: UpscaleOptions, model: Path, device: str) -> "Upscaler":
     from srdeploy.upscale.budget import TileSettings
     from srdeploy.upscale.upscaler import Upscaler
 
@@ -245,11 +337,11 @@ def _open(options: UpscaleOptions) -> "Upscaler":
         memory_bytes=options.memory,
     )
     return Upscaler.open(
-        options.model,
+        model,
         settings,
         engine=options.engine,
         precision=options.precision,
-        device=options.device,
+        device=device,
         threads=options.threads,
         fallback=options.fallback,
         alpha=options.alpha,

@@ -1,12 +1,11 @@
 """A journal of long work: what is finished is recorded at once, so that an interrupted run resumes where it stopped.
 
 A journal is a file of JSON objects, one per line, that is only appended to. A line cut short by a kill is ignored.
-Several workers may share a journal: each appends to a file of its own, and all files are read.
+Several writers may share a journal: each appends to a file of its own, and all files are read.
 """
 
-import glob
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +16,32 @@ class Journal:
     """Facts about finished pieces, in the order in which they were recorded.
 
     Attributes:
-        entries: of all workers' files; the latest of a file comes last.
+        path: the file of this writer.
+        entries: of all files; the latest of a file comes last.
     """
 
-    def __init__(self, path: Path, *, worker: str = "") -> None:
+    def __init__(self, path: Path, *, others: Callable[[], Iterable[Path]] = tuple) -> None:
         """Read what earlier runs recorded; the folder is created if it is missing.
 
         Args:
-            path: the journal, for example `.srdeploy-upscale.jsonl`.
-            worker: name of this writer among several; its file is `.srdeploy-upscale.WORKER.jsonl`.
+            path: the file of this writer, for example `segments.jsonl`.
+            others: returns the files of the other writers; it is called again by `refresh`.
 
         Raises:
-            OutputError: the folder or the file cannot be read and written.
+            OutputError: the folder or a file cannot be read and written.
         """
-        self._path = path.with_name(f"{path.stem}.{worker}{path.suffix}") if worker else path
-        others = path.parent.glob(f"{glob.escape(path.stem)}.*{path.suffix}")
+        self.path = path
+        self.entries: list[dict[str, Any]] = []
+        self._others = others
+        self._read_bytes: dict[Path, int] = {}
         with output_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            texts = [_read(file) for file in (path, *sorted(others))]
-            if not _read(self._path).endswith("\n"):
+        self.refresh()
+        with output_errors(path):
+            own = self._read(path)
+            self.entries += _entries(own)
+            if own and not own.endswith(b"\n"):
                 self._write("")  # ends a line that was cut short, so that it does not spoil the next one
-        self.entries = [entry for text in texts for entry in _entries(text)]
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Record a fact.
@@ -45,33 +49,62 @@ class Journal:
         Raises:
             OutputError: the disk is full, or the file cannot be written.
         """
-        with output_errors(self._path):
+        with output_errors(self.path):
             self._write(json.dumps(entry, sort_keys=True))
         self.entries.append(dict(entry))
 
     def replace(self, entries: Iterable[Mapping[str, Any]]) -> None:
-        """Keep these entries alone in this worker's file.
+        """Keep these entries alone in this writer's file.
 
         Raises:
             OutputError: the disk is full, or the file cannot be written.
         """
         self.entries = [dict(entry) for entry in entries]
-        with atomic_file(self._path, force=True) as temporary:
+        with atomic_file(self.path, force=True) as temporary:
             lines = (json.dumps(entry, sort_keys=True) + "\n" for entry in self.entries)
             temporary.write_text("".join(lines), encoding="utf-8")
 
+    def refresh(self) -> list[dict[str, Any]]:
+        """Read what the other writers have added since, and return it.
+
+        Raises:
+            OutputError: a file cannot be read.
+        """
+        added: list[dict[str, Any]] = []
+        with output_errors(self.path):
+            for file in sorted(set(self._others()) - {self.path}):
+                text = self._read(file)
+                whole = text[: text.rfind(b"\n") + 1]  # the rest is being written, or was cut short
+                self._read_bytes[file] = self._read_bytes.get(file, 0) + len(whole)
+                added += _entries(whole)
+        self.entries += added
+        return added
+
     def _write(self, line: str) -> None:
-        with self._path.open("a", encoding="utf-8") as stream:
+        with self.path.open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 
+    def _read(self, path: Path) -> bytes:
+        try:
+            with path.open("rb") as stream:
+                stream.seek(self._read_bytes.get(path, 0))
+                return stream.read()
+        except FileNotFoundError:
+            return b""
 
-def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else "\n"
+
+def read_entries(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """Return the entries of journal files without writing to any.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    return [entry for path in sorted(paths) for entry in _entries(path.read_bytes())]
 
 
-def _entries(text: str) -> list[dict[str, Any]]:
+def _entries(text: bytes) -> list[dict[str, Any]]:
     found = []
-    for line in text.splitlines():
+    for line in text.decode("utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
         except ValueError:

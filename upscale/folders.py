@@ -3,12 +3,15 @@
 A journal in the output folder records each picture by content: the hash of the input, the identity of network and
 settings, and the hash of the output. A second run skips what is recorded and unchanged. A line is written before an
 output is renamed to its final name and another after, so a run killed at any moment leaves neither a half-written
-picture nor one of unknown origin.
+picture nor one of unknown origin. Several processes may work on one folder: each has a file of the journal to itself
+(`srdeploy.upscale.scale.folder_journal`), and one that makes a picture again replaces it by the same bytes.
 """
 
 import json
+import queue
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +19,15 @@ from typing import Any
 from numpy.typing import NDArray
 
 from srdeploy.core.artifact import atomic_file, refuse_existing, sha256_of_bytes, sha256_of_file
-from srdeploy.core.errors import InputError, OutputError, SrdeployError, UsageError
-from srdeploy.core.imaging.read import Picture, find_images, read_image, unread_files
-from srdeploy.core.journal import Journal
-from srdeploy.core.progress import SILENT, Progress
+from srdeploy.core.errors import CapabilityError, InputError, OutputError, SrdeployError
+from srdeploy.core.imaging.read import Picture, read_image, unread_files
+from srdeploy.core.progress import SILENT, Advance, Progress
 from srdeploy.upscale.image_report import ImageReport
-from srdeploy.upscale.image_writer import FORMATS, check_quality, write_image
+from srdeploy.upscale.image_writer import check_quality, write_image
 from srdeploy.upscale.read_compute_write import Pipeline
+from srdeploy.upscale.scale.folder_journal import FolderJournal, RunFacts
+from srdeploy.upscale.scale.shards import Shard
+from srdeploy.upscale.scale.targets import Target, find_targets
 from srdeploy.upscale.single_image import (
     OutputOptions,
     check_fits,
@@ -32,8 +37,6 @@ from srdeploy.upscale.single_image import (
     upscale_picture,
 )
 from srdeploy.upscale.upscaler import Upscaler
-
-JOURNAL = ".srdeploy-upscale.jsonl"
 
 
 @dataclass
@@ -82,9 +85,10 @@ class FolderReport:
 class _Item:
     """A picture in the pipeline: read, computed, or failed."""
 
+    target: Target
     source: Path
     output: Path
-    sha256: str
+    sha256: str = ""
     picture: Picture | None = None
     pixels: NDArray[Any] | None = None
     report: ImageReport | None = None
@@ -93,22 +97,26 @@ class _Item:
 
 
 def upscale_folder(
-    up: Upscaler,
+    up: Upscaler | Sequence[Upscaler],
     source: Path,
     output: Path,
     options: OutputOptions | None = None,
     *,
     suffix: str | None = None,
+    shard: Shard | None = None,
+    mixed_engines: bool = False,
     progress: Progress = SILENT,
 ) -> FolderReport:
     """Upscale every image below a folder into the same tree below another.
 
     Args:
-        up: the network.
+        up: the network; several of them, on a device each, share the work.
         source: folder of images.
         output: folder for the results, created if missing.
         options: how to write.
         suffix: format of all outputs (".png"); None keeps each input's, or .png if it cannot be written.
+        shard: the part of the folder to upscale; None for all.
+        mixed_engines: allow networks of several engines or precisions, whose results differ slightly.
         progress: receives the number of images.
 
     Returns:
@@ -116,50 +124,109 @@ def upscale_folder(
 
     Raises:
         InputError: there is no image.
-        UsageError: the output is inside the input.
+        UsageError: the output is inside the input, or another run with other settings writes into it now.
+        CapabilityError: several networks differ, and that is not allowed.
         OutputError: the disk is full or the folder cannot be written, which stops the run.
     """
     options = options or OutputOptions()
+    ups = [up] if isinstance(up, Upscaler) else list(up)
     refuse_same(source, output)
     check_quality(Path("each" + (suffix or ".jpg")), options.quality)
-    targets, collisions = _targets(source, output, suffix)
-    report = FolderReport(failed=collisions, unread=unread_files(source))
+    if not mixed_engines:
+        refuse_mixed_engines({each.info.device: each.identity for each in ups})
+    targets = find_targets(source, output, suffix, shard)
+    report = FolderReport(failed=dict(targets.collisions), unread=unread_files(source))
     started = time.monotonic()
-    with progress.task("upscaling images", total=len(targets)) as advance:
-        job = _FolderJob(up, source, options, _Outputs(output), report, advance)
-        Pipeline(read=job.read(targets), compute=job.compute, write=job.write, depth=2).run()
+    run = RunFacts(
+        key=folder_key(ups[0].identity, options),
+        source=str(source.resolve()),
+        suffix=suffix,
+        total=targets.total,
+        pictures=len(targets.items) + len(targets.collisions),
+        shard=None if shard is None else str(shard),
+        device=",".join(each.info.device for each in ups),
+        others=frozenset(folder_key(each.identity, options) for each in ups[1:]),
+    )
+    with (
+        FolderJournal(output, run) as journal,
+        progress.task("upscaling images", total=len(targets.items)) as advance,
+    ):
+        journal.remove_leftovers(target.output for target in targets.items)
+        upscale_targets(ups, source, targets.items, options, journal, report, advance)
+        for name, error in targets.collisions.items():  # no output is theirs
+            journal.failed("", source=name, error=str(error), exit_code=error.exit_code)
     report.seconds = time.monotonic() - started
     report.failed = dict(sorted(report.failed.items()))
     return report
 
 
-class _Outputs:
-    """The latest event about each output, from the journal in the output folder."""
+def folder_key(identity: str, options: OutputOptions) -> str:
+    """Return the hash of everything but the input that determines an output."""
+    return sha256_of_bytes(json.dumps([identity, options.as_float, options.quality]).encode())
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._journal = Journal(folder / JOURNAL)
-        self._latest = {entry["output"]: entry for entry in self._journal.entries if "output" in entry}
 
-    def add(self, output: Path, **facts: Any) -> None:
-        """Record an event about an output."""
-        entry = {"output": self._name(output), **facts}
-        self._journal.append(entry)
-        self._latest[entry["output"]] = entry
+def refuse_mixed_engines(identities: dict[str, str]) -> None:
+    """Refuse devices that run different engines: the same picture would differ with the device that makes it.
 
-    def of(self, output: Path) -> dict[str, Any]:
-        """Return the last event about an output, empty if there is none."""
-        return self._latest.get(self._name(output), {})
+    Args:
+        identities: of the opened networks (`Upscaler.identity`), by device.
 
-    def _name(self, output: Path) -> str:
-        return output.relative_to(self._folder).as_posix()
+    Raises:
+        CapabilityError: they differ.
+    """
+    (first, identity), *others = identities.items()
+    for device, other in others:
+        if other != identity:
+            raise CapabilityError(
+                f"{first} and {device} run different engines or precisions of this model",
+                expected="one engine everywhere, so that results do not depend on the device",
+                next_step="choose with --engine and --precision, or pass --mixed-engines",
+            )
+
+
+def upscale_targets(
+    ups: Sequence[Upscaler],
+    source: Path,
+    targets: Iterable[Target],
+    options: OutputOptions,
+    journal: FolderJournal,
+    report: FolderReport,
+    advance: Advance,
+) -> None:
+    """Upscale pictures of a folder, on several devices at once; arguments as for `upscale_folder`.
+
+    Each device takes the next picture when it is ready for one.
+    """
+    waiting: queue.SimpleQueue[Target] = queue.SimpleQueue()
+    for target in targets:
+        waiting.put(target)
+    jobs = [_FolderJob(up, source, options, journal, report, advance) for up in ups]
+    pipelines = [Pipeline(read=job.read(waiting), compute=job.compute, write=job.write, depth=2) for job in jobs]
+    if len(pipelines) == 1:
+        pipelines[0].run()
+        return
+    with ThreadPoolExecutor(len(pipelines), thread_name_prefix="srdeploy-device") as threads:
+        running = [threads.submit(pipeline.run) for pipeline in pipelines]
+        try:
+            done, _ = wait(running, return_when=FIRST_EXCEPTION)
+            for finished in done:
+                finished.result()
+        finally:
+            for pipeline in pipelines:
+                pipeline.stop()
 
 
 class _FolderJob:
-    """The three stages of a folder."""
+    """The three stages of a folder, on one device."""
 
     def __init__(
-        self, up: Upscaler, source: Path, options: OutputOptions, journal: _Outputs, report: FolderReport, advance: Any
+        self,
+        up: Upscaler,
+        source: Path,
+        options: OutputOptions,
+        journal: FolderJournal,
+        report: FolderReport,
+        advance: Advance,
     ) -> None:
         self._up = up
         self._source = source
@@ -167,22 +234,30 @@ class _FolderJob:
         self._journal = journal
         self._report = report
         self._advance = advance
-        self._key = sha256_of_bytes(json.dumps([up.identity, options.as_float, options.quality]).encode())
+        self._key = folder_key(up.identity, options)
 
-    def read(self, targets: dict[Path, Path]) -> Iterator[_Item]:
+    def read(self, waiting: "queue.SimpleQueue[Target]") -> Iterator[_Item]:
         """Decode, one picture ahead of the network; skip finished outputs."""
-        for source, output in targets.items():
-            item = _Item(source, output, "")
+        while True:
             try:
-                item.sha256 = _hash(source)
+                target = waiting.get_nowait()
+            except queue.Empty:
+                return
+            item = _Item(target, self._source / target.source, self._journal.folder / target.output)
+            try:
+                item.sha256 = _hash(item.source)
                 if self._done(item):
-                    self._report.skipped.append(self._name(item))
-                    self._advance()
+                    self._skip(item)
                     continue
-                refuse_existing(output, self._may_replace(item))
-                if not is_streamed(source, self._up):
-                    item.picture = read_image(source)
-                    check_fits(item.picture, self._up, output, self._options)
+                if item.output.exists() and not self._may_replace(item):
+                    self._journal.refresh()  # another writer may be making it
+                    if self._done(item):
+                        self._skip(item)
+                        continue
+                refuse_existing(item.output, self._may_replace(item))
+                if not is_streamed(item.source, self._up):
+                    item.picture = read_image(item.source)
+                    check_fits(item.picture, self._up, item.output, self._options)
             except SrdeployError as error:
                 item.error = error
             yield item
@@ -208,8 +283,7 @@ class _FolderJob:
         """Encode, and record."""
         if item.error is None and item.pixels is not None:
             try:
-                replace = self._may_replace(item)
-                with atomic_file(item.output, force=replace) as temporary:
+                with atomic_file(item.output, force=self._may_write(item)) as temporary:
                     notes = write_image(temporary, item.pixels, like=item.picture, quality=self._options.quality)
                     if item.report is not None:
                         item.report.notes += notes
@@ -218,53 +292,40 @@ class _FolderJob:
                 raise
             except SrdeployError as error:
                 item.error = error
-        name = self._name(item)
+        target = item.target
+        facts: dict[str, Any] = {"key": self._key, "sha256": item.sha256, "source": target.source}
         if item.error is not None:
-            self._report.failed[name] = item.error
+            self._report.failed[target.source] = item.error
+            self._journal.failed(target.output, **facts, error=str(item.error), exit_code=item.error.exit_code)
         elif item.report is not None:
-            self._journal.add(
-                item.output, state="done", key=self._key, sha256=item.sha256, result=sha256_of_file(item.output)
-            )
-            self._report.made[name] = item.report
-        self._advance(note=name)
+            self._journal.done(target.output, **facts)
+            self._report.made[target.source] = item.report
+        self._advance(note=target.source)
+
+    def _skip(self, item: _Item) -> None:
+        if self._journal.has_failed(item.target.output):  # with other settings; it is not a failure any more
+            self._journal.done(item.target.output, key=self._key, sha256=item.sha256, source=item.target.source)
+        self._report.skipped.append(item.target.source)
+        self._advance()
 
     def _note_start(self, item: _Item) -> None:
         if not item.journaled:
-            self._journal.add(item.output, state="started", key=self._key, sha256=item.sha256)
+            self._journal.started(item.target.output, key=self._key, sha256=item.sha256, source=item.target.source)
             item.journaled = True
 
     def _done(self, item: _Item) -> bool:
-        entry = self._journal.of(item.output)
-        same = (entry.get("state"), entry.get("key"), entry.get("sha256")) == ("done", self._key, item.sha256)
-        return same and item.output.is_file() and sha256_of_file(item.output) == entry.get("result")
+        return self._journal.is_done(item.target.output, item.sha256)
+
+    def _may_write(self, item: _Item) -> bool:
+        """As `_may_replace`, also if another writer made the same output while this one computed it."""
+        if item.output.exists() and not self._may_replace(item):
+            self._journal.refresh()
+            return self._done(item) or self._may_replace(item)
+        return self._may_replace(item)
 
     def _may_replace(self, item: _Item) -> bool:
         """Return True if an output may be replaced: with `force`, or if a killed run of ours had begun it."""
-        return self._options.force or item.journaled or self._journal.of(item.output).get("state") == "started"
-
-    def _name(self, item: _Item) -> str:
-        return item.source.relative_to(self._source).as_posix()
-
-
-def _targets(source: Path, output: Path, suffix: str | None) -> tuple[dict[Path, Path], dict[str, SrdeployError]]:
-    """Return the output of each image, and an error for each image whose output another one already has.
-
-    A suffix that can be written is kept as it is, also `P.JPG` next to `P.jpg`.
-    """
-    targets: dict[Path, Path] = {}
-    origins: dict[Path, Path] = {}
-    collisions: dict[str, SrdeployError] = {}
-    for path in find_images(source):
-        kept = path.suffix if path.suffix.lower() in FORMATS else ".png"
-        target = output / path.relative_to(source).with_suffix(suffix or kept)
-        if target in origins:
-            collisions[path.relative_to(source).as_posix()] = UsageError(
-                f"{path} and {origins[target]} would both become {target}", next_step="rename one of them"
-            )
-            continue
-        origins[target] = path
-        targets[path] = target
-    return targets, collisions
+        return self._options.force or item.journaled or self._journal.was_started(item.target.output)
 
 
 def _hash(path: Path) -> str:

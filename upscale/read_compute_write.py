@@ -68,6 +68,10 @@ class Pipeline(Generic[Read, Made]):
         if self._write_error:
             raise self._write_error[0]
 
+    def stop(self) -> None:
+        """Make `run` return in another thread as soon as its present items are done, without reading more."""
+        self._stop.set()
+
     def _read(self, incoming: "queue.Queue[Read | _End]") -> None:
         try:
             for item in self.read:

@@ -163,7 +163,7 @@ def test_refusals_have_their_code_and_one_line(
 def test_help_ends_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["upscale", "--help"]) == 0
 
-    assert capsys.readouterr().out.rstrip().endswith("--quality 16")
+    assert capsys.readouterr().out.rstrip().endswith("--status photos_x4/")
 
 
 def test_ctrl_c_in_a_video_keeps_finished_segments_and_the_next_run_goes_on(model: Path, tmp_path: Path) -> None:

@@ -47,15 +47,32 @@ def test_replaced_entries_are_the_only_ones(tmp_path: Path) -> None:
     assert [entry["output"] for entry in Journal(tmp_path / "work.jsonl").entries] == ["a", "d"]
 
 
-def test_each_worker_writes_a_file_of_its_own_and_reads_all(tmp_path: Path) -> None:
-    path = tmp_path / ".work.jsonl"
-    workers = [Journal(path, worker=name) for name in ("one", "two")]
-    for journal, output in zip(workers, "ab", strict=True):
-        journal.append({"output": output})
-    Journal(path).append({"output": "c"})
+def test_each_writer_has_a_file_of_its_own_and_reads_all(tmp_path: Path) -> None:
+    def journal(name: str) -> Journal:
+        return Journal(tmp_path / f"{name}.jsonl", others=lambda: tmp_path.glob("*.jsonl"))
 
-    assert sorted(entry["output"] for entry in Journal(path, worker="three").entries) == ["a", "b", "c"]
-    assert (tmp_path / ".work.one.jsonl").read_text() == '{"output": "a"}\n'
+    one, two = journal("one"), journal("two")
+    one.append({"output": "a"})
+    two.append({"output": "b"})
+
+    assert sorted(entry["output"] for entry in journal("three").entries) == ["a", "b"]
+    assert (tmp_path / "one.jsonl").read_text() == '{"output": "a"}\n'
+
+
+def test_refresh_returns_what_others_added_since_once(tmp_path: Path) -> None:
+    one, two = (Journal(tmp_path / name, others=lambda: tmp_path.glob("*.jsonl")) for name in ("1.jsonl", "2.jsonl"))
+    one.append({"output": "a"})
+    assert [entry["output"] for entry in two.refresh()] == ["a"]
+    with one.path.open("a") as stream:
+        stream.write('{"output": "b"}\n{"output":')  # half of a line: still being written
+
+    first = two.refresh()
+    with one.path.open("a") as stream:
+        stream.write(' "c"}\n')
+    second = two.refresh()
+
+    assert [entry["output"] for entry in first + second] == ["b", "c"]
+    assert two.refresh() == []
 
 
 def test_a_folder_that_cannot_be_made_is_an_output_error(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Every verb with every GPU family, as a user runs them. `deploy` has a file of its own."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,3 +109,20 @@ def test_upscale(command: Command, model: tuple[str, tuple[object, ...]], folder
         difference = np.abs(np.asarray(gpu, np.int16) - np.asarray(cpu, np.int16))
     assert difference.shape == (128, 160, 3)
     assert difference.mean() < 1
+
+
+def test_a_folder_on_two_gpus(
+    command: Command, model: tuple[str, tuple[object, ...]], folder: Path, tmp_path: Path
+) -> None:
+    _, (path, *more) = model
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for index in range(6):
+        shutil.copy(folder / "photos" / f"{index % 2}.png", photos / f"{index}.png")
+    command("upscale", path, photos, *more, "-o", tmp_path / "one", "--device", "cuda:1")
+
+    found = command("upscale", path, photos, *more, "-o", tmp_path / "two", "--device", "cuda:0,cuda:1")
+
+    assert len(found["made"]) == 6
+    for name in found["made"]:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

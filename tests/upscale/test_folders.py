@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,10 @@ import pytest
 from srdeploy.core.errors import InputError, UsageError
 from srdeploy.core.imaging.read import read_image
 from srdeploy.upscale.budget import TileSettings
-from srdeploy.upscale.folders import JOURNAL, upscale_folder
+from srdeploy.upscale.folders import upscale_folder
 from srdeploy.upscale.image_writer import write_image
 from srdeploy.upscale.read_compute_write import Pipeline
+from srdeploy.upscale.scale.folder_journal import JOURNALS, OLD_JOURNAL
 from srdeploy.upscale.single_image import OutputOptions
 from srdeploy.upscale.upscaler import Upscaler
 
@@ -45,13 +47,19 @@ def up(nearest_onnx: Callable[..., Path]) -> Upscaler:
 
 
 def made(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(path.as_posix() for path in files if JOURNALS not in path.parents)
+
+
+def only_journal(folder: Path) -> Path:
+    (path,) = (folder / JOURNALS).iterdir()
+    return path
 
 
 def test_tree_is_mirrored(source: Path, up: Upscaler, tmp_path: Path) -> None:
     report = upscale_folder(up, source, tmp_path / "out")
 
-    assert made(tmp_path / "out") == [JOURNAL, "a.png", "d.png", "sub/b.jpg", "sub/deep/c.tif"]
+    assert made(tmp_path / "out") == ["a.png", "d.png", "sub/b.jpg", "sub/deep/c.tif"]
     assert len(report.made) == 4
     for name in ("a.png", "sub/deep/c.tif"):
         before, after = read_image(source / name).pixels, read_image(tmp_path / "out" / name).pixels
@@ -151,7 +159,7 @@ def test_output_inside_the_input_is_refused(source: Path, up: Upscaler) -> None:
 def test_journal_line_cut_by_a_kill_is_passed_over(source: Path, up: Upscaler, tmp_path: Path) -> None:
     out = tmp_path / "out"
     upscale_folder(up, source, out)
-    journal = out / JOURNAL
+    journal = only_journal(out)
     lines = journal.read_text().splitlines()
     last = json.loads(lines[-1])["output"]
     journal.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:20])  # the last "done" is lost, its "started" is there
@@ -160,6 +168,19 @@ def test_journal_line_cut_by_a_kill_is_passed_over(source: Path, up: Upscaler, t
 
     assert [Path(name).stem for name in report.made] == [Path(last).stem]
     assert len(upscale_folder(up, source, out).skipped) == 4
+
+
+def test_journal_of_an_earlier_version_is_read_and_not_written(source: Path, up: Upscaler, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    upscale_folder(up, source, out)
+    old = "".join(line + "\n" for line in only_journal(out).read_text().splitlines() if '"output"' in line)
+    shutil.rmtree(out / JOURNALS.parts[0])
+    (out / OLD_JOURNAL).write_text(old)
+
+    report = upscale_folder(up, source, out)
+
+    assert len(report.skipped) == 4
+    assert (out / OLD_JOURNAL).read_text() == old
 
 
 def test_killed_run_leaves_no_half_picture_and_is_taken_up(
@@ -179,7 +200,7 @@ def test_killed_run_leaves_no_half_picture_and_is_taken_up(
         time.sleep(0.002)
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
-    finished = [path for path in out.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    finished = [out / name for name in made(out) if not Path(name).name.startswith(".")]
     for path in finished:
         read_image(path)
 
@@ -188,7 +209,7 @@ def test_killed_run_leaves_no_half_picture_and_is_taken_up(
     assert not report.failed
     assert len(report.made) + len(report.skipped) == 44
     assert len(report.skipped) >= 4
-    assert len([name for name in made(out) if not Path(name).name.startswith(".")]) == 44
+    assert len(made(out)) == 44  # also no unfinished file
 
 
 class TestPipeline:

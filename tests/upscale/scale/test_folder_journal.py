@@ -1,0 +1,83 @@
+"""The journal of an output folder with several writers."""
+
+from pathlib import Path
+
+import pytest
+
+from srdeploy.core.errors import UsageError
+from srdeploy.upscale.scale.folder_journal import FolderJournal, RunFacts, is_locked, journal_files
+
+
+def run(key: str = "key", **changes: object) -> RunFacts:
+    return RunFacts(key=key, source="/in", suffix=None, total=2, **changes)  # type: ignore[arg-type]
+
+
+def make(journal: FolderJournal, output: str, content: bytes, sha256: str = "input") -> None:
+    journal.started(output, sha256=sha256)
+    (journal.folder / output).write_bytes(content)
+    journal.done(output, sha256=sha256)
+
+
+def test_what_one_writer_made_is_done_for_the_others(tmp_path: Path) -> None:
+    with FolderJournal(tmp_path, run()) as one, FolderJournal(tmp_path, run()) as two:
+        make(one, "a.png", b"pixels")
+        before = two.is_done("a.png", "input")
+        two.refresh()
+
+        assert not before
+        assert two.is_done("a.png", "input")
+        assert not two.is_done("a.png", "another input")
+        (tmp_path / "a.png").write_bytes(b"edited")
+        assert not two.is_done("a.png", "input")
+    with FolderJournal(tmp_path, run("other")) as other:
+        assert not other.is_done("a.png", "input")
+    with FolderJournal(tmp_path, run("other", others=frozenset({"key"}))) as mixed:
+        (tmp_path / "a.png").write_bytes(b"pixels")
+        assert mixed.is_done("a.png", "input")
+
+
+def test_attempts_are_counted_over_all_writers(tmp_path: Path) -> None:
+    attempts = []
+    for state in ("started", "failed", "started", "done"):
+        with FolderJournal(tmp_path, run()) as journal:
+            (tmp_path / "a.png").write_bytes(b"pixels")
+            getattr(journal, state)("a.png", sha256="input")
+            attempts.append(journal._journal.entries[-1]["attempt"])
+
+    assert attempts == [1, 1, 3, 3]  # a start without an end counts as an attempt once another one starts
+
+
+def test_a_writer_is_locked_while_it_runs(tmp_path: Path) -> None:
+    with FolderJournal(tmp_path, run()) as journal:
+        (path,) = journal_files(tmp_path)
+        locked = is_locked(path)
+        seen = journal.running_writers()
+
+    assert locked
+    assert seen == []  # of others
+    assert not is_locked(path)
+
+
+def test_two_runs_with_other_settings_at_once_are_refused_and_one_after_the_other_are_not(tmp_path: Path) -> None:
+    with FolderJournal(tmp_path, run("one")):
+        with pytest.raises(UsageError, match=r"other settings writes into .* \(process [0-9]+ on "):
+            FolderJournal(tmp_path, run("two"))
+        assert len(journal_files(tmp_path)) == 1
+    with FolderJournal(tmp_path, run("two")):
+        pass
+
+
+def test_leftovers_of_killed_writers_are_removed_and_other_files_are_not(tmp_path: Path) -> None:
+    leftovers = [".a.k3j_x9ab.png", ".b.c.abcdefgh.tif"]
+    kept = [".a.k3j_x9ab.jpg", ".z.abcdefgh.png", ".a.short.png", "a.abcdefgh.png", ".hidden"]
+    for name in leftovers + kept:
+        (tmp_path / name).touch()
+
+    with FolderJournal(tmp_path, run()) as journal:
+        with FolderJournal(tmp_path, run()):
+            journal.remove_leftovers(["a.png", "b.c.tif"])
+            while_another_runs = {path.name for path in tmp_path.iterdir() if path.is_file()}
+        journal.remove_leftovers(["a.png", "b.c.tif", "nowhere/x.png"])
+
+    assert while_another_runs == {*leftovers, *kept}
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == set(kept)
