@@ -18,7 +18,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types fuzz bench test-gpu bench-gpu gpu-breakages clean
+.PHONY: help demo test check lint types test-consumers fuzz bench test-gpu bench-gpu gpu-breakages clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1@\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F@ '{printf "%-18s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ types:  ## links that give the root folders their import names, for type checker
 	@for folder in core models export calibration runtime upscale cli; do \
 	  ln -sfn ../../../$$folder build/types/srdeploy/$$folder; done
 
+test-consumers: $(VENV)/test.stamp build/consumers/packages.stamp  ## bundles and graphs in other programs, installed under build/
+	SRDEPLOY_TEST_CONSUMERS=all $(PYTEST) tests/consumers $(PYTEST_ARGS)
+
 fuzz: $(VENV)/test.stamp  ## mutate checkpoints for some minutes: only success or a documented error may come back
 	$(BIN)/python tests/fuzz/fuzz_checkpoints.py
 
@@ -62,6 +65,16 @@ gpu-breakages: $(VENV)/test.stamp  ## break the GPU runner on purpose, in memory
 
 clean:  ## remove the environment and everything made by these targets
 	rm -rf $(VENV) build dist *.egg-info demo-output test-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+
+# Other programs have environments of their own, so that none of their requirements meets ours.
+build/consumers/packages.stamp: constraints.txt
+	$(call consumer,$(PYTHON),packages,model-signing pyopenssl huggingface-hub)
+
+define consumer
+	@$(1) -m venv build/consumers/$(2)
+	build/consumers/$(2)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(3)
+	@touch build/consumers/$(2).stamp
+endef
 
 $(VENV)/run.stamp: pyproject.toml constraints.txt
 	$(call install,$(RUN_EXTRAS))

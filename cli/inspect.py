@@ -1,5 +1,6 @@
 """srdeploy inspect: what a checkpoint, ONNX file, engine or bundle is, and how that is known."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,8 +140,20 @@ def _engine(document: Mapping[str, Any]) -> None:
 
 
 def _bundle(document: Mapping[str, Any]) -> None:
-    rows = [*_file_rows(document), ("files", f"{len(document['files'])}, all as the manifest says")]
-    table("Bundle", ("", ""), [*rows, ("made", document["created"])])
+    edited = ", but for the edited README.md" if document["card_edited"] else ""
+    signature = document["signature"]
+    rows = [
+        *_file_rows(document),
+        ("files", f"{len(document['files'])}, all as the manifest says{edited}"),
+        (
+            "signature",
+            "none" if signature is None else f"{signature['file']} ({signature['method']}), not verified",
+        ),
+        ("made", document["created"]),
+    ]
+    table("Bundle", ("", ""), rows)
+    if signature is not None:
+        RichProgress().note(f"to verify the signature: {shlex.join(signature['verify_command'])}")
     engines = [
         (
             entry["file"],

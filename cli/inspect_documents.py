@@ -149,17 +149,22 @@ def bundle_document(path: Path) -> dict[str, Any]:
     """Describe a bundle after checking every file of it."""
     from dataclasses import asdict
 
-    from srdeploy.runtime.bundle import read_bundle
+    from srdeploy.runtime.bundle import CARD, read_bundle
+    from srdeploy.runtime.signature import find_signature
 
     bundle = read_bundle(path)
     bundle.verify()
+    signature = find_signature(path)
+    card = path / CARD
     return {
         "kind": "bundle",
         "file": str(path),
-        "bytes": sum((path / name).stat().st_size for name in bundle.files),
+        "bytes": sum((path / name).stat().st_size for name in bundle.files if (path / name).exists()),
         "sha256": bundle.manifest.sha256,
         "created": bundle.manifest.created,
         "files": dict(bundle.files),
+        "card_edited": card.is_file() and sha256_of_file(card) != bundle.files.get(CARD),
+        "signature": None if signature is None else asdict(signature),
         "engines": [asdict(engine) for engine in bundle.engines],
         "left_out": [asdict(entry) for entry in bundle.left_out],
         "sources": [{"role": each.role, "name": each.name, "sha256": each.sha256} for each in bundle.manifest.sources],

@@ -6,6 +6,8 @@
     engines/                          one file per engine with its sidecar
     report/                           report.json, report.html
     reproduce.sh                      the commands that make the bundle again
+    README.md                         a model card; its license is for the owner of the weights to add
+    model.sig                         a signature, if the bundle was signed
 
 Engines are code, so a file is opened only if its SHA-256 is the manifest's. Engines that missed their gate are not in
 the bundle; the manifest lists them under `left_out` with the reason.
@@ -22,8 +24,11 @@ from srdeploy.core.contract import PREFIX, ModelContract
 from srdeploy.core.errors import CapabilityError, InputError
 from srdeploy.core.manifest import Manifest, Source, check_sha256
 from srdeploy.core.precision import Precision
+from srdeploy.runtime.signature import SIGNATURE
 
 MANIFEST = "manifest.json"
+CARD = "README.md"
+"""The one listed file that may be edited: nothing reads it, and its license is for its reader to add."""
 SUFFIX = ".srd"
 
 
@@ -105,14 +110,18 @@ class Bundle:
         return self.file(f"model.{precision}.onnx")
 
     def verify(self) -> None:
-        """Check every file.
+        """Check every file, but not the text of the card.
+
+        A signature, and hidden entries at the top (`.gitattributes`, `.cache` of a hub's download), are not listed.
 
         Raises:
             InputError: a file is missing, has other bytes, or is not listed.
         """
         for name in self.files:
-            self._check(name)
-        unlisted_files = sorted(set(_files_below(self.path)) - set(self.files) - {MANIFEST})
+            if name != CARD:
+                self._check(name)
+        found = {name for name in _files_below(self.path) if not name.startswith(".")}
+        unlisted_files = sorted(found - set(self.files) - {MANIFEST, CARD, SIGNATURE})
         if unlisted_files:
             raise InputError(
                 f"bundle {self.path} holds {unlisted_files[0]}, which its manifest does not list",

@@ -1,11 +1,13 @@
-"""The last stage of `deploy`: remove what failed, and write the report, reproduce.sh and the bundle's manifest."""
+"""The last stage of `deploy`: remove what failed, and write the report, reproduce.sh, the card and the manifest."""
 
 from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from srdeploy.calibration.images.dataset import CalibrationSet
 from srdeploy.cli.options import command_line
+from srdeploy.cli.pipeline.card import model_card
 from srdeploy.cli.pipeline.entries import checkpoint_entry
 from srdeploy.cli.pipeline.reproduce import reproducing_lines, write_reproduce_script
 from srdeploy.cli.pipeline.types import FP16_ONNX, FP32_ONNX, GRAPH_FP16, Candidate, Outcome, Verdicts, Work
@@ -16,7 +18,7 @@ from srdeploy.core.manifest import Source, manifest_path
 from srdeploy.core.shapes import format_shape
 from srdeploy.models.checkpoint.load import LoadedCheckpoint
 from srdeploy.runtime.bench.latency import BenchResult
-from srdeploy.runtime.bundle import BundleEngine, write_bundle_manifest
+from srdeploy.runtime.bundle import CARD, BundleEngine, write_bundle_manifest
 from srdeploy.runtime.report.document import EngineEntry, report_document
 from srdeploy.runtime.report.write import write_report
 
@@ -55,7 +57,8 @@ def finish(
     lines = reproducing_lines(
         source, work.options, kept, contract, ran=verdicts.runnable(kept), fp16=(work.folder / FP16_ONNX).exists()
     )
-    _write_report(work, kept, checkpoint, calibration, verdicts, benches, lines)
+    document = _write_report(work, kept, checkpoint, calibration, verdicts, benches, lines)
+    (work.folder / CARD).write_text(model_card(document), encoding="utf-8")
     write_reproduce_script(work.folder / "reproduce.sh", lines, versions=versions)
     left_out = tuple(entry for entry, _, _ in work.left_out)
     write_bundle_manifest(
@@ -145,7 +148,7 @@ def _write_report(
     verdicts: Verdicts,
     benches: Sequence[BenchResult],
     commands: Sequence[str],
-) -> None:
+) -> dict[str, Any]:
     document = report_document(
         title=work.options.output.name,
         contract=checkpoint.contract(),
@@ -159,6 +162,7 @@ def _write_report(
         commands=commands,
     )
     write_report(document, work.folder / "report")
+    return document
 
 
 def _entries(work: Work, kept: Sequence[Candidate], verdicts: Verdicts) -> list[EngineEntry]:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from srdeploy.cli.console import RichProgress
 from srdeploy.cli.main import run
+from srdeploy.cli.pipeline.card import model_card
 from srdeploy.cli.pipeline.types import DeployOptions
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import InputError
@@ -128,6 +129,18 @@ def test_the_report_has_a_line_per_engine_and_the_commands(bundle: Bundle) -> No
     script = (bundle.path / "reproduce.sh").read_text()
     assert script.endswith("\n".join(report["commands"]) + "\n"), "the report states what the script runs"
     assert report["commands"][1].startswith("#   srdeploy deploy ")
+
+
+def test_the_card_is_of_the_report_alone_and_names_no_place(bundle: Bundle, photos: Path) -> None:
+    card = (bundle.path / "README.md").read_text(encoding="utf-8")
+
+    assert "README.md" in bundle.files
+    assert card == model_card(read_report(bundle.path))
+    for engine in bundle.engines:
+        assert f"`{engine.file}`" in card
+        assert f"{engine.fidelity_db:.1f} dB" in card
+    assert bundle.contract.checkpoint_sha256 in card
+    assert not [place for place in (bundle.path.parent, photos, RCAN.parent) if str(place) in card]
 
 
 def test_no_path_of_the_temporary_folder_is_left_in_any_document(bundle: Bundle) -> None:

@@ -160,6 +160,11 @@ def test_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert document["kind"] == "bundle"
     assert document["engines"][0]["fidelity_db"] == "inf"
     assert "no GPU" in shown
+    assert document["signature"] is None
+    (path / "model.sig").write_text("{}")
+    assert run(["inspect", str(path)]) == 3
+    assert "model.sig is not a signature" in capsys.readouterr().err
+    (path / "model.sig").unlink()
     (path / "engines" / "a.engine").write_bytes(b"other code")
     assert run(["inspect", str(path)]) == 3
 

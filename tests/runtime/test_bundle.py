@@ -21,6 +21,7 @@ from srdeploy.runtime.bundle import (
     runnable_engines,
     write_bundle_manifest,
 )
+from srdeploy.runtime.signature import SIGNATURE, find_signature
 
 CONTRACT = ModelContract(
     architecture="rcan",
@@ -220,3 +221,47 @@ def test_this_machine_is_asked_when_nobody_says(bundle: Path) -> None:
 
     assert known["onnxruntime"] is None
     assert choose_engine(read_bundle(bundle), engine="onnxruntime") == FP32
+
+
+def test_the_card_may_be_edited_and_a_signature_and_a_hubs_files_added(bundle: Path) -> None:
+    (bundle / "README.md").write_text("# card\n")
+    opened = read_bundle(bundle)
+    source = Source("checkpoint", "net.pt", "00" * 32)
+    write_bundle_manifest(bundle, contract=CONTRACT, checkpoint=source, engines=opened.engines)
+
+    (bundle / "README.md").write_text("# card\nlicense: apache-2.0\n")
+    (bundle / "model.sig").write_text("{}")
+    (bundle / ".gitattributes").write_text("*.onnx filter=lfs\n")
+    (bundle / ".cache" / "huggingface").mkdir(parents=True)
+    (bundle / ".cache" / "huggingface" / "a.lock").touch()
+
+    assert "README.md" in read_bundle(bundle).files
+    read_bundle(bundle).verify()
+
+
+def signed_with(*material: str) -> str:
+    return json.dumps({"verificationMaterial": {key: {} for key in material}, "dsseEnvelope": {"payload": "e30="}})
+
+
+@pytest.mark.parametrize(
+    ("material", "method"),
+    [("publicKey", "key"), ("x509CertificateChain", "certificate"), ("certificate", "sigstore")],
+    ids=["key", "certificate", "identity"],
+)
+def test_a_signature_is_found_with_the_command_that_verifies_it(bundle: Path, material: str, method: str) -> None:
+    assert find_signature(bundle) is None
+    (bundle / SIGNATURE).write_text(signed_with("tlogEntries", material))
+
+    found = find_signature(bundle)
+
+    assert found is not None
+    assert found.method == method
+    assert found.verify_command[:3] == ("model_signing", "verify", method)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", signed_with("tlogEntries"), "\xff"], ids=range(5))
+def test_a_signature_that_is_none_is_one_line(bundle: Path, text: str) -> None:
+    (bundle / SIGNATURE).write_text(text, encoding="latin-1")
+
+    with pytest.raises(InputError, match="is not a signature; expected a Sigstore bundle"):
+        find_signature(bundle)
