@@ -15,6 +15,10 @@ TENSORRT_BINDINGS := 10.16.1.11 11.4.0.106
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 PYTEST_ARGS ?=
+CONSUMERS := packages vapoursynth chainner
+CONSUMER_PYTHON_packages ?= $(PYTHON)
+CONSUMER_PYTHON_vapoursynth ?= python3.12
+CONSUMER_PYTHON_chainner ?= python3.11
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -42,8 +46,8 @@ types:  ## links that give the root folders their import names, for type checker
 	@for folder in core models export calibration runtime upscale cli; do \
 	  ln -sfn ../../../$$folder build/types/srdeploy/$$folder; done
 
-test-consumers: $(VENV)/test.stamp build/consumers/packages.stamp  ## bundles and graphs in other programs, installed under build/
-	SRDEPLOY_TEST_CONSUMERS=all $(PYTEST) tests/consumers $(PYTEST_ARGS)
+test-consumers: $(VENV)/test.stamp $(CONSUMERS:%=build/consumers/%.stamp)  ## bundles and graphs in other programs, installed under build/
+	$(PYTEST) tests/consumers $(PYTEST_ARGS)
 
 fuzz: $(VENV)/test.stamp  ## mutate checkpoints for some minutes: only success or a documented error may come back
 	$(BIN)/python tests/fuzz/fuzz_checkpoints.py
@@ -67,14 +71,12 @@ clean:  ## remove the environment and everything made by these targets
 	rm -rf $(VENV) build dist *.egg-info demo-output test-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
 # Other programs have environments of their own, so that none of their requirements meets ours.
-build/consumers/packages.stamp: constraints.txt
-	$(call consumer,$(PYTHON),packages,model-signing pyopenssl huggingface-hub)
-
-define consumer
-	@$(1) -m venv build/consumers/$(2)
-	build/consumers/$(2)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(3)
-	@touch build/consumers/$(2).stamp
-endef
+build/consumers/%.stamp: tests/consumers/environments/%.txt constraints.txt
+	@mkdir -p build/consumers
+	@if $(CONSUMER_PYTHON_$*) --version >/dev/null 2>&1; then \
+	  $(CONSUMER_PYTHON_$*) -m venv build/consumers/$* && \
+	  build/consumers/$*/bin/python -m pip install --quiet --disable-pip-version-check -r $< && touch $@; \
+	else echo "no $(CONSUMER_PYTHON_$*): the tests with $* will be skipped" >&2; fi
 
 $(VENV)/run.stamp: pyproject.toml constraints.txt
 	$(call install,$(RUN_EXTRAS))
