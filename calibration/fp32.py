@@ -33,6 +33,12 @@ def read_fp32_graph(path: Path) -> GraphFile:
 
 def _refuse_unsuitable(graph: GraphFile) -> None:
     path, model = graph.path, graph.model
+    if not graph.contract.form.plain:
+        raise InputError(
+            f"{path} is in a form for a consumer ({graph.contract.form})",
+            expected="a plain FP32 graph",
+            next_step="start from the plain graph, and put the result into this form with: srdeploy export",
+        )
     quantized = next(
         (node for node in model.graph.node if "Quantize" in node.op_type or "QLinear" in node.op_type), None
     )

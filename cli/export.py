@@ -1,6 +1,7 @@
-"""`srdeploy export`: a checkpoint becomes an ONNX file that is checked against the network."""
+"""`srdeploy export`: a checkpoint becomes an ONNX file that is checked against the network, in the form requested."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,6 +12,7 @@ from srdeploy.cli.options import (
     FORCE,
     JSON,
     OUTPUT_PATH,
+    SHAPE,
     argument,
     arguments,
     example,
@@ -19,20 +21,42 @@ from srdeploy.cli.options import (
     verb,
 )
 from srdeploy.core.artifact import refuse_input_as_output
+from srdeploy.core.contract import GraphForm
+from srdeploy.core.errors import UsageError
+from srdeploy.core.shapes import Shape
+
+if TYPE_CHECKING:
+    from srdeploy.export.exporter import ExportResult
+
+
+_OPSET = 20
 
 
 @arguments
 class ExportOptions:
     """What `srdeploy export` is given."""
 
-    checkpoint: Path = argument(type=EXISTING)
+    checkpoint: Path = argument(type=EXISTING, metavar="CHECKPOINT|ONNX")
     checkpoint_options: CheckpointOptions = option_group(default_factory=CheckpointOptions)
     opset: int = option(
         "--opset",
         type=click.IntRange(20, 23),
-        default=20,
+        default=_OPSET,
         show_default=True,
         help="ONNX operator set. Every supported engine reads 20; newer sets add nothing these networks use.",
+    )
+    static: Shape | None = option(
+        "--static", type=SHAPE, default=None, help="The only input shape, for NPUs, DLAs and Windows ML; default: free."
+    )
+    io: str = option(
+        "--io",
+        type=click.Choice(["float32", "uint8"]),
+        default="float32",
+        show_default=True,
+        help="Type of input and output: values in 0..1, or 8-bit pictures that are scaled and rounded in the graph.",
+    )
+    color_wrapper: bool = option(
+        "--color-wrapper", default=False, help="RGB in and out of a Y network: chroma is enlarged in the graph."
     )
     output: Path = option(
         "-o",
@@ -42,6 +66,10 @@ class ExportOptions:
     )
     force: bool = option("--force", default=False, help=FORCE)
     as_json: bool = option("--json", default=False, help=JSON)
+
+    def form(self) -> GraphForm:
+        """Return the form of the graph."""
+        return GraphForm(self.static, "uint8" if self.io == "uint8" else "float32", self.color_wrapper)
 
 
 @verb(
@@ -59,14 +87,13 @@ def command(options: ExportOptions) -> None:
     The graph takes and returns values in 0..1, whatever the network was trained on. It is compared with the PyTorch
     network in float64 on a grid of sizes and batches; if it differs by more than a few times the FP32 network's own
     rounding error, nothing is written.
-    """
-    from srdeploy.export.exporter import export_onnx
 
+    With --static, --io or --color-wrapper the graph takes and returns images as a consumer needs it. A graph that
+    srdeploy wrote, quantized ones too, is put into such a form by naming it in place of the checkpoint.
+    """
     output = options.output
     refuse_input_as_output(output, options.checkpoint)
-    progress = RichProgress()
-    loaded = load_from_options(options.checkpoint, options.checkpoint_options, progress)
-    result = export_onnx(loaded, output, opset=options.opset, force=options.force, progress=progress)
+    result = _from_graph(options) if options.checkpoint.suffix == ".onnx" else _from_checkpoint(options)
     if options.as_json:
         emit_json(result.to_json())
         return
@@ -74,11 +101,54 @@ def command(options: ExportOptions) -> None:
         ["network", f"{result.contract.architecture} x{result.contract.scale}, {result.contract.colours}"],
         ["opset", result.opset],
         ["operators", ", ".join(f"{count} {name}" for name, count in result.operators.items())],
-        ["largest difference from PyTorch", f"{result.check.max_abs:.2e} on {len(result.check.deviations)} shapes"],
+        ["form", result.contract.form],
         ["seconds", ", ".join(f"{step} {seconds:.1f}" for step, seconds in result.seconds.items())],
     ]
+    if result.check is not None:
+        shapes = len(result.check.deviations)
+        rows.append(["largest difference from PyTorch", f"{result.check.max_abs:.2e} on {shapes} shapes"])
+    if result.form_check is not None:
+        rows.append(["largest difference from the plain graph", _form_difference(result)])
     rows += [["folded", note] for note in result.folded]
     table(str(output), ["what", "value"], rows)
     if result.external_data is not None:
         console.print(f"weights: {result.external_data}; keep it next to the ONNX file", soft_wrap=True)
-    next_command("srdeploy", "verify", str(output), "--against", str(options.checkpoint), "--images", "DIR")
+    next_command(*_next_command(result, options))
+
+
+def _from_checkpoint(options: ExportOptions) -> "ExportResult":
+    from srdeploy.export.exporter import export_onnx
+
+    progress = RichProgress()
+    loaded = load_from_options(options.checkpoint, options.checkpoint_options, progress)
+    form, force = options.form(), options.force
+    return export_onnx(loaded, options.output, opset=options.opset, form=form, force=force, progress=progress)
+
+
+def _from_graph(options: ExportOptions) -> "ExportResult":
+    from srdeploy.export.exporter import export_form
+
+    given = options.checkpoint_options.flags() + (["--opset"] if options.opset != _OPSET else [])
+    if given:
+        raise UsageError(
+            f"{given[0]} and the graph {options.checkpoint}",
+            expected="a checkpoint: a graph has its network and opset already",
+            next_step="omit it",
+        )
+    return export_form(options.checkpoint, options.output, form=options.form(), force=options.force)
+
+
+def _form_difference(result: "ExportResult") -> str:
+    assert result.form_check is not None
+    largest = max(result.form_check.max_abs.values())
+    if result.contract.form.io == "uint8":
+        return f"{largest:.0f} of 255 levels"
+    return f"{largest:.2e}"
+
+
+def _next_command(result: "ExportResult", options: ExportOptions) -> list[str]:
+    output, form = str(result.path), result.contract.form
+    if form.io == "uint8" or form.color_wrapper:
+        return ["srdeploy", "upscale", output, "PICTURE", "-o", "OUTPUT"]
+    against = str(options.checkpoint) if result.check is not None else "CHECKPOINT"
+    return ["srdeploy", "verify", output, "--against", against, "--images", "DIR"]

@@ -8,6 +8,7 @@ from typing import Any
 from srdeploy.cli.checkpoint_options import CheckpointOptions, show_ranking
 from srdeploy.cli.console import RichProgress, emit_json, next_command, table, warning_line
 from srdeploy.cli.options import ANY_PATH, JSON, argument, arguments, example, option, option_group, verb
+from srdeploy.core.contract import GraphForm
 from srdeploy.core.sizes import format_bytes
 
 EXAMPLE = example(
@@ -187,6 +188,9 @@ def _contract(document: Mapping[str, Any]) -> None:
     ]
     if "title" in made_from:
         rows.append(("layout", made_from["title"]))
+    form = GraphForm.from_json(contract["form"])
+    if not form.plain:
+        rows.append(("form", str(form)))
     rows += [
         (f"--{each['choice'].replace('_', '-')}", f"{_text(each['value'])} ({_BY[each['by']]}: {each['reason']})")
         for each in made_from.get("decisions", ())

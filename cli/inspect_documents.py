@@ -185,6 +185,7 @@ def _contract_document(contract: ModelContract | None) -> dict[str, Any]:
         "contract": {
             "precision": contract.precision.value,
             "weight_bits": contract.weight_bits,
+            "form": contract.form.to_json(),
             "checkpoint_sha256": contract.checkpoint_sha256,
             "configuration": dict(contract.configuration),
             "provenance": dict(contract.provenance),

@@ -3,16 +3,19 @@
 Outside, every graph takes `input` (N, C, H, W) float32 in [0, 1] and returns `output` (N, C, H', W') float32, not
 clamped, with H' = scale * H - trim. Colours are RGB, or the Y of BT.601 in studio swing (16..235)/255 for networks of
 one channel. Numbers a checkpoint was trained with (0..255, mean shift) are inside the graph and not visible here.
+
+A graph may be exported in another form for a consumer that needs it (`GraphForm`): one fixed shape, uint8 images, or
+RGB around a network of one channel.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from srdeploy.core.errors import InputError
 from srdeploy.core.precision import Precision
-from srdeploy.core.shapes import Shape
+from srdeploy.core.shapes import Shape, ShapeProfile, format_shape
 
 INPUT = "input"
 OUTPUT = "output"
@@ -25,6 +28,54 @@ EDGE = "srdeploy.edge"
 def corrects_edges(node: Any) -> bool:
     """Return True if an ONNX node belongs to the correction of an image's edges."""
     return any(entry.key == EDGE for entry in node.metadata_props)
+
+
+@dataclass(frozen=True)
+class GraphForm:
+    """How a graph takes and returns images, where a consumer needs another form than the plain one.
+
+    Attributes:
+        shape: the only input shape, (N, C, H, W); None when batch, height and width are free.
+        io: element type of input and output: "float32" in [0, 1], or "uint8" in 0..255: the output is then clamped and
+            rounded half to even.
+        color_wrapper: whether a network of one channel is wrapped to take and return RGB.
+    """
+
+    shape: Shape | None = None
+    io: Literal["float32", "uint8"] = "float32"
+    color_wrapper: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Return True if nothing differs from the plain form: free sizes, float32, the network's own channels."""
+        return self == GraphForm()
+
+    def __str__(self) -> str:
+        parts = [] if self.shape is None else [f"static {format_shape(self.shape)}"]
+        parts += ["uint8 in and out"] if self.io == "uint8" else []
+        parts += ["RGB around a network of one channel"] if self.color_wrapper else []
+        return ", ".join(parts) or "plain"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "GraphForm":
+        """Read `to_json` back.
+
+        Raises:
+            ValueError, TypeError: fields are missing, unknown or of other values.
+        """
+        form = cls(**value)
+        n, c, h, w = form.shape or (1, 1, 1, 1)
+        if form.io not in ("float32", "uint8"):
+            raise ValueError(f"io {form.io!r}")
+        return cls(None if form.shape is None else (n, c, h, w), form.io, bool(form.color_wrapper))
+
+
+PLAIN = GraphForm()
+"""The form that every stage works on."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +97,7 @@ class ModelContract:
         checkpoint_sha256: of the checkpoint file that the weights are from.
         provenance: free JSON values: dialect, assumptions with their evidence, exporter, opset, versions,
             target and calibration of a quantized graph.
+        form: how the graph takes and returns images. `colours` is what it takes: "rgb" behind a color wrapper.
     """
 
     architecture: str
@@ -60,6 +112,13 @@ class ModelContract:
     trim: int = 0
     min_size: int = 1
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    form: GraphForm = PLAIN
+
+    @property
+    def profile(self) -> ShapeProfile | None:
+        """The one shape that a static graph takes, as a profile; None for a graph of free sizes."""
+        shape = self.form.shape
+        return None if shape is None else ShapeProfile(shape, shape, shape)
 
     @property
     def channels(self) -> int:
@@ -80,7 +139,7 @@ class ModelContract:
 
     def to_metadata(self) -> dict[str, str]:
         """Return ONNX metadata: one string per field, names starting with "srdeploy."."""
-        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)} | {"form": self.form.to_json()}
         metadata = {PREFIX + name: json.dumps(value, sort_keys=True) for name, value in values.items()}
         metadata[PREFIX + "value_range"] = json.dumps([0, 1])
         metadata[PREFIX + "schema"] = json.dumps(SCHEMA)
@@ -102,9 +161,12 @@ class ModelContract:
         try:
             schema = json.loads(metadata[PREFIX + "schema"])
             if schema == SCHEMA:
-                values = {entry.name: json.loads(metadata[PREFIX + entry.name]) for entry in fields(cls)}
+                names = [entry.name for entry in fields(cls) if entry.name != "form"]
+                values = {name: json.loads(metadata[PREFIX + name]) for name in names}
                 values["precision"] = Precision(values["precision"])
-                return cls(**values)
+                # Files of earlier versions have no form: all their graphs are plain.
+                form = GraphForm.from_json(json.loads(metadata.get(PREFIX + "form", "{}")))
+                return cls(**values, form=form)
         except (KeyError, ValueError, TypeError) as error:
             raise InputError(f"{name} carries incomplete srdeploy metadata ({error})") from error
         raise InputError(f"{name} carries srdeploy metadata of schema {schema}", expected=f"schema {SCHEMA}")

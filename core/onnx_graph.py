@@ -111,9 +111,10 @@ class Graph:
 
     @property
     def probe_shape(self) -> tuple[int, int, int, int]:
-        """The input shape that `inferred` holds for, (1, C, 32, 32)."""
-        channels = self.model.graph.input[0].type.tensor_type.shape.dim[1].dim_value
-        return 1, channels, _PROBE, _PROBE
+        """The input shape that `inferred` holds for: a static graph's own, else (1, C, 32, 32)."""
+        dims = self.model.graph.input[0].type.tensor_type.shape.dim
+        n, c, h, w = (entry.dim_value or free for entry, free in zip(dims, (1, 1, _PROBE, _PROBE), strict=True))
+        return n, c, h, w
 
     @functools.cached_property
     def inferred(self) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:

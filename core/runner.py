@@ -101,5 +101,11 @@ class MeteredRunner(Runner, Protocol):
 
 
 def run_image(runner: Runner, image: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Run one batch: image (N, C, H, W) float32 in [0, 1] to (N, C, H', W') float32, not clamped."""
+    """Run one batch: image (N, C, H, W) float32 in [0, 1] to (N, C, H', W') float32, not clamped.
+
+    A graph that takes uint8 is given the nearest levels, and its levels come back over 255.
+    """
+    if runner.info.contract.form.io == "uint8":
+        levels = np.rint(np.clip(image, 0, 1) * np.float32(255)).astype(np.uint8)
+        return runner.run({INPUT: levels})[OUTPUT].astype(np.float32) / np.float32(255)
     return runner.run({INPUT: image})[OUTPUT]

@@ -1,12 +1,15 @@
 """From a loaded checkpoint to an ONNX file that is checked against the network.
 
-    checkpoint --folding--> network on 0..1 --capture--> graph --graph--> canonical graph --checks--> file + manifest
+    checkpoint --folding--> network on 0..1 --capture--> graph --canonical--> canonical graph --checks--> file, manifest
 
-The file and its manifest appear together at the end, or not at all.
+`export_form` puts such a file, or what `quantize` made of it, into another form for a consumer
+(`srdeploy.export.forms`); `export_onnx` does so with the graph that it exported. The file and its manifest appear
+together at the end, or not at all.
 """
 
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,15 +19,18 @@ from typing import Any
 import onnx_ir
 
 from srdeploy.core.artifact import atomic_files, sha256_of_file
-from srdeploy.core.contract import ModelContract
+from srdeploy.core.contract import PLAIN, GraphForm, ModelContract
 from srdeploy.core.environment import package_versions
 from srdeploy.core.errors import ExportError, SrdeployError, UsageError
 from srdeploy.core.manifest import Manifest, Source, manifest_path
+from srdeploy.core.onnx_file import GraphFile, read_graph
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.export.canonical import canonical_graph, operators
 from srdeploy.export.capture import graph_from_network
 from srdeploy.export.checks import GridCheck, check_against_network, check_structure
 from srdeploy.export.folding import Folded, fold_network
+from srdeploy.export.form_checks import FormCheck, check_against_plain
+from srdeploy.export.forms import check_form, formed_graph
 from srdeploy.models.checkpoint.load import LoadedCheckpoint
 from srdeploy.models.networks.rcan import RcanConfig
 
@@ -50,7 +56,8 @@ class ExportResult:
         opset: ONNX operator set.
         operators: nodes by operator.
         folded: changes made to the network before, one sentence each.
-        check: the comparison with the network.
+        check: the comparison of the plain graph with the network; None when the source was an ONNX file.
+        form_check: the comparison with the plain graph; None for a plain graph.
         seconds: time spent in each step.
     """
 
@@ -60,7 +67,8 @@ class ExportResult:
     opset: int
     operators: Mapping[str, int]
     folded: tuple[str, ...]
-    check: GridCheck
+    check: GridCheck | None
+    form_check: FormCheck | None
     seconds: Mapping[str, float]
 
     def to_json(self) -> dict[str, Any]:
@@ -74,7 +82,9 @@ class ExportResult:
             "opset": self.opset,
             "operators": dict(self.operators),
             "folded": list(self.folded),
-            "check": self.check.to_json(),
+            "form": self.contract.form.to_json(),
+            "check": None if self.check is None else self.check.to_json(),
+            "form_check": None if self.form_check is None else self.form_check.to_json(),
             "seconds": dict(self.seconds),
         }
 
@@ -84,6 +94,7 @@ def export_onnx(
     output: Path,
     *,
     opset: int = MIN_OPSET,
+    form: GraphForm = PLAIN,
     force: bool = False,
     progress: Progress = SILENT,
     inline_bytes: int = _INLINE_BYTES,
@@ -94,17 +105,19 @@ def export_onnx(
         checkpoint: with its network.
         output: the ONNX file to write; its manifest is `output` with ".json" added.
         opset: ONNX operator set, 20 to 23.
+        form: how the graph is to take and return images; the plain graph is checked first, then its new form.
         force: replace existing files.
         progress: where to report.
         inline_bytes: weights of more bytes than this go to a file of their own, `output` with ".data" added.
 
     Raises:
-        UsageError: the opset is not supported, or the output exists already.
+        UsageError: the opset or the form is not supported, or the output exists already.
         ExportError: the export, or the check of the file against the network, failed. Nothing is written.
         OutputError: the disk is full, or the folder cannot be written.
     """
     if not MIN_OPSET <= opset <= MAX_OPSET:
         raise UsageError(f"opset {opset}", expected=f"{MIN_OPSET} to {MAX_OPSET}")
+    check_form(form, checkpoint.contract())
     seconds: dict[str, float] = {}
     data, manifest_file = output.with_name(output.name + ".data"), manifest_path(output)
     with atomic_files(data, output, manifest_file, force=force) as (data_temporary, temporary, manifest_temporary):
@@ -123,15 +136,69 @@ def export_onnx(
             with _timed("check", seconds):
                 check_structure(staged)
                 check = check_against_network(staged, checkpoint.reference, contract, progress=progress)
+            counts, form_check = operators(model), None
+            if not form.plain:
+                with _timed("form", seconds):
+                    formed, form_check = _formed(read_graph(staged), form)
+                contract, counts, external = formed.contract, _operators(formed), False
+                staged.write_bytes(formed.serialized())
             staged.replace(temporary)
             if external:
                 staged_data.replace(data_temporary)
         result = ExportResult(
-            output, data if external else None, contract, opset, operators(model), folded.notes, check, seconds
+            output, data if external else None, contract, opset, counts, folded.notes, check, form_check, seconds
         )
-        manifest = _manifest(result, checkpoint, temporary, data_temporary)
+        source = Source("checkpoint", checkpoint.path.name, checkpoint.sha256)
+        manifest = _manifest(result, source, temporary, data_temporary)
         manifest_temporary.write_text(manifest.to_json(), encoding="utf-8")
     return result
+
+
+def export_form(source: Path, output: Path, *, form: GraphForm, force: bool = False) -> ExportResult:
+    """Put an ONNX file of srdeploy, of any precision, into another form and check it against the file.
+
+    Args:
+        source: a plain graph.
+        output: the ONNX file to write; its manifest is `output` with ".json" added.
+        form: how the graph is to take and return images.
+        force: replace existing files.
+
+    Raises:
+        UsageError: the form does not fit the graph or is the plain one, or the output exists already.
+        InputError: the file is not an ONNX file of srdeploy, or in another form already.
+        ExportError: the check against the file failed. Nothing is written.
+        OutputError: the disk is full, or the folder cannot be written.
+    """
+    if form.plain:
+        raise UsageError(
+            f"{source} is a graph already",
+            expected="a checkpoint, or a form to put the graph into",
+            next_step="add --static, --io uint8 or --color-wrapper",
+        )
+    seconds: dict[str, float] = {}
+    with atomic_files(output, manifest_path(output), force=force) as (temporary, manifest_temporary):
+        with _timed("form", seconds):
+            plain = read_graph(source)
+            formed, check = _formed(plain, form)
+        temporary.write_bytes(formed.serialized())
+        result = ExportResult(output, None, formed.contract, formed.opset, _operators(formed), (), None, check, seconds)
+        manifest = _manifest(result, Source("onnx", source.name, plain.sha256), temporary, temporary)
+        manifest_temporary.write_text(manifest.to_json(), encoding="utf-8")
+    return result
+
+
+def _formed(plain: GraphFile, form: GraphForm) -> tuple[GraphFile, FormCheck]:
+    """Put a graph into another form; the result is valid ONNX and was compared with the plain graph."""
+    formed = formed_graph(plain, form)
+    with tempfile.TemporaryDirectory(prefix="srdeploy-form-") as folder:
+        path = Path(folder) / plain.path.name
+        path.write_bytes(formed.serialized())
+        check_structure(path)
+    return formed, check_against_plain(formed, plain)
+
+
+def _operators(graph: GraphFile) -> dict[str, int]:
+    return dict(Counter(node.op_type for node in graph.model.graph.node).most_common())
 
 
 def _captured(folded: Folded, checkpoint: LoadedCheckpoint, opset: int) -> onnx_ir.Model:
@@ -169,7 +236,7 @@ def _contract(checkpoint: LoadedCheckpoint, folded: Folded, opset: int) -> Model
     return replace(contract, provenance=provenance)
 
 
-def _manifest(result: ExportResult, checkpoint: LoadedCheckpoint, model: Path, data: Path) -> Manifest:
+def _manifest(result: ExportResult, source: Source, model: Path, data: Path) -> Manifest:
     """Return the manifest of the file; `model` and `data` are the temporary files."""
     details = result.to_json()
     del details["output"], details["seconds"]
@@ -178,7 +245,7 @@ def _manifest(result: ExportResult, checkpoint: LoadedCheckpoint, model: Path, d
     return Manifest(
         kind="onnx",
         sha256=sha256_of_file(model),
-        sources=(Source("checkpoint", checkpoint.path.name, checkpoint.sha256),),
+        sources=(source,),
         details={**details, "precision": str(result.contract.precision)},
         versions=package_versions(_VERSIONS),
     )

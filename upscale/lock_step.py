@@ -49,6 +49,13 @@ def lock_step_of(runner: Runner, onnx_path: Path | None, *, threads: int | None,
         UsageError: the engine cannot run stages, or the network has operations that are not local.
         InputError: the graph cannot be read.
     """
+    form = runner.info.contract.form
+    if not form.plain:
+        raise UsageError(
+            f"exact tiles of a network with channel attention in a graph of another form ({form})",
+            expected="a plain graph",
+            next_step="use --tiles overlapped, or the graph that it was made from",
+        )
     open_stage = _STAGE_OPENERS.get(runner.info.engine)
     if open_stage is None or onnx_path is None:
         raise UsageError(

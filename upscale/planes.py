@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from srdeploy.core.errors import UsageError
 from srdeploy.core.imaging.colour import rgb_from_ycbcr, y_from_rgb, ycbcr_from_rgb
 from srdeploy.core.imaging.read import quantized
 from srdeploy.core.imaging.resize import imresize
@@ -65,6 +66,7 @@ class Conversion:
         channels: of the picture, 1 to 4.
         alpha: whether alpha goes through the network; if it is constant, `constant_alpha` is its value.
         scale, trim: of the network.
+        uint8: whether the network's graph takes and returns 8-bit levels.
     """
 
     colours: Literal["rgb", "y"]
@@ -73,6 +75,7 @@ class Conversion:
     trim: int
     alpha: bool
     constant_alpha: float | None = None
+    uint8: bool = False
 
     @property
     def groups(self) -> int:
@@ -80,7 +83,18 @@ class Conversion:
         return 2 if self.alpha else 1
 
     def planes(self, pixels: NDArray[Any]) -> Planes:
-        """Return network input: (H, W, C) pixels to (G, C, H, W) float32."""
+        """Return network input: (H, W, C) pixels to (G, C, H, W) float32.
+
+        Raises:
+            UsageError: the graph takes 8-bit levels, and the planes of these pixels are others.
+        """
+        if self.uint8 and (pixels.dtype != np.uint8 or self.colours == "y"):
+            found = "luma, which has fractions" if pixels.dtype == np.uint8 else f"pixels of {pixels.dtype}"
+            raise UsageError(
+                f"{found}, for a graph that takes uint8",
+                expected="8-bit pictures and a graph that takes RGB",
+                next_step="use the float graph that it was made from, or export with --color-wrapper --io uint8",
+            )
         values = unit_floats(pixels)
         color = values[..., :-1] if self.channels in (2, 4) else values
         if not self.alpha:

@@ -51,7 +51,10 @@ def _on_host(up: "Upscaler", picture: torch.Tensor) -> torch.Tensor:
 
 def _is_input(up: "Upscaler", batch: torch.Tensor) -> bool:
     """Return True if planes are a network input as they are: its color model, and every picture as a whole."""
-    if batch.dtype != torch.float32 or batch.shape[1] != up.contract.channels or up.contract.colours != "rgb":
+    contract = up.contract
+    if batch.dtype != torch.float32 or batch.shape[1] != contract.channels or contract.colours != "rgb":
+        return False
+    if contract.form.io != "float32":
         return False
     if up.info.profile is not None and not up.info.profile.contains(tuple(batch.shape)):
         return False

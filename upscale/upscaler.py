@@ -259,6 +259,7 @@ class Upscaler:
             trim=contract.trim,
             alpha=channels in (2, 4) and constant is None,
             constant_alpha=constant,
+            uint8=contract.form.io == "uint8",
         )
         if conversion.alpha and self._alpha == "spread":
             source = SpreadSource(source)

@@ -42,6 +42,12 @@ def open_candidates(
         # A comparison opens an engine once; a measurement may open it several times.
         runner = stack.enter_context(opener() if parity else measured_runner(opener))
         found = runner.info.contract
+        if found.form.io == "uint8" or found.form.color_wrapper:
+            raise InputError(
+                f"{path} is in a form for a consumer ({found.form})",
+                expected="a graph that takes and returns what PyTorch's network does",
+                next_step="name the plain graph that it was made from: export compared the two",
+            )
         if (found.scale, found.colours, found.trim) != (contract.scale, contract.colours, contract.trim):
             raise InputError(
                 f"{path} is x{found.scale} {found.colours}",

@@ -71,7 +71,7 @@ class Footprint:
 def footprint(graph: GraphFile) -> Footprint:
     """Compute the memory of a graph by shape inference and a walk over the lifetimes of its tensors."""
     shapes, types = graph.inferred
-    pixels = graph.probe_shape[2] * graph.probe_shape[3]
+    pixels = lr_pixels(graph.probe_shape)
     weights = {tensor.name for tensor in graph.model.graph.initializer}
     produced = {
         name: elements(shapes[name]) for node in graph.model.graph.node for name in node.output if name in shapes

@@ -169,6 +169,7 @@ class OnnxRuntimeRunner:
             contract=contract,
             numeric_mode=_numeric_mode(contract, built),
             threads=threads or cpu_count(),
+            profile=contract.profile,
             versions=versions(),
             built=built,
         )

@@ -107,7 +107,9 @@ class Provider:
 
         runtime = import_extra("onnxruntime", "gpu")
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        profile = _profile(graph, device) if self is TENSORRT else None
+        profile = graph.contract.profile
+        if profile is None and self is TENSORRT:
+            profile = _profile(graph, device)
         options = provider_options(self, device, stream.cuda_stream, profile)
         data = graph.serialized(extra_outputs=tuple(outputs or ()))
         session = strict_session(runtime, data, self, options, what=str(graph.path))

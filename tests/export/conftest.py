@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -130,20 +129,20 @@ def config(request: pytest.FixtureRequest) -> NetworkConfig:
     return variant
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def variants() -> dict[str, NetworkConfig]:
     """The variants by name."""
     return VARIANTS
 
 
-@pytest.fixture
-def checkpoint_of(tmp_path: Path) -> Callable[[NetworkConfig], LoadedCheckpoint]:
+@pytest.fixture(scope="session")
+def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[NetworkConfig], LoadedCheckpoint]:
     """Return a function that makes a loaded checkpoint with random weights."""
 
     def make(config: NetworkConfig) -> LoadedCheckpoint:
         torch.manual_seed(3)
         network = randomised(network_of(config))
-        path = tmp_path / "network.pth"
+        path = tmp_path_factory.mktemp("checkpoint") / "network.pth"
         torch.save(network.state_dict(), path)
         evidence = Evidence("test", "made by the test", "here", "torch zip", (), {}, ())
         return LoadedCheckpoint(path, sha256_of_file(path), "test", config, spec_of(config), network, evidence)
