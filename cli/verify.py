@@ -228,6 +228,7 @@ def _bisected(
                     worst.image,
                     fp32=fp32,
                     engine=options.engine,
+                    device=options.device,
                     threads=options.threads,
                     progress=progress,
                 )

@@ -128,6 +128,7 @@ def bisect_path(
     *,
     fp32: Callable[[], Path] | None = None,
     engine: str | None = None,
+    device: str = "auto",
     threads: int | None = None,
     progress: Progress = SILENT,
 ) -> Bisection:
@@ -138,6 +139,7 @@ def bisect_path(
         image: (1, C, H, W) float32 in [0, 1], one on which the engine was found wrong; the middle of it is used.
         fp32: makes the FP32 ONNX file of the same checkpoint when it is needed; None leaves the second question out.
         engine: family that opens the file; None for onnxruntime.
+        device: that the engine runs on: "auto", "cpu" or "cuda:N".
         threads: CPU threads.
         progress: receives a note about every probe.
 
@@ -153,14 +155,15 @@ def bisect_path(
     tensors = _comparable(graph)
     name = engine or "onnxruntime"
     expected = literal_tensors(graph, {INPUT: small}, tensors)
+    options: dict[str, Any] = {"engine": engine, "device": device, "threads": threads, "parity": True}
     if name in _TENSORRT:
-        known = tensorrt_snr(graph, small, tensors, engine=name)
+        known = tensorrt_snr(graph, small, tensors, engine=name, device=device)
         tensors = [tensor for tensor in tensors if tensor in known]
         shared = {tensor: expected[tensor] for tensor in tensors}
-        search = _EngineSearch(graph, small, shared, engine, threads, progress)
+        search = _EngineSearch(graph, small, shared, options, progress)
         search.found.update(known)
     else:
-        search = _EngineSearch(graph, small, expected, engine, threads, progress)
+        search = _EngineSearch(graph, small, expected, options, progress)
     output_snr = search.snr(OUTPUT)
     first = search.first(tensors) if output_snr < search.threshold else None
     if first is not None:
@@ -222,14 +225,13 @@ class _EngineSearch:
         graph: GraphFile,
         image: NDArray[np.float32],
         expected: Mapping[str, NDArray[np.float32]],
-        engine: str | None,
-        threads: int | None,
+        options: Mapping[str, Any],
         progress: Progress,
     ) -> None:
         self._graph = graph
         self._image = image
         self._expected = expected
-        self._options: dict[str, Any] = {"engine": engine, "threads": threads, "parity": True}
+        self._options = options
         self._progress = progress
         self.threshold = AGREEMENT_DB[graph.contract.precision]
         self.found: dict[str, float] = {}
@@ -267,7 +269,7 @@ class _EngineSearch:
 
 
 def _comparable(graph: GraphFile) -> list[str]:
-    """Return the floating-point tensors that depend on the input, in graph order; without the codes of Q/DQ."""
+    """Return the floating-point tensors that depend on the input, in graph order; without casts and codes of Q/DQ."""
     types = graph.inferred[1]
     reached = {INPUT}
     names = []
@@ -275,7 +277,8 @@ def _comparable(graph: GraphFile) -> list[str]:
         if not reached.intersection(node.input):
             continue
         reached.update(node.output)
-        if node.op_type in (QUANTIZE, DEQUANTIZE, "Shape", "Cast"):
+        # The output is compared in any case: in FP16 graphs a cast makes it.
+        if node.op_type in (QUANTIZE, DEQUANTIZE, "Shape", "Cast") and OUTPUT not in node.output:
             continue
         names += [name for name in node.output if name == OUTPUT or types.get(name) in _FLOATS]
     return names

@@ -6,6 +6,7 @@ them: a fault that exists only in a fused kernel does not appear.
 """
 
 import sys
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
@@ -18,7 +19,7 @@ from srdeploy.core.contract import INPUT
 from srdeploy.core.errors import BuildError, CapabilityError
 from srdeploy.core.extras import import_extra
 from srdeploy.core.onnx_file import GraphFile
-from srdeploy.runtime.engines.gpu import why_no_gpu
+from srdeploy.runtime.engines.gpu import Gpu, find_gpu, why_no_gpu
 from srdeploy.runtime.engines.literal import LiteralRunner
 from srdeploy.runtime.engines.polygraphy_runner import polygraphy_runner
 from srdeploy.runtime.engines.tensorrt.full import FULL
@@ -27,7 +28,7 @@ from srdeploy.runtime.verify.difference import snr_db
 
 
 def tensorrt_snr(
-    graph: GraphFile, image: NDArray[np.float32], tensors: Sequence[str], *, engine: str
+    graph: GraphFile, image: NDArray[np.float32], tensors: Sequence[str], *, engine: str, device: str = "auto"
 ) -> dict[str, float]:
     """Return the agreement of a TensorRT build's tensors with the graph, in dB.
 
@@ -36,16 +37,17 @@ def tensorrt_snr(
         image: (1, C, H, W) float32 in [0, 1].
         tensors: names in the graph; those that TensorRT does not have are missing in the result.
         engine: "tensorrt" or "tensorrt-rtx".
+        device: "auto", or the GPU as "cuda:N".
 
     Raises:
         MissingExtraError: Polygraphy or TensorRT is not installed.
         CapabilityError: no GPU, or this process has used Polygraphy with the other TensorRT.
         BuildError: TensorRT refuses the graph.
     """
-    reason = why_no_gpu()
-    if reason:
-        raise CapabilityError(f"the layers of a {engine} engine can be compared only where it runs, and {reason}")
-    marked = _marked_runner(graph, image.shape, engine)  # first: it decides which TensorRT Polygraphy imports
+    gpu = find_gpu(device)
+    if gpu is None:
+        raise CapabilityError(f"the layers of a {engine} engine can be compared only where it runs, and {why_no_gpu()}")
+    backend = _backend(engine)  # first: it decides which TensorRT Polygraphy imports
     literal = polygraphy_runner(partial(LiteralRunner, graph, tensors), "literal")
     comparator = import_extra("polygraphy.comparator", "gpu").Comparator
     logger = import_extra("polygraphy.logger", "gpu").G_LOGGER
@@ -59,8 +61,13 @@ def tensorrt_snr(
                 found[name] = snr_db(np.asarray(expected[name]), value)
         return OrderedDict((name, True) for name in found)
 
-    with logger.verbosity():  # it logs to standard output
+    import torch
+
+    # Polygraphy logs to standard output, uses the current GPU, and calls what TensorRT-RTX has deprecated.
+    with logger.verbosity(), torch.cuda.device(gpu.device), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
         try:
+            marked = _marked_runner(backend, graph, image.shape, engine, gpu)
             results = comparator.run([literal, marked], data_loader=[{INPUT: image}])
         except exception as error:
             raise BuildError(f"Polygraphy cannot run {graph.path} with {engine}: {error}") from error
@@ -68,15 +75,15 @@ def tensorrt_snr(
     return found
 
 
-def _marked_runner(graph: GraphFile, shape: tuple[int, ...], engine: str) -> Any:
+def _marked_runner(backend: Any, graph: GraphFile, shape: tuple[int, ...], engine: str, gpu: Gpu) -> Any:
     """Return Polygraphy's TensorRT runner of the graph with all tensors marked as outputs."""
-    backend = _backend(engine)
     constants = import_extra("polygraphy.constants", "gpu")
     network = backend.NetworkFromOnnxBytes(graph.serialized(), strongly_typed=True)
     marked = backend.ModifyNetworkOutputs(network, outputs=constants.MARK_ALL)
     profiles = [backend.Profile().add(INPUT, min=shape, opt=shape, max=shape)]
     if engine == RTX.name:
-        config = import_extra("polygraphy.backend.tensorrt_rtx", "gpu").CreateConfigRTX(profiles=profiles, use_gpu=True)
+        create = import_extra("polygraphy.backend.tensorrt_rtx", "gpu").CreateConfigRTX
+        config = create(profiles=profiles, compute_capabilities=[gpu.capability])
     else:
         config = backend.CreateConfig(profiles=profiles)  # TF32 is off
     return backend.TrtRunner(backend.EngineFromNetwork(marked, config), name=engine)

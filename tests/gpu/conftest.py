@@ -13,7 +13,9 @@ import torch
 from gpu.cases import BUILT, ELSEWHERE, FIRST, MACHINES, PROFILE, REAL, REAL_ONLY, needs
 from gpu_simulator.cuda import Simulator
 from gpu_simulator.install import simulated
+from PIL import Image
 
+from srdeploy.calibration.images.dataset import CalibrationSet, make_calibration_set
 from srdeploy.core.precision import Precision
 from srdeploy.core.runner import run_image
 from srdeploy.models.checkpoint.load import Evidence, LoadedCheckpoint
@@ -129,6 +131,30 @@ def onnx_fp16(onnx_fp32: Path) -> Path:
 
     path = onnx_fp32.with_name("model.fp16.onnx")
     quantize(onnx_fp32, path, precision=Precision.FP16, target=Target.TENSORRT, calibration=None)
+    return path
+
+
+@pytest.fixture(scope="session")
+def calibration(checkpoint: LoadedCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> CalibrationSet:
+    """Crops of a few smooth pictures, which are the ground truth too."""
+    folder = tmp_path_factory.mktemp("photos")
+    for seed in range(8):
+        coarse = np.random.default_rng(seed).integers(0, 256, (12, 14, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((112, 96), Image.Resampling.BICUBIC).save(folder / f"{seed}.png")
+    return make_calibration_set(folder, contract=checkpoint.contract(), hr=True, count=6, crop=32)
+
+
+@pytest.fixture(scope="session")
+def onnx_int8(onnx_fp32: Path, calibration: CalibrationSet) -> Path:
+    from srdeploy.calibration.options import QuantizeOptions
+    from srdeploy.calibration.quantize import quantize
+    from srdeploy.core.precision import Target
+
+    path = onnx_fp32.with_name("model.int8.onnx")
+    options = QuantizeOptions(strength=0.0, method="minmax")
+    quantize(
+        onnx_fp32, path, precision=Precision.INT8, target=Target.TENSORRT, calibration=calibration, options=options
+    )
     return path
 
 

@@ -50,7 +50,14 @@ def describe(module: Any) -> dict[str, Any]:
             classes[name] = _describe_class(value)
         elif isinstance(getattr(type(value), "__members__", None), Mapping):
             constants[name] = [type(value).__qualname__, value.name]
-    return {"name": module.__name__, "version": module.__version__, "classes": classes, "constants": constants}
+    functions = [name for name, value in vars(module).items() if isinstance(value, types.BuiltinFunctionType)]
+    return {
+        "name": module.__name__,
+        "version": module.__version__,
+        "classes": classes,
+        "constants": constants,
+        "functions": functions,
+    }
 
 
 def _describe_class(kind: type) -> dict[str, Any]:
@@ -298,13 +305,19 @@ def enumeration(name: str, members: Mapping[str, int]) -> type:
 
 
 def generate(
-    description: Mapping[str, Any], states: Mapping[str, type], *, title: str, real: Any = None
+    description: Mapping[str, Any],
+    states: Mapping[str, type],
+    functions: Mapping[str, Callable[..., Any]],
+    *,
+    title: str,
+    real: Any = None,
 ) -> types.ModuleType:
-    """Return a module with the classes of a description.
+    """Return a module with the classes and functions of a description.
 
     Args:
         description: from `describe`.
         states: class name -> what an object does; its attributes and methods bear the real names.
+        functions: of the module, by their real names.
         title: import name of the module.
         real: the real bindings: classes that have no state are taken from there.
     """
@@ -332,9 +345,18 @@ def generate(
     for name, (kind, member) in description["constants"].items():
         if kind in classes:
             setattr(module, name, getattr(classes[kind], member))
+    for name in description["functions"]:
+        setattr(module, name, getattr(real, name) if real is not None else functions.get(name, _missing(name)))
     module.nptype = real.nptype if real is not None else functools.partial(_numpy_type, module)  # type: ignore[attr-defined]
     module.volume = math.prod  # type: ignore[attr-defined]
     return module
+
+
+def _missing(name: str) -> Callable[..., Any]:
+    def function(*_: Any, **__: Any) -> Any:
+        raise NotSimulatedError(f"{name}: add it to tests/gpu_simulator")
+
+    return function
 
 
 def _numpy_type(module: Any, kind: Any) -> Any:

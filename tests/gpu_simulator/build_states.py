@@ -11,6 +11,7 @@ import onnx
 from gpu_simulator import engine_file
 from gpu_simulator.bindings import wrap
 from gpu_simulator.engine_file import EngineFile, Header
+from gpu_simulator.network_states import NetworkState
 from gpu_simulator.states import API_STATE, API_USAGE, UNAVAILABLE, Part, error, say
 
 _BUILD = "IBuilder::buildSerializedNetwork"
@@ -59,7 +60,7 @@ class BuilderState(Part):
         data = self._build(network._state, config._state)
         return None if data is None else self.module.IHostMemory(data)
 
-    def _build(self, network: "NetworkState", config: "ConfigState") -> bytes | None:
+    def _build(self, network: NetworkState, config: "ConfigState") -> bytes | None:
         engine = self._engine(network, config)
         if engine is None:
             return None
@@ -84,7 +85,7 @@ class BuilderState(Part):
             config.timings._state.learn(engine)
         return engine.appended_to(b"")
 
-    def _engine(self, network: "NetworkState", config: "ConfigState") -> EngineFile | None:
+    def _engine(self, network: NetworkState, config: "ConfigState") -> EngineFile | None:
         """Check what a build needs and return the engine it gives."""
         if network.onnx_bytes is None:
             error(self.logger, _BUILD, "4: Internal Error", "Network must have at least one output")
@@ -106,7 +107,7 @@ class BuilderState(Part):
             resizes_activations="RUNTIME_ACTIVATION_RESIZE_10_10" in config.features,
             flags=tuple(sorted(config.flag_names)),
         )
-        engine = EngineFile(header, network.onnx_bytes)
+        engine = EngineFile(header, network.marked_bytes)
         odd = network.odd_type()
         if not network.strongly_typed and odd:
             # Weak typing takes the types of the graph as FP32 unless flags allow others.
@@ -125,60 +126,6 @@ class BuilderState(Part):
                 return False
         monitor.phase_finish("Building Engine")
         return True
-
-
-class NetworkState(Part):
-    """trt.INetworkDefinition: what a parser put in."""
-
-    def __init__(self, module: Any, flags: int) -> None:
-        super().__init__(module)
-        self.flags = flags
-        self.name = "Unnamed Network 0"
-        self.onnx_bytes: bytes | None = None
-        self._model: Any = None
-        strong = module.NetworkDefinitionCreationFlag.STRONGLY_TYPED
-        self.strongly_typed = bool(flags & (1 << int(strong))) or not module.__version__.startswith("10.")
-
-    def fill(self, data: bytes, model: Any) -> None:
-        self.onnx_bytes, self._model = data, model
-
-    def odd_type(self) -> str | None:
-        kinds = {tensor.data_type for tensor in self._model.graph.initializer}
-        return ", ".join(sorted(engine_file.TYPE_NAMES.get(kind, "?") for kind in kinds))
-
-    @property
-    def _inputs(self) -> list[Any]:
-        constants = {tensor.name for tensor in self._model.graph.initializer}
-        return [value for value in self._model.graph.input if value.name not in constants]
-
-    @property
-    def num_inputs(self) -> int:
-        return len(self._inputs) if self._model else 0
-
-    @property
-    def num_outputs(self) -> int:
-        return len(self._model.graph.output) if self._model else 0
-
-    @property
-    def num_layers(self) -> int:
-        return len(self._model.graph.node) if self._model else 0
-
-    def get_input(self, index: int) -> Any:
-        return wrap(self.module, "ITensor", TensorState(self.module, self._inputs[index]))
-
-    def get_output(self, index: int) -> Any:
-        return wrap(self.module, "ITensor", TensorState(self.module, self._model.graph.output[index]))
-
-
-class TensorState(Part):
-    """trt.ITensor of a network's input or output."""
-
-    def __init__(self, module: Any, value: Any) -> None:
-        super().__init__(module)
-        self.name = value.name
-        kind = value.type.tensor_type
-        self.dtype = getattr(module.DataType, engine_file.TYPE_NAMES[kind.elem_type])
-        self.shape = tuple(entry.dim_value if entry.HasField("dim_value") else -1 for entry in kind.shape.dim)
 
 
 class ParserState(Part):
@@ -269,6 +216,9 @@ class ConfigState(Part):
         self.max_num_tactics = -1
         self.profile_stream = 0
         self.engine_capability = module.EngineCapability.STANDARD
+        self.DLA_core = -1
+        self.default_device_type = module.DeviceType.GPU
+        self.int8_calibrator: Any = None  # TensorRT 10 only, as the next three
 
     @property
     def flags(self) -> int:
@@ -300,6 +250,12 @@ class ConfigState(Part):
 
     def set_tactic_sources(self, sources: int) -> bool:
         return True
+
+    def get_tactic_sources(self) -> int:
+        return 0
+
+    def get_quantization_flag(self, flag: Any) -> bool:
+        return False
 
     def add_optimization_profile(self, profile: Any) -> int:
         if not profile:

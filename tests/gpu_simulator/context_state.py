@@ -44,6 +44,7 @@ class ContextState(Part):
         self.profiler: Any = None
         self._shape: tuple[int, ...] | None = None
         self._addresses: dict[str, int] = {}
+        self._allocators: dict[str, Any] = {}
         self._memory: tuple[int, int] | None = None
         self._own: Any = None
         self._updated = False
@@ -128,6 +129,35 @@ class ContextState(Part):
     def get_tensor_address(self, name: str) -> int:
         return self._addresses.get(name, 0)
 
+    def set_output_allocator(self, name: str, allocator: Any) -> bool:
+        with self._exclusive(begins=True):
+            found = self._file.tensors.get(name)
+            if found is None or found[0]:
+                return self._refuse("setOutputAllocator", f"{name} is not an output")
+            self._allocators[name] = allocator
+            return True
+
+    def get_output_allocator(self, name: str) -> Any:
+        return self._allocators.get(name)
+
+    def _allocate_outputs(self, stream: Any) -> None:
+        """Ask the allocators for memory and tell them the shapes."""
+        for name, allocator in self._allocators.items():
+            shape = self.get_tensor_shape(name)
+            size = int(np.prod(shape)) * _SIZES[self._file.tensors[name][1]]
+            memory = self._addresses.get(name, 0)
+            self._addresses[name] = int(
+                allocator.reallocate_output_async(name, memory, size, _ALIGNMENT, stream.handle)
+            )
+            allocator.notify_shape(name, shape)
+
+    # ------------------------------------------------------------------------------------ debugging
+    def set_all_tensors_debug_state(self, flag: bool) -> bool:
+        return True  # no tensor is marked for debugging
+
+    def set_debug_listener(self, listener: Any) -> bool:
+        return True
+
     # ------------------------------------------------------------------------------------ running
     def execute_async_v3(self, handle: int) -> bool:
         with self._exclusive(begins=False):
@@ -142,6 +172,7 @@ class ContextState(Part):
             )
         if self._shape is None:
             return self._refuse("enqueueV3", "an input shape is not set")
+        self._allocate_outputs(stream)
         problem = self._memory_problem() or self._address_problem()
         if problem:
             return self._refuse("enqueueV3", problem)
@@ -313,7 +344,8 @@ def compute(
     kind = _NUMPY[file.tensors[name][1]]
     if not simulator.on_device(addresses[name], int(np.prod(shape)) * np.dtype(kind).itemsize, device):
         raise simulator.violation("the input was given back while a kernel runs")
-    for output, value in file.run(view(addresses[name], shape, kind).copy()).items():
+    results = file.run(view(addresses[name], shape, kind).copy(), frozenset(simulator.faulty))
+    for output, value in results.items():
         if not simulator.on_device(addresses[output], value.nbytes, device):
             raise simulator.violation("the output was given back while a kernel runs")
         view(addresses[output], value.shape, value.dtype)[...] = value

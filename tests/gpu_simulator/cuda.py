@@ -165,6 +165,8 @@ class Simulator:
         self.violations: list[str] = []
         self.tolerated: set[str] = set()
         self.noted: list[str] = []
+        self.faulty: set[str] = set()
+        """Names of ONNX nodes that TensorRT's kernels compute wrongly."""
         self.recordings = 0
         """CUDA graphs that TensorRT-RTX recorded by itself."""
         self.used = [0 for _ in gpus]

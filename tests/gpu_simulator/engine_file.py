@@ -7,6 +7,7 @@ ahead-of-time compiler built, with the same appended.
 import functools
 import json
 import threading
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -33,6 +34,7 @@ _BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2, "INT8": 1, "UINT8": 1, "FP8": 1, "IN
 _MACS_PER_MS = {"FLOAT": 2e10, "HALF": 8e10, "BF16": 8e10, "INT8": 16e10, "FP8": 16e10}
 """Multiply-adds per millisecond of the simulated GPU's clock."""
 _BYTES_PER_MS = 5e8
+_ONNX_NAMES = {name: TensorProto.DataType.Name(kind) for kind, name in TYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class EngineFile:
     onnx_bytes: bytes
     lock: threading.Lock = field(default_factory=threading.Lock)
     _inferred: dict[tuple[int, ...], Any] = field(default_factory=dict)
+    _sessions: dict[frozenset[str], Any] = field(default_factory=dict)
 
     def appended_to(self, real: bytes) -> bytes:
         """Return the bytes of the engine; `real` is what stands before it."""
@@ -105,9 +108,7 @@ class EngineFile:
         for values, is_input in ((graph.input, True), (graph.output, False)):
             for value in values:
                 if value.name not in constants:
-                    kind = value.type.tensor_type
-                    shape = tuple(entry.dim_value if entry.HasField("dim_value") else -1 for entry in kind.shape.dim)
-                    found[value.name] = (is_input, TYPE_NAMES[kind.elem_type], shape)
+                    found[value.name] = (is_input, TYPE_NAMES[value.type.tensor_type.elem_type], shape_of(value))
         return found
 
     @property
@@ -166,15 +167,55 @@ class EngineFile:
         )
         return 0.002 + layer.macs_per_pixel * pixels / _MACS_PER_MS.get(layer.reads, 2e10) + moved / _BYTES_PER_MS
 
-    def run(self, image: np.ndarray) -> dict[str, np.ndarray]:
-        """Compute with ONNX Runtime on the CPU."""
+    def run(self, image: np.ndarray, faulty: frozenset[str] = frozenset()) -> dict[str, np.ndarray]:
+        """Compute with ONNX Runtime on the CPU; the outputs of faulty nodes come out wrong."""
         with self.lock:
             names = [name for name, (is_input, *_) in self.tensors.items() if not is_input]
-            return dict(zip(names, self._session.run(names, {self.input_name: image}), strict=True))
+            if faulty not in self._sessions:
+                self._sessions[faulty] = cpu_session(with_faults(self.onnx_bytes, faulty))
+            return dict(zip(names, self._sessions[faulty].run(names, {self.input_name: image}), strict=True))
 
-    @functools.cached_property
-    def _session(self) -> Any:
-        return cpu_session(self.onnx_bytes)
+
+def shape_of(value: onnx.ValueInfoProto) -> tuple[int, ...]:
+    """Return the shape of a graph's input or output, with -1 for what varies."""
+    return tuple(entry.dim_value if entry.HasField("dim_value") else -1 for entry in value.type.tensor_type.shape.dim)
+
+
+def tensor_types(model: onnx.ModelProto) -> dict[str, str]:
+    """Return the types of all tensors."""
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    found = {tensor.name: TYPE_NAMES.get(tensor.data_type, "FLOAT") for tensor in graph.initializer}
+    for value in (*graph.value_info, *graph.input, *graph.output):
+        found[value.name] = TYPE_NAMES.get(value.type.tensor_type.elem_type, "FLOAT")
+    return found
+
+
+def with_outputs(onnx_bytes: bytes, names: Sequence[str]) -> bytes:
+    """Return a graph with other outputs; inner tensors come with as many varying sizes as they have axes."""
+    model = onnx.load_model_from_string(onnx_bytes)
+    if [value.name for value in model.graph.output] == list(names):
+        return onnx_bytes
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    known = {value.name: value for value in (*graph.value_info, *graph.output)}
+    del model.graph.output[:]
+    model.graph.output.extend(known[name] for name in names)
+    return bytes(model.SerializeToString())
+
+
+def with_faults(onnx_bytes: bytes, faulty: Iterable[str]) -> bytes:
+    """Return a graph in which the outputs of some nodes, by name, are four times too large."""
+    model = onnx.load_model_from_string(onnx_bytes)
+    kinds = {name: getattr(TensorProto, _ONNX_NAMES[kind]) for name, kind in tensor_types(model).items()}
+    for index, node in reversed(list(enumerate(model.graph.node))):
+        if node.name in faulty:
+            wrong = node.output[0]
+            node.output[0] = f"{wrong}/right"
+            model.graph.initializer.append(onnx.helper.make_tensor(f"{wrong}/factor", kinds[wrong], [], [4.0]))
+            fault = onnx.helper.make_node(
+                "Mul", [node.output[0], f"{wrong}/factor"], [wrong], name=f"{node.name}/fault"
+            )
+            model.graph.node.insert(index + 1, fault)
+    return bytes(model.SerializeToString()) if faulty else onnx_bytes
 
 
 def cpu_session(onnx_bytes: bytes) -> Any:
@@ -262,7 +303,7 @@ def _layers(engine: EngineFile) -> list[Layer]:
         if node.op_type in _HEAVY:
             _make_heavy(made, node, producers, constants, shapes, kinds, pixels)
             follow = readers.get(node.output[0], [])
-            while len(follow) == 1 and follow[0].op_type in _FUSED:
+            while len(follow) == 1 and follow[0].op_type in _FUSED and made.outputs[0] not in engine.tensors:
                 made.nodes.append(follow[0].name)
                 made.name += " + " + follow[0].name
                 fused.add(follow[0].output[0])

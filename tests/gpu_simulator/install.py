@@ -77,12 +77,13 @@ def simulated(folder: Path, setting: Setting) -> Iterator[Simulator]:
     _forget_loggers()
     write_environment(folder, setting)
     before = {name: os.environ.get(name) for name in ("PYTHONPATH",)}
-    kept = {name: sys.modules.pop(name) for name in _MODULES if name in sys.modules}
+    kept = _forget_modules()
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), str(_HERE), before["PYTHONPATH"])))
     simulator = Simulator(setting.gpus, setting.schedule, setting.seed)
     simulator.tolerated = set(setting.tolerated)
     finder = Finder(simulator, setting)
-    sys.meta_path.insert(0, finder)
+    after_polygraphy = Afterwards("polygraphy.cuda.cuda", lambda: _install("cuda_runtime", simulator))
+    sys.meta_path[:0] = [finder, after_polygraphy]
     torch_cuda.install(simulator)
     if setting.onnxruntime_gpu:
         onnxruntime_gpu.install(simulator, setting.version)
@@ -91,9 +92,8 @@ def simulated(folder: Path, setting: Setting) -> Iterator[Simulator]:
     finally:
         onnxruntime_gpu.uninstall()
         torch_cuda.uninstall()
-        sys.meta_path.remove(finder)
-        for name in _MODULES:
-            sys.modules.pop(name, None)
+        sys.meta_path[:] = [entry for entry in sys.meta_path if entry not in (finder, after_polygraphy)]
+        _forget_modules()
         sys.modules.update(kept)
         _forget_loggers()
         for name, value in before.items():
@@ -123,6 +123,7 @@ def begin(path: str) -> None:
     simulator.tolerated = set(setting.tolerated)
     sys.meta_path.insert(0, Finder(simulator, setting))
     sys.meta_path.insert(0, Afterwards("torch", lambda: _install("torch_cuda", simulator)))
+    sys.meta_path.insert(0, Afterwards("polygraphy.cuda.cuda", lambda: _install("cuda_runtime", simulator)))
     if setting.onnxruntime_gpu:
         install = functools.partial(_install, "onnxruntime_gpu", simulator, setting.version)
         sys.meta_path.insert(0, Afterwards("onnxruntime", install))
@@ -133,7 +134,7 @@ def _install(module: str, *arguments: Any) -> None:
 
 
 class Afterwards(importlib.abc.MetaPathFinder):
-    """Calls a function behind the first import of a module."""
+    """Calls a function behind the import of a module."""
 
     def __init__(self, name: str, call: Callable[[], None]) -> None:
         self._name, self._call = name, call
@@ -151,7 +152,7 @@ class Afterwards(importlib.abc.MetaPathFinder):
 
         def exec_module(module: types.ModuleType) -> None:
             run(module)
-            sys.meta_path.remove(self)
+            self._busy = False
             self._call()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
@@ -174,10 +175,10 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def create_module(self, spec: Any) -> types.ModuleType:
         if spec.name == "tensorrt_rtx":
             return self._rtx()
-        from gpu_simulator.tensorrt import FULL_STATES
+        from gpu_simulator.tensorrt import FULL_FUNCTIONS, FULL_STATES
 
         assert self._setting.version is not None
-        module = generate(description(self._setting.version), FULL_STATES, title="tensorrt")
+        module = generate(description(self._setting.version), FULL_STATES, FULL_FUNCTIONS, title="tensorrt")
         return self._completed(module)
 
     def _rtx(self) -> types.ModuleType:
@@ -186,7 +187,7 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         from gpu_simulator.rtx import keep_graphs
         from gpu_simulator.tensorrt import RTX_STATES
 
-        module = generate(describe(real), RTX_STATES, title="tensorrt_rtx", real=real)
+        module = generate(describe(real), RTX_STATES, {}, title="tensorrt_rtx", real=real)
         keep_graphs(module, real)
         return self._completed(module)
 
@@ -197,6 +198,16 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module: types.ModuleType) -> None:
         pass
+
+
+def forget_polygraphy() -> dict[str, types.ModuleType]:
+    """Forget that Polygraphy was imported, as a new process does: it keeps the TensorRT that it has seen."""
+    return {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "polygraphy"}
+
+
+def _forget_modules() -> dict[str, types.ModuleType]:
+    """Forget imported TensorRTs, and Polygraphy; return the modules."""
+    return {name: sys.modules.pop(name) for name in _MODULES if name in sys.modules} | forget_polygraphy()
 
 
 def _forget_loggers() -> None:

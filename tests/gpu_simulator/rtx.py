@@ -5,7 +5,9 @@ A real engine of TensorRT-RTX can only be opened on a GPU. The simulated runtime
 
 from typing import Any
 
-from gpu_simulator.engine_file import EngineFile, Header
+import onnx
+
+from gpu_simulator.engine_file import EngineFile, Header, with_outputs
 
 _REAL: dict[str, Any] = {}
 
@@ -60,10 +62,17 @@ def keep_graphs(module: Any, real: Any) -> None:
             verbosity=config.profiling_verbosity.name,
             resizes_activations=True,
         )
-        return module.IHostMemory(EngineFile(header, graphs[id(network)]).appended_to(bytes(memory)))
+        graph = with_outputs(graphs[id(network)], _outputs(network, graphs[id(network)]))
+        return module.IHostMemory(EngineFile(header, graph).appended_to(bytes(memory)))
 
     real.OnnxParser.__init__ = init
     real.OnnxParser.parse = parse
     real.IOptimizationProfile.set_shape = set_shape
     real.IBuilderConfig.add_optimization_profile = add
     real.Builder.build_serialized_network = build
+
+
+def _outputs(network: Any, graph: bytes) -> list[str]:
+    """Return the marked outputs that the ONNX graph has too; the parser adds tensors of its own."""
+    known = {name for node in onnx.load_model_from_string(graph).graph.node for name in node.output}
+    return [name for index in range(network.num_outputs) if (name := network.get_output(index).name) in known]

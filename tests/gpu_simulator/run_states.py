@@ -138,6 +138,9 @@ class EngineState(Part):
     def get_tensor_components_per_element(self, name: str, *_: int) -> int:
         return -1
 
+    def get_aliased_input_tensor(self, name: str) -> str | None:
+        return None
+
     def is_shape_inference_io(self, name: str) -> bool:
         return False
 

@@ -5,14 +5,16 @@ names. TensorRT-RTX keeps its real builder (`rtx`).
 """
 
 from gpu_simulator import build_states as build
+from gpu_simulator import network_states as network
 from gpu_simulator import run_states as run
 from gpu_simulator.context_state import ContextState
 
 FULL_STATES = {
     "Logger": build.LoggerState,
     "Builder": build.BuilderState,
-    "INetworkDefinition": build.NetworkState,
-    "ITensor": build.TensorState,
+    "INetworkDefinition": network.NetworkState,
+    "ILayer": network.LayerState,
+    "ITensor": network.TensorState,
     "OnnxParser": build.ParserState,
     "ParserError": build.ParserErrorState,
     "IBuilderConfig": build.ConfigState,
@@ -29,3 +31,4 @@ RTX_STATES = {name: FULL_STATES[name] for name in _RUNTIME} | {
     "IRuntimeCache": run.RuntimeCacheState,
     "IHostMemory": None,
 }
+FULL_FUNCTIONS = {"init_libnvinfer_plugins": lambda logger, namespace: True}

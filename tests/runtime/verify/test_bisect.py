@@ -1,6 +1,7 @@
 """Which node is at fault: the engine's own faults told from the graph's, on graphs made in the test."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,13 @@ def test_a_right_engine_and_a_right_graph_are_not_blamed(tmp_path: Path, image: 
         assert found.first is None
         assert found.output_snr_db > 90
         assert "agrees with the network" in found.sentence
+
+
+def test_a_half_graph_is_compared_up_to_the_cast_that_makes_its_output(small_onnx: Callable[..., Path]) -> None:
+    found = bisect_path(small_onnx(dtype="float16"), np.random.default_rng(1).random((1, 3, 24, 32), np.float32))
+
+    assert found.blame == "none"
+    assert found.output_snr_db > 35
 
 
 def test_a_wrong_weight_is_found_with_its_module(tmp_path: Path, image: NDArray[np.float32]) -> None:
