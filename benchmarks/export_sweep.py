@@ -61,8 +61,14 @@ def one(seed: int) -> dict[str, Any]:
         except ExportError as error:
             finite = "the network gives values that are not finite" not in error.found
             return {**row, "outcome": "refused" if finite else "not finite in FP32", "error": str(error)}
+    row |= {"outcome": "exported", "network_error": check.network_error, "ratio": ratio(check)}
+    return row if check.merged is None else row | {"merged_end_ratio": ratio(check.merged)}
+
+
+def ratio(check: checks.GridCheck) -> float:
+    """Return the largest error of a graph over the FP32 network's own."""
     used = max(entry.max_abs / entry.tolerance if entry.tolerance else 0.0 for entry in check.deviations)
-    return {**row, "outcome": "exported", "network_error": check.network_error, "ratio": checks.MULTIPLE * used}
+    return checks.MULTIPLE * used
 
 
 def scale_weights(checkpoint: LoadedCheckpoint, factor: float) -> None:
@@ -77,13 +83,19 @@ def scale_weights(checkpoint: LoadedCheckpoint, factor: float) -> None:
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return counts by outcome, and the distribution of the ratios."""
-    ratios = [row["ratio"] for row in rows if "ratio" in row]
     return {
         "outcomes": dict(Counter(row["outcome"] for row in rows)),
         "dialects": len({row["dialect"] for row in rows}),
-        "ratio": {name: round(float(np.percentile(ratios, at)), 3) for name, at in PERCENTILES.items()},
+        "ratio": percentiles([row["ratio"] for row in rows if "ratio" in row]),
+        "merged_end_ratio": percentiles([row["merged_end_ratio"] for row in rows if "merged_end_ratio" in row]),
         "multiple": checks.MULTIPLE,
     }
+
+
+def percentiles(values: list[float]) -> dict[str, float]:
+    """Return the number of values and some percentiles of them."""
+    found = {name: round(float(np.percentile(values, at)), 3) for name, at in PERCENTILES.items()} if values else {}
+    return {"count": len(values), **found}
 
 
 PERCENTILES = {"median": 50, "p90": 90, "p99": 99, "max": 100}

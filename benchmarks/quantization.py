@@ -229,7 +229,7 @@ def opened(path: Path, contract: ModelContract, threads: int | None) -> Runner:
     from srdeploy.core.onnx_file import read_graph
 
     reference = read_graph(path.with_name(path.name.removesuffix(".nncf.xml") + ".onnx"))
-    built = openvino_engine._built(compiled, reference.layers)
+    built = openvino_engine._built(compiled, reference.layers, ())
     return openvino_engine.OpenVinoRunner(compiled, contract, reference.inputs, built, threads, None, True)
 
 

@@ -21,7 +21,6 @@ from srdeploy.calibration.observe import observe_magnitudes
 from srdeploy.calibration.options import QuantizeOptions
 from srdeploy.calibration.rewrites.deconvolution import rewrite_deconvolutions
 from srdeploy.calibration.rewrites.streams import add_reader_scales
-from srdeploy.calibration.rewrites.tail import merge_tail
 from srdeploy.calibration.search.choose import Choice, choose
 from srdeploy.calibration.search.evaluate import Evaluator, GraphQuality, OpenEngine, open_model
 from srdeploy.calibration.search.readback import Readback, read_back
@@ -35,6 +34,7 @@ from srdeploy.core.onnx_graph import Graph
 from srdeploy.core.precision import Precision, Target
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.samples import Sample
+from srdeploy.core.tail import merge_tail
 
 CPU_TARGETS = (Target.OPENVINO, Target.ONNXRUNTIME)
 DECONVOLUTIONS_REWRITTEN = "OpenVINO has no INT8 kernel for these deconvolutions: they became exact convolutions"
@@ -58,7 +58,7 @@ class QuantizeResult:
         int8_macs: their share of the multiply-adds, 0..1.
         weight_bits: 8, or 7 for weights within +-64; None for graphs that are not INT8.
         floats: layer -> reason, for the layers of an 8-bit graph that stay float.
-        merged: layers of the network that are one layer in the graph (see rewrites/tail.py).
+        merged: layers of the network that are one layer in the graph (see core/tail.py).
         islands: nodes of a 16-bit graph that stay FP32, with reasons.
         readback: what the engine reports that it runs; None when no engine of the target runs here.
         choice: the search and all it measured; None for FP16 and BF16.

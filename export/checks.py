@@ -11,7 +11,7 @@ and three reveal a fixed batch. Inputs are noise of 8-bit levels: every tap of e
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from srdeploy.core.extras import is_installed
 from srdeploy.core.ort import cpu_session
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.shapes import Shape, format_shape
+from srdeploy.core.tail import merge_tail
 
 GRID = (((1, 1), (1, 2, 3)), ((1, 7), (1, 2, 3)), ((17, 22), (1, 2, 3)), ((64, 48), (1,)))
 """Height and width, and the batches that each size is computed with."""
@@ -80,11 +81,14 @@ class GridCheck:
         evaluator: what computed the graph.
         deviations: per shape.
         network_error: the eager FP32 network's own error: the largest on any size, relative to the largest output.
+        merged: the same comparison of the form in which engines on the CPU run the graph, with its linear end as one
+            convolution (see core/tail.py); None where the end stays as it is.
     """
 
     evaluator: str
     deviations: tuple[Deviation, ...]
     network_error: float
+    merged: "GridCheck | None" = None
 
     @property
     def max_abs(self) -> float:
@@ -100,6 +104,7 @@ class GridCheck:
             "network_error": self.network_error,
             "shapes": {format_shape(entry.shape): entry.max_abs for entry in self.deviations},
             "tolerances": {format_shape(entry.shape): entry.tolerance for entry in self.deviations},
+            "merged_end_max_abs": None if self.merged is None else self.merged.max_abs,
         }
 
 
@@ -118,7 +123,7 @@ def check_structure(path: Path) -> None:
 def check_against_network(
     path: Path, reference: nn.Module, contract: ModelContract, *, progress: Progress = SILENT
 ) -> GridCheck:
-    """Compare a graph with its network on the grid of sizes and batches.
+    """Compare a graph, and its form with a merged end, with its network on the grid of sizes and batches.
 
     Args:
         path: the ONNX file.
@@ -129,7 +134,10 @@ def check_against_network(
     Raises:
         ExportError: a shape of the output is wrong, a value is not finite, or a difference is above the tolerance.
     """
-    return check_against_expected(path, expected_of(reference, contract, progress=progress), contract)
+    expected = expected_of(reference, contract, progress=progress)
+    check = check_against_expected(path, expected, contract)
+    merged, names = merge_tail(onnx.load(path))
+    return replace(check, merged=check_against_expected(merged, expected, contract)) if names else check
 
 
 def expected_of(reference: nn.Module, contract: ModelContract, *, progress: Progress = SILENT) -> tuple[Expected, ...]:
@@ -158,9 +166,11 @@ def expected_of(reference: nn.Module, contract: ModelContract, *, progress: Prog
     return tuple(expected)
 
 
-def check_against_expected(path: Path, expected: tuple[Expected, ...], contract: ModelContract) -> GridCheck:
-    """Compare a graph with what its network gave, see `check_against_network`."""
-    evaluator, evaluate = _evaluator(path)
+def check_against_expected(
+    graph: Path | onnx.ModelProto, expected: tuple[Expected, ...], contract: ModelContract
+) -> GridCheck:
+    """Compare a graph, a file or in memory, with what its network gave, see `check_against_network`."""
+    evaluator, evaluate = _evaluator(graph)
     # One figure for the whole grid: a size of a few pixels has too few outputs to show the largest rounding.
     network_error = max(entry.network_error / entry.peak if entry.peak else 0.0 for entry in expected)
     deviations = []
@@ -206,16 +216,16 @@ def _check_output(output: NDArray[Any], shape: tuple[int, ...], contract: ModelC
         )
 
 
-def _evaluator(path: Path) -> tuple[str, Callable[[Images], Images]]:
+def _evaluator(graph: Path | onnx.ModelProto) -> tuple[str, Callable[[Images], Images]]:
     """Return what computes the graph: ONNX Runtime, or ONNX's own slow reference if that is not installed."""
     if is_installed("onnxruntime"):
         import onnxruntime
 
-        session = cpu_session(path)
+        session = cpu_session(graph)
         return f"onnxruntime {onnxruntime.__version__}", lambda images: session.run([OUTPUT], {INPUT: images})[0]
     from onnx.reference import ReferenceEvaluator
 
-    reference = ReferenceEvaluator(str(path))
+    reference = ReferenceEvaluator(str(graph) if isinstance(graph, Path) else graph)
 
     def evaluate(images: Images) -> Images:
         outputs = reference.run([OUTPUT], {INPUT: images})

@@ -30,7 +30,7 @@ HALF_MACS = 6e11
 """Multiply-adds of the images on which overflow of FP16 is looked for; a factor of four is allowed for others."""
 HALF_EVALUATION_MACS = 3e11
 """Multiply-adds of the held-out images on which FP16 and BF16 are evaluated; all images agree within a decibel."""
-TUNING_MACS = 1.6e11
+TUNING_MACS = 1.2e11
 """Multiply-adds of the windows on which ways to quantize are compared, a dozen times."""
 ROUNDING_MACS = 4e11
 """Multiply-adds of the windows that covariances are taken from."""

@@ -29,7 +29,7 @@ class Recipe:
         half: the float part and all scales are FP16.
         deconvolution: "int8" (weights per output channel on axis 1), "float" or "rewrite" (exact convolutions and a
             pixel shuffle, see rewrites/deconvolution.py).
-        merge_tail: replace the linear end of the network by one layer (see rewrites/tail.py).
+        merge_tail: replace the linear end of the network by one layer (see core/tail.py).
         quantize_first, quantize_last: whether the layers that read and write the image are quantized.
         min_channels: layers with fewer input or output channels stay float.
         quantize_outputs: quantize the outputs of layers too; the engine computes a layer with integers only then.

@@ -31,7 +31,7 @@ DAMPING = 0.005
 """Added to the diagonal, relative to its mean: what was not seen is not trusted wholly."""
 _STEP_FACTORS = (1.0, 0.93, 0.86, 0.8)
 """Steps tried, relative to the one that just holds the largest weight; clipped weights are compensated like others."""
-_BLOCK = 64
+_BLOCK = 32
 _SMALLEST = 1e-12
 
 
@@ -166,22 +166,46 @@ def _compensated(rows: NDArray[np.float64], covariance: NDArray[np.float64], top
     size = covariance.shape[0]
     order = np.argsort(-np.diag(covariance), kind="stable")  # what is read most strongly is rounded first
     damped = covariance + np.eye(size) * (DAMPING * np.diag(covariance).mean() + _SMALLEST)
-    inverse = np.linalg.inv(damped[np.ix_(order, order)])
     # Row j of the factor: how the columns after j compensate the rounding of column j.
-    factor = np.linalg.cholesky((inverse + inverse.T) / 2).T
+    factor = _inverse_factor(damped[np.ix_(order, order)])
     left = np.ascontiguousarray(rows[:, order].T)  # (columns, rows): the loop reads contiguous memory
     codes = np.empty_like(left)
     for start in range(0, size, _BLOCK):
         end = min(start + _BLOCK, size)
         done = np.empty((end - start, left.shape[1]))
         for column in range(start, end):
-            codes[column] = np.clip(np.rint(left[column]), -top, top)
-            done[column - start] = (left[column] - codes[column]) / factor[column, column]
-            left[column + 1 : end] -= factor[column, column + 1 : end, None] * done[column - start]
+            code, error = codes[column], done[column - start]
+            np.rint(left[column], out=code)
+            np.minimum(code, top, out=code)  # np.clip is slower on few values
+            np.maximum(code, -top, out=code)
+            np.subtract(left[column], code, out=error)
+            error /= factor[column, column]
+            left[column + 1 : end] -= factor[column, column + 1 : end, None] * error
         left[end:] -= factor[start:end, end:].T @ done
     result = np.empty_like(rows)
     result[:, order] = codes.T
     return result
+
+
+def _inverse_factor(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the upper triangular U with U.T @ U = inverse of a positive definite matrix."""
+    # The Cholesky factor C of the matrix in reversed order gives U without inverting the matrix: U is the inverse of C,
+    # reversed again.
+    reversed_factor = np.asarray(np.linalg.cholesky(matrix[::-1, ::-1]), dtype=np.float64)
+    return np.ascontiguousarray(_inverse_triangular(reversed_factor)[::-1, ::-1])
+
+
+def _inverse_triangular(lower: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the inverse of a lower triangular matrix, by halves."""
+    size = len(lower)
+    if size <= _BLOCK:
+        return np.asarray(np.linalg.inv(lower), dtype=np.float64)
+    half = size // 2
+    inverse = np.zeros_like(lower)
+    inverse[:half, :half] = _inverse_triangular(lower[:half, :half])
+    inverse[half:, half:] = _inverse_triangular(lower[half:, half:])
+    inverse[half:, :half] = -inverse[half:, half:] @ (lower[half:, :half] @ inverse[:half, :half])
+    return inverse
 
 
 def _bounds(graph: Graph, layer: Layer) -> list[tuple[int, int]]:

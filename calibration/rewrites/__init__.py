@@ -3,6 +3,5 @@
 from srdeploy.calibration.rewrites.deconvolution import rewrite_deconvolutions
 from srdeploy.calibration.rewrites.equalize import equalize_channels
 from srdeploy.calibration.rewrites.streams import add_reader_scales, fold_reader_scales
-from srdeploy.calibration.rewrites.tail import merge_tail
 
-__all__ = ["add_reader_scales", "equalize_channels", "fold_reader_scales", "merge_tail", "rewrite_deconvolutions"]
+__all__ = ["add_reader_scales", "equalize_channels", "fold_reader_scales", "rewrite_deconvolutions"]

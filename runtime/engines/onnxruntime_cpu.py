@@ -36,6 +36,7 @@ from srdeploy.core.runner import RunnerInfo
 from srdeploy.core.shapes import TensorSpec
 from srdeploy.runtime.engines.feeds import check_feeds
 from srdeploy.runtime.engines.gpu import Gpu
+from srdeploy.runtime.engines.merged_end import merge_end
 from srdeploy.runtime.engines.options import CPU_REFUSED_OPTIONS, BuildOptions, BuiltEngine
 from srdeploy.runtime.engines.sidecar import Engine
 
@@ -76,6 +77,7 @@ def build(graph: GraphFile, options: BuildOptions, progress: Progress) -> BuiltE
     Raises:
         BuildError: ONNX Runtime refuses the graph.
     """
+    graph, merged = merge_end(graph)
     with _scratch_folder() as folder, progress.task("optimizing with ONNX Runtime"):
         optimized = folder / "optimized.onnx"
         try:
@@ -84,7 +86,7 @@ def build(graph: GraphFile, options: BuildOptions, progress: Progress) -> BuiltE
             _refuse_full_scratch(error)
             raise BuildError(error.found) from error
         data = optimized.read_bytes()
-    built = _built(onnx.load_model_from_string(data))
+    built = _built(onnx.load_model_from_string(data), merged)
     return BuiltEngine(
         data=data,
         precision_built=combined_label(built["convolutions"]),
@@ -106,6 +108,8 @@ def open_onnx(
         parity: no difference here: FP32 arithmetic is always exact FP32.
         outputs: tensors to return instead of the graph's outputs; inner ones are allowed.
     """
+    # Inner tensors of the end exist only in the graph as it is.
+    graph, merged = merge_end(graph) if outputs is None else (graph, ())
     data = graph.serialized(extra_outputs=tuple(outputs or ()))
     with _scratch_folder() as folder:
         optimized = folder / "optimized.onnx"
@@ -119,7 +123,7 @@ def open_onnx(
         except InputError as error:
             _refuse_full_scratch(error)
             raise
-        built = _built(onnx.load(optimized)) if outputs is None else {}
+        built = _built(onnx.load(optimized), merged) if outputs is None else {}
     return OnnxRuntimeRunner(session, graph.contract, built, threads, outputs)
 
 
@@ -231,8 +235,11 @@ def _refuse_full_scratch(error: InputError) -> None:
         ) from error
 
 
-def _built(model: onnx.ModelProto) -> dict[str, Any]:
-    """Count the convolutions of an optimized graph by the type they compute in, and all nodes by operation."""
+def _built(model: onnx.ModelProto, merged: Sequence[str]) -> dict[str, Any]:
+    """Count the convolutions of an optimized graph by the type they compute in, and all nodes by operation.
+
+    `merged` names the layers of the network that are one convolution (see merged_end.py).
+    """
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     for value in (*model.graph.value_info, *model.graph.input):
         types.setdefault(value.name, value.type.tensor_type.elem_type)
@@ -250,6 +257,7 @@ def _built(model: onnx.ModelProto) -> dict[str, Any]:
         "read_from": "ONNX Runtime's optimized graph",
         "convolutions": dict(sorted(convolutions.items())),
         "operations": dict(sorted(operations.items())),
+        "merged_layers": list(merged),
     }
 
 

@@ -33,6 +33,7 @@ from srdeploy.core.runner import RunnerInfo
 from srdeploy.core.shapes import TensorSpec
 from srdeploy.runtime.engines.feeds import check_feeds
 from srdeploy.runtime.engines.gpu import Gpu
+from srdeploy.runtime.engines.merged_end import merge_end
 from srdeploy.runtime.engines.options import CPU_REFUSED_OPTIONS, BuildOptions, BuiltEngine
 from srdeploy.runtime.engines.sidecar import Engine
 
@@ -85,6 +86,7 @@ def build(graph: GraphFile, options: BuildOptions, progress: Progress) -> BuiltE
         BuildError: OpenVINO refuses the graph.
     """
     core = shared_core()
+    graph, merged = merge_end(graph)
     with progress.task("compiling with OpenVINO"):
         try:
             model = core.read_model(graph.serialized())
@@ -93,7 +95,7 @@ def build(graph: GraphFile, options: BuildOptions, progress: Progress) -> BuiltE
         except Exception as error:
             raise BuildError(f"OpenVINO cannot build {graph.path}: {_cause(error)}") from error
     data = exported.getvalue() if isinstance(exported, io.BytesIO) else bytes(exported)
-    built = _built(compiled, graph.layers)
+    built = _built(compiled, graph.layers, merged)
     label = combined_label(built["convolutions"])
     return BuiltEngine(
         data=data,
@@ -128,6 +130,8 @@ def _open_graph(
     graph: GraphFile, *, threads: int | None, outputs: Sequence[str] | None, native: bool
 ) -> "OpenVinoRunner":
     core = shared_core()
+    # Inner tensors of the end exist only in the graph as it is; a baseline is OpenVINO alone.
+    graph, merged = merge_end(graph) if outputs is None and not native else (graph, ())
     try:
         model = core.read_model(graph.serialized(extra_outputs=tuple(outputs or ())))
         compiled = core.compile_model(model, DEVICE, _configuration(threads, native=native))
@@ -135,7 +139,7 @@ def _open_graph(
         raise
     except Exception as error:
         raise InputError(f"OpenVINO cannot open {graph.path}: {_cause(error)}") from error
-    built = _built(compiled, graph.layers)
+    built = _built(compiled, graph.layers, merged)
     return OpenVinoRunner(compiled, graph.contract, graph.inputs, built, threads, outputs, native)
 
 
@@ -154,7 +158,7 @@ def open_built(engine: Engine, *, threads: int | None, parity: bool, outputs: Se
         compiled = core.import_model(io.BytesIO(engine.data), DEVICE, _configuration(threads))
     except Exception as error:
         raise InputError(f"OpenVINO cannot open {engine.path}: {_cause(error)}") from error
-    built = _built(compiled, ())
+    built = _built(compiled, (), engine.built.get("merged_layers", ()))
     built["macs_share"] = engine.built.get("macs_share", {})
     return OpenVinoRunner(compiled, engine.contract, engine.inputs, built, threads, None, False)
 
@@ -243,8 +247,11 @@ def _configuration(threads: int | None, *, native: bool = False) -> dict[str, An
     return configuration
 
 
-def _built(compiled: Any, layers: Sequence[Layer]) -> dict[str, Any]:
-    """Read back what runs: layers by kind and type, convolutions by type, and their share of the multiply-adds."""
+def _built(compiled: Any, layers: Sequence[Layer], merged: Sequence[str]) -> dict[str, Any]:
+    """Read back what runs: layers by kind and type, convolutions by type, and their share of the multiply-adds.
+
+    `merged` names the layers of the network that are one convolution (see merged_end.py).
+    """
     macs = {layer.node: layer.macs for layer in layers}
     operations: Counter[str] = Counter()
     convolutions: Counter[str] = Counter()
@@ -269,6 +276,7 @@ def _built(compiled: Any, layers: Sequence[Layer]) -> dict[str, Any]:
         "convolutions": dict(sorted(convolutions.items())),
         "macs_share": share,
         "operations": dict(sorted(operations.items())),
+        "merged_layers": list(merged),
     }
 
 

@@ -10,11 +10,11 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper, parser
 
-from srdeploy.calibration.rewrites.tail import merge_tail
 from srdeploy.core.errors import CapabilityError, UsageError
 from srdeploy.core.onnx_file import read_graph
 from srdeploy.core.precision import Precision
 from srdeploy.core.runner import Runner, run_image
+from srdeploy.core.tail import merge_tail
 from srdeploy.models.checkpoint.load import LoadedCheckpoint
 from srdeploy.runtime.engines.literal import literal_tensors
 from srdeploy.runtime.engines.options import BuildOptions

@@ -10,12 +10,13 @@ from onnx import TensorProto
 
 from srdeploy.calibration.images.dataset import CalibrationSet
 from srdeploy.calibration.int8.builder import Decisions, GraphBuilder
-from srdeploy.calibration.int8.placement import RECIPES, can_split, place
+from srdeploy.calibration.int8.placement import RECIPES, can_split, macs_share_of, place
 from srdeploy.calibration.rewrites.deconvolution import rewrite_deconvolutions
 from srdeploy.calibration.search.evaluate import Evaluator
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.onnx_graph import Graph
 from srdeploy.core.precision import Precision, Target
+from srdeploy.core.tail import merge_tail
 
 Networks = dict[str, Callable[..., onnx.ModelProto]]
 Calibrations = dict[str, CalibrationSet]
@@ -192,3 +193,15 @@ def test_moving_quantization_through_a_shuffle_changes_no_number(
     )
 
     assert moved == fixed
+
+
+def test_edges_of_a_merged_end_stay_float_and_count_for_nothing(networks: Networks) -> None:
+    graph = Graph(merge_tail(networks["residual"]())[0])
+
+    placement = place(graph, RECIPES[Target.OPENVINO])
+
+    edges = [layer.name for layer in graph.layers if layer.role == "edge"]
+    assert len(edges) == 8
+    assert set(edges) <= set(placement.floats)
+    assert "merged_tail" in placement.layers
+    assert macs_share_of(graph, placement.layers) == 1.0

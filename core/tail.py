@@ -14,9 +14,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from srdeploy.calibration.rewrites.tail_map import SIDES, AffineMap, Link, Tail, compute_tail
 from srdeploy.core.contract import EDGE, OUTPUT
 from srdeploy.core.onnx_graph import Graph, Layer, attribute, replace_nodes
+from srdeploy.core.tail_map import SIDES, AffineMap, Link, Tail, compute_tail
 
 NAME = "merged_tail"
 """Of the layer that takes the chain's place."""
@@ -33,7 +33,7 @@ def merge_tail(model: onnx.ModelProto, *, apart: Collection[str] = ()) -> tuple[
     multiply-adds, where a layer of the end is named in `apart`, and where the edges could not be corrected.
     """
     graph = Graph(model)
-    layers, nodes = _chain(graph)
+    layers, removed = _chain(graph)
     if len(layers) < 2 or {layer.name for layer in layers} & set(apart):
         return model, ()
     tail = compute_tail([_link(graph, layer) for layer in layers])
@@ -41,36 +41,40 @@ def merge_tail(model: onnx.ModelProto, *, apart: Collection[str] = ()) -> tuple[
         return model, ()
     writer = _Writer(layers[0].input, layers[-1].output, tail)
     writer.write()
-    writer.nodes[0].metadata_props.extend(graph.nodes[layers[-1].node].metadata_props)
-    others = [node for node in model.graph.node if node.name not in nodes]
+    writer.nodes[0].metadata_props.extend(graph.producer[layers[-1].output].metadata_props)
+    others = [node for node in model.graph.node if node.output[0] not in removed]
     result = replace_nodes(model, [*others, *writer.nodes], writer.constants.values())
     return result, tuple(layer.name for layer in layers)
 
 
 def _chain(graph: Graph) -> tuple[list[Layer], set[str]]:
-    """Return the layers of the linear end, in order, and the names of all its nodes."""
+    """Return the layers of the linear end, in order, and the tensors that all its nodes write."""
     by_output = {layer.output: layer for layer in graph.layers if _keeps_size(graph, layer)}
     layers: list[Layer] = []
-    nodes: set[str] = set()
+    written: set[str] = set()
     layer = by_output.get(OUTPUT)
     while layer is not None:
         layers.insert(0, layer)
-        nodes.add(layer.node)
+        written.add(layer.output)
         shuffle = graph.producer.get(layer.input)
         if shuffle is None or shuffle.op_type != "DepthToSpace" or graph.only_consumer(layer.input) is None:
             break
+        shuffled = layer.input
         layer = by_output.get(shuffle.input[0])
         if layer is not None and graph.only_consumer(layer.output) is not None:
-            nodes.add(shuffle.name)
+            written.add(shuffled)
         else:
             layer = None
-    return layers, nodes
+    return layers, written
 
 
 def _keeps_size(graph: Graph, layer: Layer) -> bool:
-    node = graph.nodes[layer.node]
+    node = graph.producer[layer.output]
+    stored = node.input[1] == layer.weight  # not as codes behind a DequantizeLinear
+    if not stored or not graph.is_plain_convolution(layer):
+        return False
     height, width = graph.initializers[layer.weight].dims[2:]
-    plain = graph.is_plain_convolution(layer) and attribute(node, "auto_pad", b"NOTSET") == b"NOTSET"
+    plain = attribute(node, "auto_pad", b"NOTSET") == b"NOTSET"
     still = attribute(node, "strides", [1, 1]) == [1, 1] and attribute(node, "dilations", [1, 1]) == [1, 1]
     same = attribute(node, "pads", [0] * 4) == [height // 2, width // 2] * 2
     return plain and still and same and height % 2 == 1 and width % 2 == 1
