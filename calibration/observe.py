@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from srdeploy.core.contract import INPUT
 from srdeploy.core.errors import InputError
-from srdeploy.core.onnx_graph import Graph, add_outputs
+from srdeploy.core.onnx_graph import Graph, up_to
 from srdeploy.core.ort import cpu_session
 from srdeploy.core.progress import SILENT, Progress
 
@@ -221,7 +221,7 @@ def run_outputs(
     threads: int | None = None,
 ) -> Iterator[dict[str, NDArray[np.float32]]]:
     """Run a graph over images and yield some of its tensors per image: only for few tensors or small images."""
-    session = cpu_session(add_outputs(model, tensors), threads=threads, arithmetic="float")
+    session = cpu_session(up_to(model, tensors), threads=threads, arithmetic="float")
     for batch in batches:
         yield dict(zip(tensors, session.run(list(tensors), {INPUT: batch}), strict=True))
 

@@ -1,6 +1,5 @@
 """What a user may decide about quantization; everything else is measured."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Literal
 
 from srdeploy.calibration.int8.placement import Recipe
 from srdeploy.calibration.int8.ranges import Method
-from srdeploy.calibration.search.evaluate import GraphQuality
+from srdeploy.calibration.search.bound import Bound
 from srdeploy.core.environment import int8_sums_saturate
 from srdeploy.core.errors import UsageError
 
@@ -54,10 +53,7 @@ class QuantizeOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_psnr_drop is not None and not self.max_psnr_drop > 0:
-            raise UsageError(f"--max-psnr-drop {self.max_psnr_drop}", expected="a positive number of decibels")
-        if self.max_worst_drop is not None and not self.max_worst_drop > 0:
-            raise UsageError(f"a worst drop of {self.max_worst_drop}", expected="a positive number of decibels")
+        _ = self.bound  # checks its numbers
         if self.strength is not None and not 0 <= self.strength <= 1:
             raise UsageError(f"--equalize {self.strength}", expected="a number from 0 to 1")
         if not self.time_budget_s > 0:
@@ -79,29 +75,7 @@ class QuantizeOptions:
         """Return the layers the user wants float, with the reason."""
         return dict.fromkeys(self.keep, "asked for with --keep")
 
-    def is_satisfied_by(self, quality: GraphQuality) -> bool:
-        """Return True if a graph keeps the bounds."""
-        drop, worst, fidelity = self.max_psnr_drop, self.max_worst_drop, self.min_fidelity
-        return (
-            (drop is None or quality.drop_db <= drop)
-            and (worst is None or quality.largest_drop_db <= worst)
-            and (fidelity is None or quality.fidelity_db >= fidelity)
-        )
-
-    def may_satisfy(self, quality: GraphQuality, left: float) -> bool:
-        """Return True if the bounds may be kept once only a share `left` of a graph's error power is left.
-
-        The drop is nearly proportional to the power while it is small, the fidelity is its logarithm. Both are allowed
-        a tenth of optimism: a measurement costs less than a layer changed in vain.
-        """
-        fidelity = quality.fidelity_db - 10 * math.log10(max(left, 1e-9))
-        drops = ((quality.drop_db, self.max_psnr_drop), (quality.largest_drop_db, self.max_worst_drop))
-        drops_may = all(bound is None or drop * left <= 1.1 * bound for drop, bound in drops)
-        return drops_may and (self.min_fidelity is None or fidelity >= self.min_fidelity - 0.4)
-
-    def bound(self) -> str:
-        """Describe the bounds in one line."""
-        parts = [f"at most {self.max_psnr_drop} dB lost"] if self.max_psnr_drop is not None else []
-        parts += [f"at most {self.max_worst_drop} dB lost by any image"] if self.max_worst_drop is not None else []
-        parts += [f"a fidelity of at least {self.min_fidelity} dB"] if self.min_fidelity is not None else []
-        return " and ".join(parts)
+    @property
+    def bound(self) -> Bound:
+        """What the graph may lose."""
+        return Bound(self.max_psnr_drop, self.max_worst_drop, self.min_fidelity)

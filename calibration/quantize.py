@@ -354,10 +354,10 @@ def _check_ranges(builder: GraphBuilder, job: _Job) -> None:
 
 def _check_bound(options: QuantizeOptions, quality: GraphQuality) -> None:
     """Refuse a graph that FP16 around its 8-bit layers has brought below the bound."""
-    if not options.is_satisfied_by(quality):
+    if not options.bound.is_satisfied_by(quality):
         raise GateError(
             f"the finished graph loses {quality.drop_db:.4f} dB at a fidelity of {quality.fidelity_db:.2f} dB",
-            expected=options.bound(),
+            expected=str(options.bound),
             next_step="allow a little more, or use --precision fp16",
         )
 

@@ -85,13 +85,13 @@ def command(options: CompressVerbOptions) -> None:
     from srdeploy.calibration.compress.result import CompressOptions
     from srdeploy.calibration.fp32 import read_fp32_graph
     from srdeploy.calibration.images.dataset import make_calibration_set
+    from srdeploy.calibration.search.bound import Bound
     from srdeploy.cli.pipeline.opening import engine_opener
 
     refuse_input_as_output(options.output, options.onnx)
     refuse_existing(options.output, options.force)
-    compress_options = CompressOptions(
-        options.max_psnr_drop, options.max_worst_drop, options.target, options.time_budget
-    )
+    bound = Bound(options.max_psnr_drop, options.max_worst_drop)
+    compress_options = CompressOptions(bound, options.target, options.time_budget)
     progress = RichProgress()
     calibration = make_calibration_set(
         options.images,

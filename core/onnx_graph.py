@@ -195,6 +195,19 @@ def add_outputs(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelPro
     return copy
 
 
+def up_to(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
+    """Return the part of a model that computes some of its tensors, which become its only outputs."""
+    needed, nodes = set(tensors), []
+    for node in reversed(model.graph.node):
+        if needed.intersection(node.output):
+            nodes.append(node)
+            needed.update(node.input)
+    part = replace_nodes(model, reversed(nodes), [])
+    del part.graph.output[:]
+    part.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(tensors))
+    return part
+
+
 def type_label(onnx_type: int) -> str:
     """Return "fp32", "fp16", ... for an ONNX element type; others by their ONNX name in lower case."""
     return _TYPE_LABELS.get(onnx_type) or str(TensorProto.DataType.Name(onnx_type)).lower()

@@ -17,11 +17,8 @@ few output channels; or output channels that the one reader does without."""
 
 POINTWISE = ("Relu", "LeakyRelu", "PRelu", "Elu", "Clip", "Tanh", "Sigmoid")
 """What may be between a layer and its reader when output channels are removed: each channel on its own."""
-BYTE_COST = 8.0
-"""Multiply-adds that a processor does in the time of moving a byte of activations (2 cores with AVX-512: about 75e9
-multiply-adds and 10e9 bytes per second)."""
 MIN_SAVING = 0.1
-"""Changes that save less of a layer's cost are not worth another kernel."""
+"""Factors that save less of a layer's multiply-adds are not worth another kernel."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,6 @@ class Change:
         layer: name of the layer; for "channels" of the one whose output channels are removed.
         form: see `Form`.
         rank: channels between the factors, or output channels that are left.
-        saving: cost saved per LR pixel, in multiply-adds; moved bytes count `BYTE_COST` each.
         error: predicted error power of the layer's outputs (for "channels": of the reader's).
         channels: output channels that are left, for "channels".
         reader: name of the layer that reads them, for "channels".
@@ -41,10 +37,14 @@ class Change:
     layer: str
     form: Form
     rank: int
-    saving: float
     error: float
     channels: tuple[int, ...] = ()
     reader: str | None = None
+
+    @property
+    def slot(self) -> str:
+        """What only one change of a graph can have: the factors of a layer, or its channels."""
+        return f"{'channels' if self.form == 'channels' else 'factor'} {self.layer}"
 
     @property
     def key(self) -> str:
@@ -102,57 +102,45 @@ def channel_view(weights: Array, covariance: Array, taps: int) -> tuple[Array, A
 
 
 def factor_changes(graph: Graph, layer: Layer, moments: Moments, multiple: int) -> list[Change]:
-    """Return the ways to factor a layer, ranks being multiples of a number that engines like."""
-    weights, pixels_in, pixels_out = matrix(graph, layer), *_pixels(graph, layer)
+    """Return the ways to factor a layer that save multiply-adds, ranks being multiples of a number that engines like.
+
+    Each has a lower error than all that save more.
+    """
+    weights = matrix(graph, layer)
+    pixels_in, pixels_out = pixels_of(graph, layer)
     height, width = graph.initializers[layer.weight].dims[2:]
     taps = height * width
-    cost = layer.macs
-    found = []
-    if is_channelwise(graph, layer):
-        view, covariance = weights, moments.covariance
-    else:
-        view, covariance = channel_view(weights, moments.covariance, taps)
+    single = is_channelwise(graph, layer)
+    found: list[tuple[float, Change]] = []  # with the multiply-adds
     if taps > 1 or layer.channels_out > multiple:
-        errors = reduce_inputs(view, covariance)[2]
+        view = (weights, moments.covariance) if single else channel_view(weights, moments.covariance, taps)
+        errors = reduce_inputs(*view)[2]
         for rank in range(multiple, layer.channels_in, multiple):
-            made = rank * layer.channels_in * pixels_in + rank * cost / layer.channels_in
-            found.append(("inputs", rank, cost - made - 8 * BYTE_COST * rank * pixels_in, errors[rank]))
-    if not is_channelwise(graph, layer) and layer.channels_out > multiple:
+            made = rank * layer.channels_in * pixels_in + rank * layer.macs / layer.channels_in
+            found.append((made, Change(layer.name, "inputs", rank, float(errors[rank]))))
+    if not single and layer.channels_out > multiple:
         errors = reduce_outputs(weights, moments.covariance)[1]
         for rank in range(multiple, layer.channels_out, multiple):
-            made = rank * layer.channels_out * pixels_out + rank * cost / layer.channels_out
-            found.append(("outputs", rank, cost - made - 8 * BYTE_COST * rank * pixels_out, errors[rank]))
-    return [
-        Change(layer.name, form, rank, saving, float(error))  # type: ignore[arg-type]  # the literals above
-        for form, rank, saving, error in found
-        if saving >= MIN_SAVING * cost
-    ]
+            made = rank * layer.channels_out * pixels_out + rank * layer.macs / layer.channels_out
+            found.append((made, Change(layer.name, "outputs", rank, float(errors[rank]))))
+    best: list[Change] = []
+    for made, change in sorted(found, key=lambda entry: (entry[0], entry[1].error)):
+        if made <= (1 - MIN_SAVING) * layer.macs and (not best or change.error < best[-1].error):
+            best.append(change)
+    return best
 
 
 def channel_changes(graph: Graph, layer: Layer, reader: Layer, moments: Moments, multiple: int) -> list[Change]:
-    """Return the ways to remove output channels of a layer; `moments` are those of the reader."""
+    """Return the ways to remove output channels of a layer, fewest left first; `moments` are those of the reader."""
     height, width = graph.initializers[reader.weight].dims[2:]
     taps = 1 if is_channelwise(graph, reader) else height * width
     order, errors = select_channels(matrix(graph, reader), moments.covariance, taps)
-    _, pixels = _pixels(graph, layer)
     found = []
     for left in range(multiple, layer.channels_out, multiple):
         removed = layer.channels_out - left
-        saving = removed * (layer.macs / layer.channels_out + reader.macs / reader.channels_in)
-        saving += 8 * BYTE_COST * removed * pixels  # written once, read once, four bytes
         kept = tuple(sorted(int(channel) for channel in order[removed:]))
-        error = float(errors[removed - 1])
-        found.append(Change(layer.name, "channels", left, saving, error, kept, reader.name))
+        found.append(Change(layer.name, "channels", left, float(errors[removed - 1]), kept, reader.name))
     return found
-
-
-def pareto(changes: list[Change]) -> list[Change]:
-    """Return the changes that no other one beats in both saving and error, by rising saving."""
-    best: list[Change] = []
-    for change in sorted(changes, key=lambda change: (-change.saving, change.error)):
-        if not best or change.error < best[-1].error:
-            best.append(change)
-    return best[::-1]
 
 
 def _is_plain(graph: Graph, layer: Layer) -> bool:
@@ -164,6 +152,6 @@ def _is_plain(graph: Graph, layer: Layer) -> bool:
     return graph.is_plain_convolution(layer) and dilations == [1, 1] and strides == [1, 1]
 
 
-def _pixels(graph: Graph, layer: Layer) -> tuple[float, float]:
+def pixels_of(graph: Graph, layer: Layer) -> tuple[float, float]:
     """Return the pixels of a layer's input and output per LR pixel."""
     return graph.resolution.get(layer.input, 1.0) ** 2, layer.resolution**2

@@ -14,7 +14,10 @@ from srdeploy.core.contract import INPUT
 from srdeploy.core.onnx_graph import Graph, Layer
 
 WINDOWS = 256
-"""Windows taken of every layer and image."""
+"""Windows taken of every layer and image, at least."""
+WINDOWS_PER_INPUT = 16
+"""Windows of all images together per weight of an output channel, where a layer has so many: with fewer, least squares
+follow their noise."""
 MAX_WEIGHTS = 2304
 """Weights per output channel whose covariance is taken whole, 256 channels of 3x3; of wider layers, the channels'."""
 
@@ -70,7 +73,9 @@ def collect_moments(
             pair = [batch if layer.input == INPUT else found[layer.input] for found in (maps, changed)]
             height, width = original.initializers[layer.weight].dims[2:]
             kernel = (1, 1) if is_channelwise(original, layer) else (height, width)
-            places = random_places(pair[0][0], kernel, WINDOWS, random)
+            weights = layer.channels_in * kernel[0] * kernel[1]
+            count = max(WINDOWS, -(-WINDOWS_PER_INPUT * weights // len(batches)))
+            places = random_places(pair[0][0], kernel, count, random)
             x = windows_at(pair[0][0], kernel, places)
             z = x if others is None else windows_at(pair[1][0], kernel, places)
             sums.setdefault(layer.name, _Sums.for_first(x, z)).add(x, z)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from srdeploy.calibration.compress.layers import Change
+from srdeploy.calibration.search.bound import Bound
 from srdeploy.calibration.search.evaluate import GraphQuality
 from srdeploy.core.errors import UsageError
 from srdeploy.core.precision import Target
@@ -16,34 +17,18 @@ class CompressOptions:
     """What a user decides about compression.
 
     Attributes:
-        max_psnr_drop: bound in dB on the mean loss of Y PSNR on images kept aside.
-        max_worst_drop: bound in dB on the loss of the worst image; None for no bound.
+        bound: what the graph may lose on images kept aside; it has a `max_psnr_drop`.
         target: the engine family that ranks are rounded for.
         time_budget_s: the search stops trying after so many seconds and takes the best found.
     """
 
-    max_psnr_drop: float
-    max_worst_drop: float | None = None
+    bound: Bound
     target: Target = Target.OPENVINO
     time_budget_s: float = 600.0
 
     def __post_init__(self) -> None:
-        for name, value in (("--max-psnr-drop", self.max_psnr_drop), ("--max-worst-drop", self.max_worst_drop)):
-            if value is not None and not value > 0:
-                raise UsageError(f"{name} {value}", expected="a positive number of decibels")
         if not self.time_budget_s > 0:
             raise UsageError(f"--time-budget {self.time_budget_s}", expected="a positive number of seconds")
-
-    def is_satisfied_by(self, quality: GraphQuality) -> bool:
-        """Return True if a quality keeps the bound."""
-        worst = quality.worst_drop_db
-        worst_kept = self.max_worst_drop is None or (worst is not None and worst <= self.max_worst_drop)
-        return quality.drop_db <= self.max_psnr_drop and worst_kept
-
-    def bound(self) -> str:
-        """Return the bound as a phrase."""
-        worst = "" if self.max_worst_drop is None else f", at most {self.max_worst_drop:g} dB on the worst image"
-        return f"at most {self.max_psnr_drop:g} dB lost on average{worst}"
 
 
 @dataclass(frozen=True)
@@ -53,11 +38,13 @@ class Point:
     Attributes:
         changes: what was changed.
         macs: multiply-adds per LR pixel.
+        cost: of multiply-adds and activations, see `costs`.
         quality: on the images kept aside.
     """
 
     changes: tuple[Change, ...]
     macs: float
+    cost: float
     quality: GraphQuality
 
     def to_json(self) -> dict[str, Any]:
@@ -71,6 +58,7 @@ class CompressResult:
 
     Attributes:
         output: the ONNX file.
+        bound: what it was allowed to lose.
         changes: the changed layers.
         macs_before, macs_after: multiply-adds per LR pixel.
         quality: of the written graph, on images kept aside.
@@ -82,6 +70,7 @@ class CompressResult:
     """
 
     output: Path
+    bound: str
     changes: tuple[Change, ...]
     macs_before: float
     macs_after: float
@@ -95,6 +84,7 @@ class CompressResult:
         """Return everything as JSON values."""
         return {
             "output": str(self.output),
+            "bound": self.bound,
             "macs_per_pixel": {"before": round(self.macs_before, 1), "after": round(self.macs_after, 1)},
             "fewer_macs": round(self.macs_before / self.macs_after, 3),
             "quality": self.quality.to_json(),

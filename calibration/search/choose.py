@@ -10,7 +10,6 @@ Three questions, in this order, each with the least expensive measurement that a
 """
 
 import math
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +23,7 @@ from srdeploy.calibration.int8.placement import macs_share_of
 from srdeploy.calibration.int8.ranges import Method
 from srdeploy.calibration.journal import Journal
 from srdeploy.calibration.options import QuantizeOptions
+from srdeploy.calibration.search.bound import Deadline
 from srdeploy.calibration.search.evaluate import Evaluator, GraphQuality, OpenEngine, open_model
 from srdeploy.calibration.search.sensitivity import (
     SPLIT_ERROR_SHARE,
@@ -157,12 +157,12 @@ def choose(
         GateError: the bound was not met in the time given.
         UsageError: a layer to keep is not in the graph.
     """
-    deadline = time.monotonic() + options.time_budget_s
+    deadline = Deadline(options.time_budget_s)
     _check_kept(builder, options)
     tuning = Evaluator(builder.graph.model, select_tuning_windows(samples, contract.macs_per_pixel), contract)
     decisions, trials = _tune(builder, tuning, options, deadline, journal, progress)
     first = _measure_point(builder, evaluator, decisions, open_engine, check=True)
-    if options.is_satisfied_by(first.quality):
+    if options.bound.is_satisfied_by(first.quality):
         return Choice(decisions, tuple(trials), (first,), first)
     return _meet_bound(
         builder, tuning, evaluator, decisions, trials, first, options, open_engine, deadline, journal, progress
@@ -173,7 +173,7 @@ def _tune(
     builder: GraphBuilder,
     evaluator: Evaluator,
     options: QuantizeOptions,
-    deadline: float,
+    deadline: Deadline,
     journal: Journal,
     progress: Progress,
 ) -> tuple[Decisions, list[Trial]]:
@@ -185,7 +185,7 @@ def _tune(
 
     def best(candidates: Iterable[tuple[str, Decisions]], so_far: Decisions) -> Decisions:
         for note, candidate in candidates:
-            if any(trial.decisions == candidate for trial in trials) or (trials and time.monotonic() > deadline):
+            if any(trial.decisions == candidate for trial in trials) or (trials and deadline.passed):
                 continue
             fidelity = journal.number(
                 journal_key("trial", candidate), partial(measure_fidelity, builder, evaluator, candidate)
@@ -219,7 +219,7 @@ def _meet_bound(
     first: Point,
     options: QuantizeOptions,
     open_engine: OpenEngine | None,
-    deadline: float,
+    deadline: Deadline,
     journal: Journal,
     progress: Progress,
 ) -> Choice:
@@ -230,11 +230,11 @@ def _meet_bound(
     two 8-bit convolutions are much faster than a float one, without it they are not.
     """
     sensitivities = measure_sensitivities(
-        builder, tuning, decisions, _part_of(deadline, SENSITIVITY_TIME), journal, progress
+        builder, tuning, decisions, deadline.part(SENSITIVITY_TIME), journal, progress
     )
     timed = open_engine if options.cost != "macs" else None
     sensitivities = measure_costs(
-        builder, evaluator, decisions, sensitivities, timed, _part_of(deadline, COST_TIME), journal, progress
+        builder, evaluator, decisions, sensitivities, timed, deadline.part(COST_TIME), journal, progress
     )
     points = [first]
     done: list[Change] = []
@@ -256,37 +256,31 @@ def _meet_bound(
                     if change.layers == best.layers
                 ]
             changes = others
-            if changes and not options.may_satisfy(first.quality, sum(left.values()) / total):
+            if changes and not options.bound.may_be_satisfied_by(first.quality, sum(left.values()) / total):
                 continue
             points.append(_measure_point(builder, evaluator, _apply_changes(decisions, done, total), open_engine))
             advance(0, note=f"{points[-1].quality.drop_db:.4f} dB")
-            if options.is_satisfied_by(points[-1].quality):
+            if options.bound.is_satisfied_by(points[-1].quality):
                 taken = points[-1]
                 needed = remove_superfluous(done, first.quality, points[-1].quality, options)
-                if len(needed) < len(done) and time.monotonic() < deadline:
+                if len(needed) < len(done) and not deadline.passed:
                     points.append(
                         _measure_point(builder, evaluator, _apply_changes(decisions, needed, total), open_engine)
                     )
-                    if options.is_satisfied_by(points[-1].quality):
+                    if options.bound.is_satisfied_by(points[-1].quality):
                         done, taken = needed, points[-1]
                 chosen = _apply_changes(decisions, done, total)
                 return Choice(chosen, tuple(trials), tuple(points), taken, tuple(sensitivities))
-            if time.monotonic() > deadline:
+            if deadline.passed:
                 break
     best_point = max(points, key=lambda point: point.quality.fidelity_db)
     raise GateError(
         f"the best graph found loses {best_point.quality.drop_db:.4f} dB at a fidelity of "
         f"{best_point.quality.fidelity_db:.2f} dB with {100 * best_point.int8_macs:.1f} % of the multiply-adds in INT8 "
         f"({len(points)} measured: {_table(points)})",
-        expected=options.bound(),
+        expected=str(options.bound),
         next_step="allow a larger drop, give it more time with --time-budget, or use --precision fp16",
     )
-
-
-def _part_of(deadline: float, share: float) -> float:
-    """Return when a share of the time that is left until a deadline will have passed."""
-    now = time.monotonic()
-    return now + share * max(deadline - now, 0.0)
 
 
 def _apply_changes(decisions: Decisions, changes: Iterable[Change], total: float) -> Decisions:
@@ -325,7 +319,7 @@ def remove_superfluous(
         without = replace(
             quality, fidelity_db=-10 * math.log10(power), drop_db=quality.drop_db + part * max(gained, 0.0)
         )
-        if options.is_satisfied_by(without):
+        if options.bound.is_satisfied_by(without):
             kept, quality = others, without
     return kept
 

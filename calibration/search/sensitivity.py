@@ -6,7 +6,6 @@ convolutions, or to leave it float, is measured with the engine's clock, since i
 
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,6 +14,7 @@ from typing import Any
 from srdeploy.calibration.int8.builder import Decisions, GraphBuilder
 from srdeploy.calibration.int8.placement import can_split, macs_share_of
 from srdeploy.calibration.journal import Journal
+from srdeploy.calibration.search.bound import Deadline
 from srdeploy.calibration.search.evaluate import Evaluator, OpenEngine, open_model
 from srdeploy.core.onnx_graph import Layer
 from srdeploy.core.progress import SILENT, Progress
@@ -98,7 +98,7 @@ def measure_sensitivities(
     builder: GraphBuilder,
     evaluator: Evaluator,
     decisions: Decisions,
-    deadline: float,
+    deadline: Deadline,
     journal: Journal,
     progress: Progress = SILENT,
 ) -> list[Sensitivity]:
@@ -128,7 +128,7 @@ def measure_sensitivities(
         for group in groups:
             measure(group)
             advance()
-        while time.monotonic() < deadline:
+        while not deadline.passed:
             worst = max((entry for entry in measured.values() if len(entry.layers) > 1), key=_error, default=None)
             if worst is None or worst.error < 0.01 * sum(entry.error for entry in measured.values()):
                 break
@@ -146,7 +146,7 @@ def measure_costs(
     decisions: Decisions,
     sensitivities: Sequence[Sensitivity],
     open_engine: OpenEngine | None,
-    deadline: float,
+    deadline: Deadline,
     journal: Journal,
     progress: Progress,
 ) -> list[Sensitivity]:
@@ -169,7 +169,7 @@ def measure_costs(
             changes = []
             for split in kinds:
                 change = Change(entry.layers, split, entry.error, entry.macs_share * (1.0 if split else 3.0))
-                worth_measuring = entry.error >= 0.01 * total and time.monotonic() < deadline
+                worth_measuring = entry.error >= 0.01 * total and not deadline.passed
                 if plain is not None and worth_measuring:
                     key = journal_key(f"cost:{split}:{entry.layers}", decisions)
                     change = replace(change, cost=journal.number(key, partial(plain.share, change)), measured=True)

@@ -1,7 +1,7 @@
 """Compression of whole graphs: what is redundant by construction is found, and the bound holds."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +9,17 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from srdeploy.calibration.compress import compress as module
+from srdeploy.calibration.compress import effects as effects_module
 from srdeploy.calibration.compress.compress import compress
 from srdeploy.calibration.compress.layers import Change, candidates, readers
-from srdeploy.calibration.compress.moments import collect_moments
+from srdeploy.calibration.compress.moments import Moments, collect_moments
 from srdeploy.calibration.compress.rebuild import apply_changes
 from srdeploy.calibration.compress.result import CompressOptions
+from srdeploy.calibration.compress.search import CompressionSearch
 from srdeploy.calibration.images.dataset import CalibrationSet
 from srdeploy.calibration.options import QuantizeOptions
 from srdeploy.calibration.quantize import quantize
+from srdeploy.calibration.search.bound import Bound
 from srdeploy.core.contract import INPUT, OUTPUT, ModelContract
 from srdeploy.core.errors import GateError, InputError, UsageError
 from srdeploy.core.manifest import read_manifest
@@ -69,7 +71,7 @@ def test_factors_of_a_layer_of_low_rank_reproduce_the_graph(
     layers = [layer for layer in candidates(graph) if layer.channels_in >= 16]
     batches = images(1 if network == "dense" else 3)
     moments = collect_moments(graph, None, layers, batches)
-    changes = [Change(layer.name, "inputs", 8, 0.0, 0.0) for layer in layers]
+    changes = [Change(layer.name, "inputs", 8, 0.0) for layer in layers]
 
     made = apply_changes(graph, changes, moments)
 
@@ -94,7 +96,7 @@ def test_factors_behind_a_layer_whose_outputs_repeat_reproduce_the_graph(
 
     made = apply_changes(
         graph,
-        [Change(layer.name, "outputs", 8, 0.0, 0.0) for layer in layers],
+        [Change(layer.name, "outputs", 8, 0.0) for layer in layers],
         collect_moments(graph, None, layers, batches),
     )
 
@@ -118,7 +120,7 @@ def test_channels_that_repeat_others_are_removed_without_loss(
         reader = pairs[first]
         batches = images(3 if network == "residual" else 1)
         moments = collect_moments(graph, None, [reader], batches)
-        change = Change(first, "channels", 8, 0.0, 0.0, tuple(range(8)), reader.name)
+        change = Change(first, "channels", 8, 0.0, tuple(range(8)), reader.name)
 
         made = apply_changes(graph, [change], moments)
 
@@ -146,7 +148,7 @@ def test_what_is_redundant_is_found_within_the_bound_and_written_down(
     tmp_path: Path,
 ) -> None:
     onnx.save(with_weights(networks["dense"](), low_rank_inputs), tmp_path / "model.onnx")
-    options = CompressOptions(max_psnr_drop=0.01, target=Target.TENSORRT)
+    options = CompressOptions(Bound(0.01), target=Target.TENSORRT)
 
     result = compress(
         tmp_path / "model.onnx", tmp_path / "small.onnx", calibration=calibrations["dense"], options=options
@@ -178,7 +180,7 @@ def test_a_compressed_graph_is_quantized_like_any_other(
         tmp_path / "model.onnx",
         tmp_path / "small.onnx",
         calibration=calibrations["dense"],
-        options=CompressOptions(max_psnr_drop=0.05, target=Target.TENSORRT),
+        options=CompressOptions(Bound(0.05), target=Target.TENSORRT),
     )
 
     result = quantize(
@@ -201,7 +203,7 @@ def test_a_bound_that_nothing_meets_ends_with_what_was_measured(
             network_paths["residual"],
             tmp_path / "small.onnx",
             calibration=calibrations["residual"],
-            options=CompressOptions(max_psnr_drop=1e-6),
+            options=CompressOptions(Bound(1e-6)),
         )
     assert not list(tmp_path.glob("small*"))
 
@@ -214,14 +216,17 @@ def test_what_was_measured_is_not_measured_again_after_an_interruption(
 ) -> None:
     onnx.save(with_weights(networks["dense"](), low_rank_inputs), tmp_path / "model.onnx")
     arguments = (tmp_path / "model.onnx", tmp_path / "small.onnx")
-    options = CompressOptions(max_psnr_drop=0.01, target=Target.TENSORRT)
+    options = CompressOptions(Bound(0.01), target=Target.TENSORRT)
     effects: list[str] = []
-    effect = module._Search._effect
-    monkeypatch.setattr(
-        module._Search, "_effect", lambda self, change: effects.append(change.key) or effect(self, change)
-    )
+    effect = effects_module.apply_changes
+
+    def counted(graph: Graph, changes: Sequence[Change], moments: Mapping[str, Moments]) -> onnx.ModelProto:
+        effects.append("; ".join(change.key for change in changes))
+        return effect(graph, changes, moments)
+
+    monkeypatch.setattr(effects_module, "apply_changes", counted)
     with monkeypatch.context() as patch:
-        patch.setattr(module._Search, "run", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(CompressionSearch, "run", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             compress(*arguments, calibration=calibrations["dense"], options=options)
     measured = len(effects)
@@ -235,7 +240,7 @@ def test_what_was_measured_is_not_measured_again_after_an_interruption(
 @pytest.mark.parametrize(("drop", "worst"), [(0.0, None), (-1.0, None), (0.1, 0.0)])
 def test_bounds_that_make_no_sense_are_refused(drop: float, worst: float | None) -> None:
     with pytest.raises(UsageError, match="positive number of decibels"):
-        CompressOptions(max_psnr_drop=drop, max_worst_drop=worst)
+        Bound(drop, worst)
 
 
 def test_a_quantized_graph_is_refused(
@@ -249,5 +254,5 @@ def test_a_quantized_graph_is_refused(
     with pytest.raises(InputError, match="quantized already"):
         compress(
             tmp_path / "int8.onnx", tmp_path / "small.onnx", calibration=calibrations["dense"],
-            options=CompressOptions(max_psnr_drop=0.1),
+            options=CompressOptions(Bound(0.1)),
         )  # fmt: skip

@@ -1,0 +1,269 @@
+"""The search for the graph of the lowest cost that keeps a bound in dB on images kept aside."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+
+from srdeploy.calibration.compress.allocate import Option, allocate
+from srdeploy.calibration.compress.costs import Costs
+from srdeploy.calibration.compress.effects import measure_effects
+from srdeploy.calibration.compress.layers import Change, candidates, channel_changes, factor_changes, readers
+from srdeploy.calibration.compress.moments import Moments, collect_moments
+from srdeploy.calibration.compress.rebuild import apply_changes
+from srdeploy.calibration.compress.result import CompressOptions, Point
+from srdeploy.calibration.images.dataset import CalibrationSet
+from srdeploy.calibration.images.effort import select_rounding_windows
+from srdeploy.calibration.journal import Journal
+from srdeploy.calibration.search.bound import Deadline
+from srdeploy.calibration.search.evaluate import Evaluator
+from srdeploy.core.errors import GateError
+from srdeploy.core.imaging.psnr import drop_for_fidelity
+from srdeploy.core.onnx_file import GraphFile
+from srdeploy.core.onnx_graph import Graph
+from srdeploy.core.precision import Target
+from srdeploy.core.progress import Progress
+from srdeploy.core.samples import windows_of
+
+PROBE_IMAGES, PROBE_SIDE = 4, 48
+"""Windows that the effect of a single layer on the output is measured on; one measurement per layer, so small ones."""
+EFFECT_MACS = 2e13
+"""Multiply-adds of all such measurements together; a larger network has its small layers measured several at once."""
+EFFECT_TIME = 0.5
+"""Share of the time that they may take."""
+STAGES = 16
+"""A stage of layers that are fitted together brings about one part in so many of the error."""
+TRIALS = 10
+REFINED_TRIALS = 4
+REFINED_START = 2.0
+"""Fitting in stages takes about half of the error away, so twice the budget is tried first."""
+MIN_GAIN = 1.02
+"""A graph with less than 2 % fewer multiply-adds is not worth a network that is not quite the one that was trained."""
+MULTIPLES = {Target.OPENVINO: 16, Target.ONNXRUNTIME: 16, Target.TENSORRT: 8, Target.TENSORRT_RTX: 8}
+"""Channels that engines compute together: 16 32-bit lanes of AVX-512, 8 halves of a tensor core."""
+
+
+class CompressionSearch:
+    """Measures what layers contribute, chooses changes for a budget of error, and measures the graphs they make.
+
+    Attributes:
+        graph: the original graph.
+        costs: of its layers.
+        macs_before: its multiply-adds per LR pixel.
+        evaluator: evaluates on the held-out images.
+        points: all graphs that were measured.
+        notes: what a user should know.
+    """
+
+    def __init__(
+        self,
+        source: GraphFile,
+        calibration: CalibrationSet,
+        options: CompressOptions,
+        journal: Journal,
+        progress: Progress,
+    ) -> None:
+        self.graph = Graph(source.model)
+        self.costs = Costs(self.graph)
+        self.macs_before = sum(layer.macs for layer in self.graph.layers)
+        self.points: list[Point] = []
+        self.notes: list[str] = []
+        self._options = options
+        self._journal = journal
+        self._progress = progress
+        self._deadline = Deadline(options.time_budget_s)
+        windows = select_rounding_windows(calibration.samples, self.macs_before)
+        self._batches = [sample.image for sample in windows]
+        probes = windows_of(windows, PROBE_IMAGES, PROBE_SIDE)
+        self._probe_macs = self.macs_before * sum(sample.image[0, 0].size for sample in probes)
+        self._probing = Evaluator(source.model, probes, source.contract)
+        self.evaluator = Evaluator(source.model, calibration.held_out, source.contract, truth=calibration.truth or "hr")
+        self._moments = self._collect()
+        self._options_by_slot = self._measure_layers()
+
+    def run(self) -> tuple[Point, onnx.ModelProto]:
+        """Find the graph of the lowest cost that keeps the bound.
+
+        Raises:
+            GateError: there is none with `MIN_GAIN` fewer multiply-adds.
+        """
+        bound = self._options.bound
+        budget, low, high = self._first_budget(), 0.0, math.inf
+        best: Point | None = None
+        with self._progress.task("searching the bound", total=TRIALS) as advance:
+            for _ in range(TRIALS):
+                point = self._measure(self._allocate(budget))
+                advance(note=self.label(point))
+                if bound.is_satisfied_by(point.quality):
+                    low = max(low, budget)
+                    if best is None or point.cost < best.cost:
+                        best = point
+                else:
+                    high = min(high, budget)
+                if self._deadline.passed or (low and high < 1.1 * low) or not self._options_by_slot:
+                    break
+                budget = self._next_budget(budget, low, high, bound.used_by(point.quality))
+        return self._refine(best, low)
+
+    def error_shares(self, changes: Sequence[Change]) -> dict[str, float]:
+        """Return each change's share of the predicted error power of the output."""
+        known = {option.change: option.power for found in self._options_by_slot.values() for option in found}
+        total = max(sum(known[change] for change in changes), 1e-30)
+        return {change.key: known[change] / total for change in changes}
+
+    def measured(self, model: onnx.ModelProto, changes: Sequence[Change]) -> Point:
+        """Measure a graph on the held-out images, and remember it."""
+        selection = {change.slot: change for change in changes}
+        macs = sum(layer.macs for layer in Graph(model).layers)
+        cost = self.costs.total - self.costs.saving(selection)
+        point = Point(tuple(changes), macs, cost, self.evaluator.evaluate_model(model))
+        self.points.append(point)
+        return point
+
+    def build(self, changes: Sequence[Change]) -> onnx.ModelProto:
+        """Return the graph with changes made."""
+        return apply_changes(self.graph, changes, self._moments)
+
+    def recalibrated(self, changes: Sequence[Change]) -> onnx.ModelProto:
+        """Make changes in stages: each layer is fitted to what the stages before it produce."""
+        order = {layer.name: index for index, layer in enumerate(self.graph.layers)}
+        by_name = {layer.name: layer for layer in self.graph.layers}
+        shares = self.error_shares(changes)
+        power: dict[str, float] = {}
+        for change in changes:
+            power.setdefault(change.layer, 0.0)
+            name = change.reader or change.layer
+            power[name] = power.get(name, 0.0) + shares[change.key]
+        stages: list[list[str]] = [[]]
+        for name in sorted(power, key=order.__getitem__):
+            if sum(power[entry] for entry in stages[-1]) > 1 / STAGES:
+                stages.append([])
+            stages[-1].append(name)
+        moments = dict(self._moments)
+        done = set(stages[0])
+        with self._progress.task(
+            "fitting layers to what the changed ones before them produce", total=len(stages) - 1
+        ) as advance:
+            for stage in stages[1:]:
+                # A layer that loses channels changes when its reader is fitted to what is left.
+                before = [change for change in changes if {change.layer, change.reader} - {None} <= done]
+                partly = Graph(apply_changes(self.graph, before, moments))
+                moments |= collect_moments(self.graph, partly, [by_name[name] for name in stage], self._batches)
+                done.update(stage)
+                advance()
+        return apply_changes(self.graph, changes, moments)
+
+    def label(self, point: Point) -> str:
+        """Return a point as a phrase."""
+        return f"{self.macs_before / point.macs:.2f}x fewer multiply-adds: {point.quality.drop_db:.4f} dB"
+
+    def nothing_found(self, why: str) -> GateError:
+        """Return the error that lists what was measured."""
+        table = "; ".join(self.label(point) for point in sorted(self.points, key=lambda point: -point.macs))
+        return GateError(
+            f"{why}: no graph with at least {100 * (MIN_GAIN - 1):.0f} % fewer multiply-adds was found ({table})",
+            expected=str(self._options.bound),
+            next_step="allow a larger --max-psnr-drop, or use the graph as it is",
+        )
+
+    def is_worthwhile(self, point: Point) -> bool:
+        """Return True if a graph saves enough to be another network."""
+        return self.macs_before >= MIN_GAIN * point.macs
+
+    def _collect(self) -> dict[str, Moments]:
+        layers = candidates(self.graph)
+        with self._progress.task("collecting what layers read"):
+            moments = collect_moments(self.graph, None, layers, self._batches)
+        few = [name for name, entry in moments.items() if entry.windows < len(entry.covariance)]
+        if few:
+            self.notes.append(
+                f"{len(few)} layers have more inputs than windows were seen ({few[0]}): their fit is regularized; "
+                "more or larger images make it better"
+            )
+        return moments
+
+    def _measure_layers(self) -> dict[str, list[Option]]:
+        multiple = MULTIPLES[self._options.target]
+        changes: dict[str, list[Change]] = {}
+        for layer in candidates(self.graph):
+            changes[f"factor {layer.name}"] = factor_changes(self.graph, layer, self._moments[layer.name], multiple)
+        for layer, reader in readers(self.graph):
+            changes[f"channels {layer.name}"] = channel_changes(
+                self.graph, layer, reader, self._moments[reader.name], multiple
+            )
+        changes = {slot: found for slot, found in changes.items() if found}
+        found = measure_effects(
+            self.graph,
+            changes,
+            self._moments,
+            self.costs,
+            self._probing,
+            together=max(1, math.ceil(len(changes) * self._probe_macs / EFFECT_MACS)),
+            deadline=self._deadline.part(EFFECT_TIME),
+            journal=self._journal,
+            progress=self._progress,
+        )
+        if len(found) < len(changes):
+            self.notes.append(
+                f"{len(changes) - len(found)} layers were not looked at: the time budget was spent; give more to try "
+                "them"
+            )
+        return found
+
+    def _first_budget(self) -> float:
+        """Return the error power of the output at which the bound is about reached."""
+        psnr = self.evaluator.evaluate_model(self.graph.model).psnr_db
+        allowed = self._options.bound.max_psnr_drop or 1.0
+        fidelity = next((db for db in np.arange(90.0, 20.0, -0.5) if drop_for_fidelity(psnr, db) > allowed), 20.0)
+        return float(10 ** (-fidelity / 10))
+
+    def _allocate(self, budget: float) -> list[Change]:
+        return [option.change for option in allocate(self._options_by_slot, self.costs, budget)]
+
+    def _measure(self, changes: Sequence[Change]) -> Point:
+        return self.measured(self.build(changes), changes)
+
+    def _refine(self, best: Point | None, budget: float) -> tuple[Point, onnx.ModelProto]:
+        """Fit the layers in stages, which leaves room for more changes.
+
+        Args:
+            best: the best graph without stages; None if none keeps the bound.
+            budget: of its error power.
+        """
+        if best is None or not self.is_worthwhile(best):
+            raise self.nothing_found("nothing to gain here")
+        bound = self._options.bound
+        found, model = best, self.build(best.changes)
+        low, high = budget, math.inf
+        budget *= REFINED_START
+        for _ in range(REFINED_TRIALS):
+            if self._deadline.passed:
+                break
+            changes = self._allocate(budget)
+            refined = self.recalibrated(changes)
+            point = self.measured(refined, changes)
+            self._progress.note(f"fitted in stages: {self.label(point)}")
+            if bound.is_satisfied_by(point.quality):
+                low = budget
+                if point.cost <= found.cost:
+                    found, model = point, refined
+            else:
+                high = budget
+            budget = self._next_budget(budget, low, high, bound.used_by(point.quality))
+            if high < 1.1 * low:
+                break
+        return found, model
+
+    def _next_budget(self, budget: float, low: float, high: float, used: float) -> float:
+        """Return the next budget to try: losses are about proportional to the error power, approached from below.
+
+        Args:
+            budget: what was tried.
+            low, high: the largest that kept the bound (0: none) and the smallest that did not.
+            used: part of the bound that was used, 1 for all.
+        """
+        step = 0.95 * budget / min(max(used, 0.25), 4.0)
+        if 1.03 * low < step < high / 1.03:
+            return step
+        return math.sqrt(low * high) if low and high < math.inf else 1.5 * low if low else high / 4
