@@ -15,14 +15,15 @@ TENSORRT_BINDINGS := 10.16.1.11 11.4.0.106
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 PYTEST_ARGS ?=
-CONSUMERS := packages vapoursynth chainner
+CONSUMERS := packages vapoursynth chainner triton
 CONSUMER_PYTHON_packages ?= $(PYTHON)
 CONSUMER_PYTHON_vapoursynth ?= python3.12
 CONSUMER_PYTHON_chainner ?= python3.11
+CONSUMER_PYTHON_triton ?= $(PYTHON)
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types test-consumers fuzz bench test-gpu bench-gpu gpu-breakages clean
+.PHONY: help demo test check lint types test-consumers test-serving fuzz bench test-gpu bench-gpu gpu-breakages clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1@\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F@ '{printf "%-18s %s\n", $$1, $$2}'
@@ -48,6 +49,9 @@ types:  ## links that give the root folders their import names, for type checker
 
 test-consumers: $(VENV)/test.stamp $(CONSUMERS:%=build/consumers/%.stamp)  ## bundles and graphs in other programs, installed under build/
 	$(PYTEST) tests/consumers $(PYTEST_ARGS)
+
+test-serving: $(VENV)/test.stamp build/consumers/triton.stamp  ## a packaged bundle on a real Triton server, installed under build/
+	$(PYTEST) tests/consumers/test_triton.py $(PYTEST_ARGS)
 
 fuzz: $(VENV)/test.stamp  ## mutate checkpoints for some minutes: only success or a documented error may come back
 	$(BIN)/python tests/fuzz/fuzz_checkpoints.py

@@ -21,6 +21,7 @@ VERBS = {
     "bench": ("srdeploy.cli.bench", "Measure latency next to the eager network."),
     "upscale": ("srdeploy.cli.upscale", "Upscale images, folders and videos."),
     "deploy": ("srdeploy.cli.deploy", "Run all steps: from a checkpoint to a verified bundle."),
+    "package": ("srdeploy.cli.package", "Write a bundle in the layout of another program."),
     "report": ("srdeploy.cli.report", "Write or compare reports."),
     "cache": ("srdeploy.cli.cache", "List, explain, check and clean the engine cache."),
     "demo": ("srdeploy.cli.demo", "Deploy and run the example networks."),

@@ -120,7 +120,7 @@ class Bundle:
         for name in self.files:
             if name != CARD:
                 self._check(name)
-        found = {name for name in _files_below(self.path) if not name.startswith(".")}
+        found = {name for name in files_below(self.path) if not name.startswith(".")}
         unlisted_files = sorted(found - set(self.files) - {MANIFEST, CARD, SIGNATURE})
         if unlisted_files:
             raise InputError(
@@ -163,10 +163,10 @@ def write_bundle_manifest(
         details: further entries, as JSON values.
         versions: of the packages that were used.
     """
-    files = {name: sha256_of_file(folder / name) for name in _files_below(folder) if name != MANIFEST}
+    files = {name: sha256_of_file(folder / name) for name in files_below(folder) if name != MANIFEST}
     manifest = Manifest(
         kind="bundle",
-        sha256=_tree_hash(files),
+        sha256=tree_hash(files),
         sources=(checkpoint,),
         details={
             **(details or {}),
@@ -202,7 +202,7 @@ def read_bundle(path: Path) -> Bundle:
         left_out = tuple(
             LeftOut(**{**entry, "precision": Precision(entry["precision"])}) for entry in manifest.details["left_out"]
         )
-        consistent = manifest.kind == "bundle" and manifest.sha256 == _tree_hash(files)
+        consistent = manifest.kind == "bundle" and manifest.sha256 == tree_hash(files)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path / MANIFEST} is not a bundle's manifest ({error!r})") from error
     escaping = [name for name in files if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
@@ -302,9 +302,11 @@ def _engine_from_json(data: Mapping[str, Any]) -> BundleEngine:
     )
 
 
-def _files_below(folder: Path) -> Iterable[str]:
+def files_below(folder: Path) -> Iterable[str]:
+    """Return the files below a folder, sorted, as paths relative to it with forward slashes."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def _tree_hash(files: Mapping[str, str]) -> str:
+def tree_hash(files: Mapping[str, str]) -> str:
+    """Return one hash for the SHA-256 of files by their paths."""
     return sha256_of_bytes(json.dumps(dict(sorted(files.items()))).encode())
