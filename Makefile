@@ -23,7 +23,7 @@ CONSUMER_PYTHON_triton ?= $(PYTHON)
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types test-consumers test-serving fuzz bench test-gpu bench-gpu gpu-breakages clean
+.PHONY: help demo test check lint types test-consumers test-serving fuzz bench test-scale test-gpu bench-gpu gpu-breakages clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1@\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F@ '{printf "%-18s %s\n", $$1, $$2}'
@@ -60,6 +60,10 @@ bench: $(VENV)/test.stamp  ## measurements that need no data (minutes; want a qu
 	$(BIN)/python benchmarks/paper_claims.py --engine openvino -o build/bench
 	$(BIN)/srdeploy export examples/srdensenet_x4_demo.pth --force -o build/bench.onnx
 	$(BIN)/python benchmarks/bench_agreement.py build/bench.onnx --shape 1x1x96x96 -o build/bench
+
+test-scale: $(VENV)/test.stamp types  ## install the extra `ray` and run the tests on a small Ray cluster (two minutes)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/upscale/scale $(PYTEST_ARGS)
 
 # On a GPU machine: an environment with `pip install -c constraints.txt -e '.[gpu,dev]'`, which these two do not change.
 test-gpu:  ## run the GPU tests on the NVIDIA GPU of this machine; an engine family that is missing is an error

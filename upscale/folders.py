@@ -9,6 +9,7 @@ picture nor one of unknown origin. Several processes may work on one folder: eac
 
 import json
 import queue
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -49,6 +50,8 @@ class FolderReport:
         failed: sources with their errors.
         unread: number of files that are not read as images, by suffix.
         seconds: wall time.
+        stage_seconds: time that decoding, computing and encoding took each, of all devices; they overlap.
+        workers: processes of a cluster that took part, 0 without one.
     """
 
     made: dict[str, ImageReport] = field(default_factory=dict)
@@ -56,6 +59,28 @@ class FolderReport:
     failed: dict[str, SrdeployError] = field(default_factory=dict)
     unread: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    stage_seconds: dict[str, float] = field(default_factory=lambda: {"decode": 0.0, "compute": 0.0, "encode": 0.0})
+    workers: int = 0
+
+    def add(self, other: "FolderReport") -> None:
+        """Add what another process did."""
+        self.made.update(other.made)
+        self.skipped += other.skipped
+        self.failed.update(other.failed)
+        for name, seconds in other.stage_seconds.items():
+            self.stage_seconds[name] += seconds
+
+    def advice(self) -> str | None:
+        """Return one line if encoding limits the speed, and how to encode faster; None otherwise."""
+        spent = self.stage_seconds
+        slow = [name for name in self.made if Path(name).suffix.lower() not in (".jpg", ".jpeg", ".jfif")]
+        if not slow or spent["encode"] <= max(spent["compute"], spent["decode"]):
+            return None
+        share = spent["encode"] / max(spent["compute"], 1e-9)
+        return (
+            f"encoding takes {share:.1f} times as long as the network and limits the speed: "
+            "--format jpg or --format webp --quality 95 is faster than PNG's and TIFF's lossless compression"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values."""
@@ -66,6 +91,8 @@ class FolderReport:
             "unread": self.unread,
             "tiles_run_again": sum(report.tally.fallbacks for report in self.made.values()),
             "seconds": round(self.seconds, 3),
+            "stage_seconds": {name: round(value, 3) for name, value in self.stage_seconds.items()},
+            **({"workers": self.workers} if self.workers else {}),
             "images_per_second": round(len(self.made) / self.seconds, 3) if self.seconds else None,
         }
 
@@ -200,7 +227,8 @@ def upscale_targets(
     waiting: queue.SimpleQueue[Target] = queue.SimpleQueue()
     for target in targets:
         waiting.put(target)
-    jobs = [_FolderJob(up, source, options, journal, report, advance) for up in ups]
+    lock = threading.Lock()
+    jobs = [_FolderJob(up, source, options, journal, report, advance, lock) for up in ups]
     pipelines = [Pipeline(read=job.read(waiting), compute=job.compute, write=job.write, depth=2) for job in jobs]
     if len(pipelines) == 1:
         pipelines[0].run()
@@ -227,6 +255,7 @@ class _FolderJob:
         journal: FolderJournal,
         report: FolderReport,
         advance: Advance,
+        lock: threading.Lock,
     ) -> None:
         self._up = up
         self._source = source
@@ -235,6 +264,7 @@ class _FolderJob:
         self._report = report
         self._advance = advance
         self._key = folder_key(up.identity, options)
+        self._report_lock = lock
 
     def read(self, waiting: "queue.SimpleQueue[Target]") -> Iterator[_Item]:
         """Decode, one picture ahead of the network; skip finished outputs."""
@@ -244,6 +274,7 @@ class _FolderJob:
             except queue.Empty:
                 return
             item = _Item(target, self._source / target.source, self._journal.folder / target.output)
+            started = time.monotonic()
             try:
                 item.sha256 = _hash(item.source)
                 if self._done(item):
@@ -260,12 +291,14 @@ class _FolderJob:
                     check_fits(item.picture, self._up, item.output, self._options)
             except SrdeployError as error:
                 item.error = error
+            self._spent("decode", started)
             yield item
 
     def compute(self, item: _Item) -> _Item:
         """Run the network."""
         if item.error is not None:
             return item
+        started = time.monotonic()
         try:
             if item.picture is None:
                 self._note_start(item)
@@ -277,10 +310,12 @@ class _FolderJob:
             raise
         except SrdeployError as error:
             item.error = error
+        self._spent("compute", started)
         return item
 
     def write(self, item: _Item) -> None:
         """Encode, and record."""
+        started = time.monotonic()
         if item.error is None and item.pixels is not None:
             try:
                 with atomic_file(item.output, force=self._may_write(item)) as temporary:
@@ -300,7 +335,12 @@ class _FolderJob:
         elif item.report is not None:
             self._journal.done(target.output, **facts)
             self._report.made[target.source] = item.report
+        self._spent("encode", started)
         self._advance(note=target.source)
+
+    def _spent(self, stage: str, started: float) -> None:
+        with self._report_lock:
+            self._report.stage_seconds[stage] += time.monotonic() - started
 
     def _skip(self, item: _Item) -> None:
         if self._journal.has_failed(item.target.output):  # with other settings; it is not a failure any more

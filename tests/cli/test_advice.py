@@ -33,8 +33,8 @@ VERBS_OF = {
     "upscale": {"upscale"},
     "cli": set(VERBS),
 }
-NOT_OURS = {"--force-reinstall", "--index-url", "--no-deps", "--query-gpu", "--format"}
-"""Options of pip and nvidia-smi."""
+NOT_OURS = {"--force-reinstall", "--index-url", "--no-deps", "--query-gpu", "--format", "--head", "--address"}
+"""Options of pip, nvidia-smi and ray."""
 OTHER_PROGRAMS = re.compile(r"\b(polygraphy|sha256sum)\b.*", re.DOTALL)
 
 

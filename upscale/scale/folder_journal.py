@@ -177,6 +177,12 @@ class FolderJournal:
         """Return the journal files of other writers that run now."""
         return [path for path in journal_files(self.folder) if path != self._journal.path and is_locked(path)]
 
+    def wait_for_others(self, seconds: float) -> None:
+        """Wait until no other writer runs, but not longer than some seconds."""
+        deadline = time.monotonic() + seconds
+        while self.running_writers() and time.monotonic() < deadline:
+            time.sleep(0.1)
+
     def remove_leftovers(self, outputs: Iterable[str]) -> None:
         """Remove unfinished files of killed writers, next to these outputs; nothing while another writer runs."""
         if self.running_writers():

@@ -1,0 +1,31 @@
+"""Fixtures of the tests with a Ray cluster; they are skipped where Ray is not installed."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from srdeploy.core.extras import is_installed
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from ray_cluster import Cluster, cluster
+
+
+@pytest.fixture(scope="session")
+def shared_cluster() -> Iterator[Cluster]:
+    """A cluster that outlives one test; no test kills its machines."""
+    if not is_installed("ray"):
+        pytest.skip("Ray is not installed: pip install 'srdeploy[ray]' (make test-scale does)")
+    with cluster() as made:
+        yield made
+
+
+@pytest.fixture
+def own_cluster() -> Iterator[Cluster]:
+    """A cluster that a test may break."""
+    if not is_installed("ray"):
+        pytest.skip("Ray is not installed: pip install 'srdeploy[ray]' (make test-scale does)")
+    with cluster() as made:
+        yield made
