@@ -20,11 +20,9 @@ from srdeploy.core.progress import Advance, Progress
 from srdeploy.core.shapes import ShapeProfile, format_shape
 from srdeploy.core.sizes import format_bytes
 from srdeploy.runtime.engines.cache import default_root
-from srdeploy.runtime.engines.concatenation import chain_concatenations
 from srdeploy.runtime.engines.feasibility import check_feasible, footprint, largest_legal_shape
 from srdeploy.runtime.engines.gpu import find_gpu
 from srdeploy.runtime.engines.options import BuildOptions, BuiltEngine
-from srdeploy.runtime.engines.pooled_gates import multiply_pooled_maps
 from srdeploy.runtime.engines.tensorrt import worker
 from srdeploy.runtime.engines.tensorrt.layers import (
     Layers,
@@ -35,6 +33,7 @@ from srdeploy.runtime.engines.tensorrt.layers import (
 )
 from srdeploy.runtime.engines.tensorrt.log import read_messages
 from srdeploy.runtime.engines.tensorrt.products import Product
+from srdeploy.runtime.engines.tensorrt.rewrites.rewrite import rewrite
 
 
 def build_plan(product: Product, graph: GraphFile, options: BuildOptions, progress: Progress) -> BuiltEngine:
@@ -55,10 +54,7 @@ def build_plan(product: Product, graph: GraphFile, options: BuildOptions, progre
     check_feasible(cost, options.profiles, memory)
     legal = largest_legal_shape(cost, options.profiles[-1].max, memory)
     progress.note(f"largest shape within the limits: {format_shape(legal)}")
-    model, chained = chain_concatenations(graph.model)
-    products = 0
-    if product.multiplies_pooled_maps:
-        model, products = multiply_pooled_maps(model)
+    model, rewritten_nodes = rewrite(graph.model, ahead_of_time=product.builds_ahead_of_time)
     rewritten = GraphFile(model, path=graph.path, sha256=graph.sha256, contract=graph.contract)
     data, layers, seconds = _in_worker(product, trt.__version__, rewritten, options, progress)
     proof = prove_precision(layers, graph)
@@ -68,8 +64,7 @@ def build_plan(product: Product, graph: GraphFile, options: BuildOptions, progre
         "footprint": cost.to_json(),
         "largest_legal_shape": list(legal),
         "tf32": options.tf32,
-        "concatenations_chained": chained,
-        "pooled_maps_multiplied": products,
+        **rewritten_nodes,
         "build_seconds": round(seconds, 2),
         "unproven": list(proof.unproven),
     }

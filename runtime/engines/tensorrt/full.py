@@ -169,7 +169,7 @@ FULL = Product(
     oldest=(10, 12),
     refused_options=REFUSED_OPTIONS,
     reads_layers_from_log=False,
-    multiplies_pooled_maps=False,  # not known without a GPU
+    builds_ahead_of_time=False,
     captures_graphs=True,
     distributions=(
         "tensorrt",

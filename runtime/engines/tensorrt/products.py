@@ -55,7 +55,7 @@ class Product:
         oldest: minimum version, as numbers.
         refused_options: build options that the product does not have, each with the reason.
         reads_layers_from_log: True if the build log lists the kernels; else the engine inspector is used.
-        multiplies_pooled_maps: True if 1x1 convolutions of pooled maps are better written as matrix products.
+        builds_ahead_of_time: True if it builds without the GPU, from the rewritten graph (`tensorrt.rewrites`).
         captures_graphs: True if the runner has to capture CUDA graphs; RTX captures its own.
         distributions: pip packages whose versions are recorded.
         check_build: refuse what this product cannot build, before anything is built.
@@ -75,7 +75,7 @@ class Product:
     oldest: tuple[int, ...]
     refused_options: Mapping[str, str]
     reads_layers_from_log: bool
-    multiplies_pooled_maps: bool
+    builds_ahead_of_time: bool
     captures_graphs: bool
     distributions: tuple[str, ...]
     check_build: Callable[[GraphFile, BuildOptions], None]

@@ -11,9 +11,10 @@ from onnx.reference import ReferenceEvaluator
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.precision import Precision
 from srdeploy.core.shapes import ShapeProfile
-from srdeploy.runtime.engines.concatenation import chain_concatenations
 from srdeploy.runtime.engines.options import BuildOptions
 from srdeploy.runtime.engines.registry import build_engine
+from srdeploy.runtime.engines.tensorrt.rewrites.concatenation import chain_concatenations
+from srdeploy.runtime.engines.tensorrt.rewrites.rewrite import EVERYWHERE
 
 
 def dense(layers: int, *, newest_first: bool = False) -> onnx.ModelProto:
@@ -78,8 +79,6 @@ def test_unrelated_and_other_axes_are_left_alone() -> None:
 
 def test_tensorrt_rtx_copies_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'srdeploy[tensorrt-rtx]'")
-    from srdeploy.runtime.engines.tensorrt import build as tensorrt_build
-
     onnx.save(dense(5), tmp_path / "dense.onnx")
     profile = ShapeProfile((1, 3, 8, 8), (1, 3, 16, 16), (1, 3, 32, 32))
     options = BuildOptions(profiles=(profile,), compute_capabilities=("8.9",), use_cache=False)
@@ -91,7 +90,7 @@ def test_tensorrt_rtx_copies_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return details["concatenations_chained"], sum(n for kind, n in kernels if kind.startswith("runtime_function"))
 
     chained = copies("chained")
-    monkeypatch.setattr(tensorrt_build, "chain_concatenations", lambda model: (model, 0))
+    monkeypatch.setitem(EVERYWHERE, "concatenations_chained", lambda model: (model, 0))
     plain = copies("plain")
 
     # The join with the three-channel input, which is not in the layout of the features, stays a copy.
