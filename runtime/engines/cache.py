@@ -22,7 +22,7 @@ from srdeploy.core.errors import InputError, SrdeployError
 from srdeploy.core.manifest import Manifest, manifest_path
 from srdeploy.runtime.engines.sidecar import Engine, key_sha256, read_engine
 
-KEY_SCHEMA = 5
+KEY_SCHEMA = 6
 """Raise it whenever a change of this program builds the same inputs into other bytes."""
 _NAME = "engine"
 
