@@ -12,7 +12,7 @@ from srdeploy.calibration.fp32 import read_fp32_graph
 from srdeploy.calibration.half import Island, convert_to_half, emulate_half, find_islands
 from srdeploy.calibration.images.dataset import CalibrationSet
 from srdeploy.calibration.images.effort import select_half_held_out, select_overflow_samples
-from srdeploy.calibration.int8.builder import GraphBuilder
+from srdeploy.calibration.int8.builder import Decisions, GraphBuilder
 from srdeploy.calibration.int8.placement import RECIPES, macs_share_of
 from srdeploy.calibration.int8.ranges import Ranges, read_ranges
 from srdeploy.calibration.journal import Journal
@@ -21,9 +21,12 @@ from srdeploy.calibration.observe import observe_magnitudes
 from srdeploy.calibration.options import QuantizeOptions
 from srdeploy.calibration.rewrites.deconvolution import rewrite_deconvolutions
 from srdeploy.calibration.rewrites.streams import add_reader_scales
+from srdeploy.calibration.search.bound import Bound
 from srdeploy.calibration.search.choose import Choice, choose
 from srdeploy.calibration.search.evaluate import Evaluator, GraphQuality, OpenEngine, open_model
+from srdeploy.calibration.search.layer_times import Clock, LayerTimes, with_files
 from srdeploy.calibration.search.readback import Readback, read_back
+from srdeploy.calibration.search.sensitivity import Costs, LatencyComparison
 from srdeploy.core.artifact import atomic_files, sha256_of_bytes
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.environment import int8_weights_overflow, package_versions
@@ -63,7 +66,8 @@ class QuantizeResult:
         readback: what the engine reports that it runs; None when no engine of the target runs here.
         choice: the search and all it measured; None for FP16 and BF16.
         latency_ms: of the graph and of the float graph on the engine, first held-out image, interleaved; an
-            indication, not a benchmark. None where the engine does not run here.
+            indication, not a benchmark. On a GPU of the two engines, only with a bound. None where the engine does not
+            run here.
         notes: what a user should know, one sentence each.
         artifacts: further files written: name -> path.
     """
@@ -118,6 +122,7 @@ class _Job:
     options: QuantizeOptions
     ranges: Ranges | None
     open_engine: OpenEngine | None
+    clock: Clock | None
     measurements: Measurements
     progress: Progress
 
@@ -152,6 +157,7 @@ def quantize(
     calibration: CalibrationSet | None,
     options: QuantizeOptions | None = None,
     open_engine: OpenEngine | None = None,
+    clock: Clock | None = None,
     force: bool = False,
     progress: Progress = SILENT,
     shared: Measurements | None = None,
@@ -167,6 +173,8 @@ def quantize(
         options: see `QuantizeOptions`.
         open_engine: opens an ONNX file with the target's engine, where it runs on this machine: quality, speed and
             what really became 8-bit are then measured on it.
+        clock: times graphs on the GPU that the target is for, where there is one: a search pays for exact layers in
+            its milliseconds, and the graph of a bound is timed next to the FP16 one.
         force: replace existing outputs.
         progress: where to report.
         shared: measurements to share with other graphs of the same network and images; see `Measurements`.
@@ -194,6 +202,7 @@ def quantize(
             options=options,
             ranges=read_ranges(options.ranges, model_sha256=sha256) if options.ranges else None,
             open_engine=open_engine,
+            clock=clock,
             measurements=shared or Measurements(),
             progress=progress,
         )
@@ -307,17 +316,37 @@ def _quantize_graph(job: _Job) -> _Outcome:
     foreign = target in CPU_TARGETS and int8_weights_overflow(recipe.weight_bits)
     runnable = job.open_engine if target in CPU_TARGETS and not foreign else None
     evaluator = job.evaluator(model, calibration.held_out)
-    choice = choose(builder, job.contract, options, runnable, calibration.samples, evaluator, journal, job.progress)
+
+    def islands_of(decisions: Decisions) -> tuple[Island, ...]:
+        strength = decisions.strength
+        return find_islands(builder.equalized(strength)[0], Precision.FP16, builder.magnitudes(strength))
+
+    def costs_of(decisions: Decisions) -> Costs | None:
+        if options.cost == "macs":
+            return None
+        if job.clock is not None:
+            islands = islands_of(decisions)
+            int8 = convert_to_half(builder.build(decisions)[0], Precision.FP16, islands)
+            return LayerTimes(builder.graph.layers, int8, convert_to_half(model, Precision.FP16, islands), job.clock)
+        return LatencyComparison(builder, evaluator, decisions, runnable) if runnable is not None else None
+
+    choice = choose(
+        builder, job.contract, options, runnable, calibration.samples, evaluator, journal, costs_of, job.progress
+    )
     quantized, placement = builder.build(choice.decisions)
     islands: tuple[Island, ...] = ()
     quality = choice.taken.quality
     if recipe.half:
-        strength = choice.decisions.strength
-        islands = find_islands(builder.equalized(strength)[0], Precision.FP16, builder.magnitudes(strength))
+        islands = islands_of(choice.decisions)
         quality = evaluator.evaluate_model(emulate_half(quantized, Precision.FP16, islands))
         quantized = convert_to_half(quantized, Precision.FP16, islands)
         _check_bound(options, quality)
     readback, latency = None, None
+    if job.clock is not None and options.bound != Bound():
+        int8_ms, float_ms = with_files(
+            (quantized, convert_to_half(model, Precision.FP16, islands)), job.clock.latencies_ms
+        )
+        latency = int8_ms, float_ms
     if runnable is not None:
         with open_model(quantized, runnable) as runner, open_model(model, runnable) as float_runner:
             int8_ms, float_ms = evaluator.latencies_ms(runner, float_runner)
@@ -337,7 +366,7 @@ def _quantize_graph(job: _Job) -> _Outcome:
         choice=choice,
         latency_ms=latency,
         merged=merged,
-        notes=(*_notes(target, latency), *((NOT_RUN_HERE,) if foreign else ())),
+        notes=(*_notes(target, latency, job.clock), *((NOT_RUN_HERE,) if foreign else ())),
     )
     return _Outcome(quantized, result, builder.ranges(choice.decisions, model_sha256=job.sha256), journal)
 
@@ -362,7 +391,7 @@ def _check_bound(options: QuantizeOptions, quality: GraphQuality) -> None:
         )
 
 
-def _notes(target: Target, latency: tuple[float, float] | None) -> tuple[str, ...]:
+def _notes(target: Target, latency: tuple[float, float] | None, clock: Clock | None) -> tuple[str, ...]:
     notes = []
     if target == Target.TENSORRT_RTX:
         notes.append(
@@ -370,8 +399,9 @@ def _notes(target: Target, latency: tuple[float, float] | None) -> tuple[str, ..
             "another kernel for scale, bias and ReLU; take INT8 there only when you have measured it to be faster"
         )
     if latency is not None and latency[0] >= latency[1]:
+        where, other = ("here", "float") if clock is None else (f"with {clock.place}", "FP16")
         notes.append(
-            f"not recommended on {target.value}: {latency[0]:.1f} ms here, the float graph {latency[1]:.1f} ms"
+            f"not recommended on {target.value}: {latency[0]:.3g} ms {where}, the {other} graph {latency[1]:.3g} ms"
         )
     return tuple(notes)
 

@@ -26,6 +26,9 @@ from srdeploy.core.artifact import refuse_existing, refuse_input_as_output
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.precision import Precision, Target
 
+TUNED_SIZE = (180, 320)
+"""Height and width that graphs are timed with on a GPU, and that the build in the next step is tuned for."""
+
 if TYPE_CHECKING:
     from srdeploy.calibration.images.dataset import CalibrationSet
     from srdeploy.calibration.options import QuantizeOptions
@@ -147,6 +150,7 @@ def command(options: QuantizeVerbOptions) -> None:
     """Make an FP16, BF16, INT8 or FP8 graph from an exported ONNX file, and report what that costs."""
     from srdeploy.calibration.fp32 import read_fp32_graph
     from srdeploy.calibration.quantize import quantize
+    from srdeploy.cli.pipeline.clock import clock_for
     from srdeploy.cli.pipeline.opening import engine_opener
 
     output = options.output
@@ -163,6 +167,7 @@ def command(options: QuantizeVerbOptions) -> None:
         calibration=None if options.images is None else _calibration(options, options.images, contract, progress),
         options=quantize_options,
         open_engine=engine_opener(options.target, options.threads),
+        clock=clock_for(options.target, (1, contract.channels, *TUNED_SIZE), progress),
         force=options.force,
         progress=progress,
     )
@@ -218,7 +223,7 @@ def _next(options: QuantizeVerbOptions, contract: ModelContract) -> None:
     from srdeploy.runtime.engines.registry import family
 
     target = options.target.value
-    small, tuned, large = ((1, contract.channels, *size) for size in ((16, 16), (180, 320), (360, 640)))
+    small, tuned, large = ((1, contract.channels, *size) for size in ((16, 16), TUNED_SIZE, (360, 640)))
     ranged = options.target in (Target.TENSORRT, Target.TENSORRT_RTX)  # their engines are built for a range of shapes
     build = BuildVerbOptions(
         onnx=options.output,
@@ -255,6 +260,8 @@ def _show(result: "QuantizeResult") -> None:
     if result.merged:
         names = ", ".join(result.merged)
         progress.note(f"{names} became one exact convolution (--keep one of them to keep them separate)")
+    if result.choice is not None and result.choice.costs is not None:
+        progress.note(result.choice.costs)
     if result.readback is not None:
         progress.note(f"{result.readback.engine} runs {result.readback.line()}")
     for island in result.islands if len(result.islands) <= 5 else ():

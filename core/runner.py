@@ -92,6 +92,19 @@ class TimedRunner(Runner, Protocol):
         """
 
 
+@dataclass(frozen=True)
+class KernelTime:
+    """Time of one kernel of an engine.
+
+    Attributes:
+        nodes: names of the ONNX nodes that it computes, or for which it converts.
+        ms: milliseconds.
+    """
+
+    nodes: tuple[str, ...]
+    ms: float
+
+
 @runtime_checkable
 class MeteredRunner(Runner, Protocol):
     """A runner on a GPU whose own allocator knows what a run took."""

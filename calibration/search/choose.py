@@ -10,7 +10,7 @@ Three questions, in this order, each with the least expensive measurement that a
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,8 +26,10 @@ from srdeploy.calibration.options import QuantizeOptions
 from srdeploy.calibration.search.bound import Deadline
 from srdeploy.calibration.search.evaluate import Evaluator, GraphQuality, OpenEngine, open_model
 from srdeploy.calibration.search.sensitivity import (
+    PAID_IN_MACS,
     SPLIT_ERROR_SHARE,
     Change,
+    Costs,
     Sensitivity,
     journal_key,
     measure_costs,
@@ -104,7 +106,7 @@ class Choice:
         points: graphs evaluated on the held-out images, in order.
         taken: the point of `decisions`.
         sensitivities: of groups of layers; empty when no search was needed.
-        notes: for people.
+        costs: what the search paid in for exact layers, as a sentence; None when no search was needed.
     """
 
     decisions: Decisions
@@ -112,7 +114,7 @@ class Choice:
     points: tuple[Point, ...]
     taken: Point
     sensitivities: tuple[Sensitivity, ...] = ()
-    notes: tuple[str, ...] = ()
+    costs: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the decisions, the trials and the Pareto table."""
@@ -126,6 +128,7 @@ class Choice:
         """Return the document of `sensitivity.json`."""
         return {
             "schema": 2,
+            "costs": self.costs,
             "pareto": [point.to_json() for point in self.points],
             "groups": [entry.to_json(self.decisions) for entry in self.sensitivities],
         }
@@ -139,6 +142,7 @@ def choose(
     samples: Sequence[Sample],
     evaluator: Evaluator,
     journal: Journal,
+    costs_of: Callable[[Decisions], Costs | None],
     progress: Progress = SILENT,
 ) -> Choice:
     """Choose decisions for a graph.
@@ -151,6 +155,7 @@ def choose(
         samples: calibration samples, of which some are used to compare candidates.
         evaluator: evaluates on the held-out images.
         journal: remembers what was measured.
+        costs_of: returns what changes of decisions cost on the engine; None for multiply-adds.
         progress: where to report.
 
     Raises:
@@ -165,7 +170,18 @@ def choose(
     if options.bound.is_satisfied_by(first.quality):
         return Choice(decisions, tuple(trials), (first,), first)
     return _meet_bound(
-        builder, tuning, evaluator, decisions, trials, first, options, open_engine, deadline, journal, progress
+        builder,
+        tuning,
+        evaluator,
+        decisions,
+        trials,
+        first,
+        options,
+        open_engine,
+        deadline,
+        journal,
+        costs_of(decisions),
+        progress,
     )
 
 
@@ -221,6 +237,7 @@ def _meet_bound(
     open_engine: OpenEngine | None,
     deadline: Deadline,
     journal: Journal,
+    costs: Costs | None,
     progress: Progress,
 ) -> Choice:
     """Answer the third question: change the layers that bring most error per cost until the bound is kept.
@@ -232,10 +249,8 @@ def _meet_bound(
     sensitivities = measure_sensitivities(
         builder, tuning, decisions, deadline.part(SENSITIVITY_TIME), journal, progress
     )
-    timed = open_engine if options.cost != "macs" else None
-    sensitivities = measure_costs(
-        builder, evaluator, decisions, sensitivities, timed, deadline.part(COST_TIME), journal, progress
-    )
+    sensitivities = measure_costs(builder, decisions, sensitivities, costs, deadline.part(COST_TIME), journal, progress)
+    paid_in = costs.note if costs is not None else PAID_IN_MACS
     points = [first]
     done: list[Change] = []
     left = {entry.layers: entry.error for entry in sensitivities}
@@ -270,7 +285,7 @@ def _meet_bound(
                     if options.bound.is_satisfied_by(points[-1].quality):
                         done, taken = needed, points[-1]
                 chosen = _apply_changes(decisions, done, total)
-                return Choice(chosen, tuple(trials), tuple(points), taken, tuple(sensitivities))
+                return Choice(chosen, tuple(trials), tuple(points), taken, tuple(sensitivities), paid_in)
             if deadline.passed:
                 break
     best_point = max(points, key=lambda point: point.quality.fidelity_db)

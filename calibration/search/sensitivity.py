@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from srdeploy.calibration.int8.builder import Decisions, GraphBuilder
 from srdeploy.calibration.int8.placement import can_split, macs_share_of
@@ -19,6 +19,7 @@ from srdeploy.calibration.search.evaluate import Evaluator, OpenEngine, open_mod
 from srdeploy.core.onnx_graph import Layer
 from srdeploy.core.progress import SILENT, Progress
 
+PAID_IN_MACS = "exact layers were paid for in multiply-adds: nothing was timed on the target's engine"
 SPLIT_ERROR_SHARE = 0.1
 """Splitting a layer takes its activations' error away; that of its weights stays, about a tenth in power."""
 
@@ -140,12 +141,22 @@ def measure_sensitivities(
     return sorted(measured.values(), key=lambda entry: order[entry.layers[0]])
 
 
+class Costs(Protocol):
+    """What changes cost on the engine."""
+
+    @property
+    def note(self) -> str:
+        """What was measured, as a sentence."""
+
+    def share(self, change: Change) -> float:
+        """Return by which part of the plain graph's latency a change makes it slower, at least a thousandth."""
+
+
 def measure_costs(
     builder: GraphBuilder,
-    evaluator: Evaluator,
     decisions: Decisions,
     sensitivities: Sequence[Sensitivity],
-    open_engine: OpenEngine | None,
+    costs: Costs | None,
     deadline: Deadline,
     journal: Journal,
     progress: Progress,
@@ -153,13 +164,12 @@ def measure_costs(
     """Return each group with the ways to make it more exact, and their costs.
 
     Costs are measured on the engine for the groups that bring more than a percent of the error. For the others, and
-    where no engine runs, they are multiply-adds, brought to the same scale: one more pass in 8 bits, or three more for
+    without `costs`, they are multiply-adds, brought to the same scale: one more pass in 8 bits, or three more for
     a float layer, as with VNNI.
     """
     layers = {layer.name: layer for layer in builder.graph.layers}
     total = sum(entry.error for entry in sensitivities)
     found: dict[tuple[str, ...], Sensitivity] = {}
-    plain = _LatencyComparison(builder, evaluator, decisions, open_engine) if open_engine is not None else None
     with progress.task("measuring what exact layers cost", total=len(sensitivities)) as advance:
         # Largest error first: the time may not suffice for all groups, and these decide.
         for entry in sorted(sensitivities, key=_error, reverse=True):
@@ -170,23 +180,24 @@ def measure_costs(
             for split in kinds:
                 change = Change(entry.layers, split, entry.error, entry.macs_share * (1.0 if split else 3.0))
                 worth_measuring = entry.error >= 0.01 * total and not deadline.passed
-                if plain is not None and worth_measuring:
+                if costs is not None and worth_measuring:
                     key = journal_key(f"cost:{split}:{entry.layers}", decisions)
-                    change = replace(change, cost=journal.number(key, partial(plain.share, change)), measured=True)
+                    change = replace(change, cost=journal.number(key, partial(costs.share, change)), measured=True)
                 changes.append(change)
             found[entry.layers] = replace(entry, changes=tuple(changes))
             advance()
     return [found[entry.layers] for entry in sensitivities]
 
 
-class _LatencyComparison:
-    """Compares the latency of changed graphs with that of the plain one, on the engine."""
+class LatencyComparison:
+    """Costs from comparing the latency of changed graphs with that of the plain one, on the engine."""
 
     def __init__(
         self, builder: GraphBuilder, evaluator: Evaluator, decisions: Decisions, open_engine: OpenEngine
     ) -> None:
         self._builder, self._evaluator, self._decisions, self._open = builder, evaluator, decisions, open_engine
         self._plain = builder.build(decisions)[0]
+        self.note = "exact layers were paid for in milliseconds of the target's engine on this machine"
 
     def share(self, change: "Change") -> float:
         """Return by which part of the plain graph's latency a change makes it slower, at least a thousandth."""

@@ -46,7 +46,7 @@ def deploy(options: DeployOptions, progress: Progress, *, effort: Effort | None 
         with work.stage("export") as report:
             export(work, checkpoint, report)
         with work.stage("quantize") as report:
-            candidates = quantize_all(work, placements, calibration, report)
+            candidates = quantize_all(work, placements, checkpoint.contract(), calibration, report)
         with work.stage("build") as report:
             candidates = build_all(work, candidates, checkpoint, report)
         with work.stage("verify") as report:

@@ -16,9 +16,11 @@ from srdeploy.calibration.options import QuantizeOptions
 from srdeploy.calibration.quantize import CPU_TARGETS, artifacts_folder, quantize
 from srdeploy.calibration.search.choose import Choice
 from srdeploy.cli.checkpoint_options import load_from_options
+from srdeploy.cli.pipeline.clock import clock_for
 from srdeploy.cli.pipeline.engines import Placement, candidates_for, graphs_to_quantize, target_of
 from srdeploy.cli.pipeline.opening import engine_opener
 from srdeploy.cli.pipeline.types import FP32_ONNX, Candidate, Work
+from srdeploy.core.contract import ModelContract
 from srdeploy.core.environment import package_versions
 from srdeploy.core.errors import BuildError, GateError, SrdeployError
 from srdeploy.core.manifest import manifest_path, read_manifest
@@ -66,7 +68,11 @@ def calibrate(work: Work, checkpoint: LoadedCheckpoint, report: list[str]) -> Ca
 
 
 def quantize_all(
-    work: Work, placements: Sequence[Placement], calibration: CalibrationSet, report: list[str]
+    work: Work,
+    placements: Sequence[Placement],
+    contract: ModelContract,
+    calibration: CalibrationSet,
+    report: list[str],
 ) -> list[Candidate]:
     """Make the graph of every precision that some engine needs; one that misses its gate is left out."""
     candidates = candidates_for(placements)
@@ -76,7 +82,7 @@ def quantize_all(
     shared = Measurements([target for target in CPU_TARGETS if target in targets])
     for onnx, entry in graphs.items():
         try:
-            report.append(_quantize(work, onnx, entry.engine, entry.precision, calibration, shared))
+            report.append(_quantize(work, onnx, entry, contract, calibration, shared))
         except (GateError, BuildError) as error:
             refused[onnx] = error
     for entry in candidates:
@@ -86,18 +92,28 @@ def quantize_all(
 
 
 def _quantize(
-    work: Work, onnx: str, engine: str, precision: Precision, calibration: CalibrationSet, shared: Measurements
+    work: Work,
+    onnx: str,
+    entry: Candidate,
+    contract: ModelContract,
+    calibration: CalibrationSet,
+    shared: Measurements,
 ) -> str:
     output = work.folder / onnx
-    int8 = precision is Precision.INT8
+    int8 = entry.precision is Precision.INT8
+    target = target_of(entry.engine)
+    clock = (
+        None if entry.device == "cpu" else clock_for(target, work.options.shape(contract), work.progress, entry.device)
+    )
     result = quantize(
         work.folder / FP32_ONNX,
         output,
-        precision=precision,
-        target=target_of(engine),
+        precision=entry.precision,
+        target=target,
         calibration=calibration,
         options=QuantizeOptions(max_psnr_drop=work.options.max_psnr_drop if int8 else None),
-        open_engine=engine_opener(target_of(engine), work.options.threads),
+        open_engine=engine_opener(target, work.options.threads),
+        clock=clock,
         progress=work.progress,
         shared=shared,
     )

@@ -310,8 +310,23 @@ def _layers(engine: EngineFile) -> list[Layer]:
                 made.outputs = [follow[0].output[0]]
                 made.writes = _read_type(follow[0].output[0], readers, kinds)
                 follow = readers.get(follow[0].output[0], [])
-        layers.append(made)
+        layers += [*_conversion(made, node, producers, constants, readers, kinds), made]
     return layers
+
+
+def _conversion(made: Layer, node: Any, producers: Any, constants: Any, readers: Any, kinds: Any) -> list[Layer]:
+    """Return the kernel that quantizes a layer's input, where no kernel before it writes the layer's type."""
+    source = node.input[0]
+    while (producer := producers.get(source)) is not None and producer.op_type in (
+        "DequantizeLinear",
+        "QuantizeLinear",
+    ):
+        source = producer.input[0]
+    if node.op_type not in _HEAVY or source == node.input[0] or _read_type(source, readers, kinds) == made.reads:
+        return []
+    name = f"Reformatting CopyNode for Input Tensor 0 to {made.name}"
+    kind = str(kinds.get(source, "FLOAT"))
+    return [Layer(name, "Reformat", "", [], [source], [node.input[0]], reads=kind, writes=made.reads, weights=None)]
 
 
 def _make_heavy(made: Layer, node: Any, producers: Any, constants: Any, shapes: Any, kinds: Any, pixels: int) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from srdeploy.core.errors import CapabilityError, GpuMemoryError, InputError, SrdeployError, UsageError
 from srdeploy.core.shapes import ShapeProfile, TensorSpec
 from srdeploy.core.sizes import format_bytes
-from srdeploy.runtime.engines.gpu import find_gpu, why_no_gpu
+from srdeploy.runtime.engines.gpu import Gpu, find_gpu, why_no_gpu
 from srdeploy.runtime.engines.sidecar import Engine
 from srdeploy.runtime.engines.tensorrt.log import MEMORY_FULL, Log, runtime_log, translated
 from srdeploy.runtime.engines.tensorrt.products import Product
@@ -36,17 +36,7 @@ def open_plan(
         UsageError: inner tensors were requested.
     """
     trt = product.load()
-    product.check_engine(engine, trt.__version__)
-    found = find_gpu(device)
-    if found is None:
-        raise CapabilityError(
-            f"{engine.path} is a {product.title} engine for {engine.target.get('words')}, and {why_no_gpu()}",
-            next_step="run it on a machine with such a GPU, or build for openvino or onnxruntime to run here",
-        )
-    reason = product.why_not_driver() or product.why_not_run(trt, found)
-    if reason:
-        raise CapabilityError(f"{engine.path} cannot run here: {reason}")
-    product.check_gpu(engine, found)
+    found = check_opening(product, trt, engine, device)
     if outputs is not None:
         raise UsageError("a built engine has no inner tensors to return", next_step="open the ONNX file for that")
     import torch
@@ -59,6 +49,26 @@ def open_plan(
         native = deserialized(product, trt, engine)
         settings = product.open_settings(trt, native[1], engine, device, graphs)
     return TensorRtRunner(product, trt, engine, native, device, settings=settings, graphs=graphs)
+
+
+def check_opening(product: Product, trt: Any, engine: Engine, device: str) -> Gpu:
+    """Return the GPU that an engine is opened on.
+
+    Raises:
+        CapabilityError: no GPU, another GPU, another release, or a driver that is too old.
+    """
+    product.check_engine(engine, trt.__version__)
+    found = find_gpu(device)
+    if found is None:
+        raise CapabilityError(
+            f"{engine.path} is a {product.title} engine for {engine.target.get('words')}, and {why_no_gpu()}",
+            next_step="run it on a machine with such a GPU, or build for openvino or onnxruntime to run here",
+        )
+    reason = product.why_not_driver() or product.why_not_run(trt, found)
+    if reason:
+        raise CapabilityError(f"{engine.path} cannot run here: {reason}")
+    product.check_gpu(engine, found)
+    return found
 
 
 def deserialized(product: Product, trt: Any, engine: Engine) -> tuple[Any, Any]:
