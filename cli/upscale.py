@@ -135,12 +135,13 @@ def _kind(source: Path) -> str:
 def _unfitting(kind: str, options: UpscaleOptions) -> dict[str, Any]:
     """Return the options that do not apply to this kind of input, with their values."""
     of_videos = {"--codec": options.codec, "--progressive": options.progressive}
-    of_folders = {"--format": options.suffix, "--shard": options.shard, "--mixed-engines": options.mixed_engines}
+    of_folders = {"--format": options.suffix, "--shard": options.shard}
+    local = {"--mixed-engines": options.mixed_engines and options.ray is None}
     several = {"--device with several names": "," in options.device}
     return {
         FOLDER: of_videos,
-        "a video": {"--float": options.as_float, **of_folders, **several, "--ray": options.ray},
-        "an image": {**of_videos, **of_folders, **several, "--ray": options.ray},
+        "a video": {"--float": options.as_float, **of_folders, **local, **several},
+        "an image": {**of_videos, **of_folders, **local, **several, "--ray": options.ray},
     }[kind]
 
 

@@ -1,11 +1,11 @@
-"""srdeploy upscale --ray: a folder on a Ray cluster."""
+"""srdeploy upscale --ray: a folder or a video on a Ray cluster."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srdeploy.cli.console import RichProgress
-from srdeploy.cli.upscale_options import UpscaleOptions, output_options, tile_settings
-from srdeploy.cli.upscale_reports import folder_document
+from srdeploy.cli.upscale_options import UpscaleOptions, output_options, tile_settings, video_options
+from srdeploy.cli.upscale_reports import folder_document, video_document
 
 if TYPE_CHECKING:
     from srdeploy.upscale.scale.shards import Shard
@@ -21,7 +21,7 @@ def run_on_cluster(
     shard: "Shard | None",
     progress: RichProgress,
 ) -> dict[str, Any]:
-    """Upscale a folder on the cluster that the options name, and return the JSON document.
+    """Upscale a folder or a video on the cluster that the options name, and return the JSON document.
 
     Raises:
         UsageError: --device names one GPU of this machine.
@@ -30,6 +30,7 @@ def run_on_cluster(
     from srdeploy.core.errors import UsageError
     from srdeploy.upscale.scale.cluster import choose_share, connected
     from srdeploy.upscale.scale.cluster_folder import upscale_folder_on_cluster
+    from srdeploy.upscale.scale.cluster_video import upscale_video_on_cluster
     from srdeploy.upscale.scale.model_package import check_model, model_sha256
     from srdeploy.upscale.scale.worker import WorkerOptions
 
@@ -53,6 +54,18 @@ def run_on_cluster(
         progress.note(
             f"cluster at {options.ray}: {share.count} workers, each with {share.cpus:g} CPUs, {share.gpus} GPUs"
         )
+        if not source.is_dir():
+            video = upscale_video_on_cluster(
+                ray,
+                share,
+                opened,
+                source,
+                output,
+                video_options(options),
+                mixed_engines=options.mixed_engines,
+                progress=progress,
+            )
+            return video_document(video, output, progress)
         report = upscale_folder_on_cluster(
             ray,
             share,

@@ -108,7 +108,7 @@ class UpscaleOptions:
         "--ray",
         default=None,
         metavar="ADDRESS",
-        help="Use the running Ray cluster whose head is at HOST:PORT (auto: the one of this machine); folders.",
+        help="Use the running Ray cluster whose head is at HOST:PORT (auto: the one of this machine); folders, videos.",
     )
     mixed_engines: bool = option(
         "--mixed-engines",

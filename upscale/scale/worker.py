@@ -20,6 +20,7 @@ from srdeploy.upscale.budget import TileSettings
 from srdeploy.upscale.folders import FolderReport, folder_key, upscale_targets
 from srdeploy.upscale.scale.folder_journal import FolderJournal, RunFacts
 from srdeploy.upscale.scale.model_package import find_copy, unpack_model
+from srdeploy.upscale.scale.segments import SegmentOutcome, VideoJob, upscale_segment
 from srdeploy.upscale.scale.targets import Target
 from srdeploy.upscale.single_image import OutputOptions
 from srdeploy.upscale.upscaler import AlphaMode, Upscaler
@@ -161,6 +162,21 @@ class Worker:
             failed = {name: RemoteError.of(error) for name, error in report.failed.items()}
             report.failed.clear()
             return ChunkOutcome(report, failed, time.monotonic() - started)
+
+        return _answer(run)
+
+    def run_segment(self, job: VideoJob, number: int, path: Path) -> SegmentOutcome | RemoteError:
+        """Upscale one segment of a video into a file.
+
+        Returns:
+            What was made; an error that ends the whole run.
+        """
+
+        def run() -> SegmentOutcome:
+            up = self._opened(None)
+            if up is None:
+                raise CapabilityError(f"{platform.node()} does not have the model any more")
+            return upscale_segment(up, job, number, path)
 
         return _answer(run)
 

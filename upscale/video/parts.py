@@ -1,6 +1,7 @@
 """The finished segments of a video, in OUTPUT.parts/, with a journal of their content and origin."""
 
 import contextlib
+import itertools
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -40,7 +41,12 @@ def adopt_parts(folder: Path, others: Iterable[Path], key: str) -> None:
 
 
 class Parts:
-    """The finished segments of one video, in OUTPUT.parts/."""
+    """The finished segments of one video, in OUTPUT.parts/.
+
+    Attributes:
+        folder: OUTPUT.parts/.
+        finished: the segments by number; several machines finish them out of order.
+    """
 
     def __init__(self, folder: Path, key: str, suffix: str = ".mkv") -> None:
         """Load the segments made with the same key; others are removed.
@@ -54,19 +60,25 @@ class Parts:
             OutputError: the folder cannot be written.
         """
         self.folder = folder
-        self.segments: list[Segment] = []
+        self.finished: dict[int, Segment] = {}
         self._key = key
         self._suffix = suffix
         self._journal = Journal(folder / _JOURNAL)
         self._take_up()
         with output_errors(folder):
             for path in folder.iterdir():
-                if path not in (folder / _JOURNAL, *(segment.path for segment in self.segments)):
+                if path not in (folder / _JOURNAL, *(segment.path for segment in self.finished.values())):
                     path.unlink()
 
     @property
+    def segments(self) -> list[Segment]:
+        """The finished segments from the first one to the first that is missing."""
+        numbers = itertools.takewhile(self.finished.__contains__, itertools.count())
+        return [self.finished[number] for number in numbers]
+
+    @property
     def frames(self) -> int:
-        """Frames in the finished segments."""
+        """Frames in `segments`."""
         return sum(len(segment.pts) for segment in self.segments)
 
     def path(self, number: int) -> Path:
@@ -79,26 +91,31 @@ class Parts:
         entry = {"key": self._key, "file": path.name, "pts": segment.pts, "last_duration": segment.last_duration}
         entry["sha256"] = sha256_of_file(path)
         self._journal.append(entry)
-        self.segments.append(segment)
+        self.finished[int(path.stem)] = segment
+
+    def clear(self) -> None:
+        """Forget all segments."""
+        self._journal.replace([])
+        self.finished.clear()
 
     def remove(self) -> None:
         """Remove the folder; the video is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _take_up(self) -> None:
-        whole = []
+        whole: dict[int, Mapping[str, Any]] = {}
         for entry in self._journal.entries:
             segment = self._segment(entry)
-            if segment is None:  # segments after a gap cannot be used
-                break
-            whole.append(entry)
-            self.segments.append(segment)
-        self._journal.replace(whole)
+            if segment is not None:
+                number = int(segment.path.stem)
+                whole[number] = entry
+                self.finished[number] = segment
+        self._journal.replace(whole.values())
 
     def _segment(self, entry: Mapping[str, Any]) -> Segment | None:
-        """Return the next segment if an entry describes it and its file is whole, else None."""
-        path = self.path(len(self.segments))
+        """Return the segment that an entry describes if it was made with the same key and its file is whole."""
         try:
+            path = self.path(int(Path(str(entry["file"])).stem))
             if (entry["key"], entry["file"]) != (self._key, path.name) or sha256_of_file(path) != entry["sha256"]:
                 return None
             return Segment(path, tuple(int(value) for value in entry["pts"]), int(entry["last_duration"]))

@@ -43,12 +43,13 @@ class VideoReader:
         info: what its stream and first frame say.
     """
 
-    def __init__(self, path: Path, *, progressive: bool = False) -> None:
+    def __init__(self, path: Path, *, progressive: bool = False, survey: Survey | None = None) -> None:
         """Open a file, read its packets and decode its first frame.
 
         Args:
             path: a video file.
             progressive: take frames that are marked as interlaced for whole ones.
+            survey: what was read from the packets before; None reads them.
 
         Raises:
             InputError: empty, truncated, damaged, or without a video stream that can be decoded.
@@ -56,7 +57,7 @@ class VideoReader:
             MissingExtraError: PyAV is not installed.
         """
         self.path = path
-        self.survey: Survey = survey_video(path)
+        self.survey: Survey = survey or survey_video(path)
         self._progressive = progressive
         self._container, self._stream = open_video(path)
         try:
@@ -85,6 +86,49 @@ class VideoReader:
             pts = clock.time_of(frame.pts, duration)
             if number >= skip:
                 yield Frame(self._pixels(frame), pts, duration)
+
+    def can_seek(self) -> bool:
+        """Return True if the n-th frame is the one at the n-th time of the survey, and can be decoded from a key frame.
+
+        An assumption about the file: `frames_between` checks it.
+        """
+        survey = self.survey
+        form = self._container.format.name
+        plain = not (survey.in_decoding_order or survey.clock_jumps or survey.damaged)
+        growing = all(one < other for one, other in itertools.pairwise(survey.times))
+        return plain and growing and len(survey.times) > 0 and ("mp4" in form or "matroska" in form)
+
+    def frames_between(self, start: int, stop: int) -> Iterator[Frame]:
+        """Decode the frames `start` to `stop` from the last key frame before them. Only if `can_seek`.
+
+        Raises:
+            LookupError: they are not where the survey expects them.
+            InputError: damaged, interlaced or changing in size.
+        """
+        times = self.survey.times
+        expected = iter(times[start:stop])
+        for number, frame in enumerate(self._decoded_from(start, stop - start), start):
+            if number == stop:
+                break
+            if frame.pts != next(expected):
+                raise LookupError(number)
+            self._check(frame, number)
+            yield Frame(self._pixels(frame), int(frame.pts), int(frame.duration or 0))
+        if next(expected, None) is not None:
+            raise LookupError(stop)
+
+    def _decoded_from(self, start: int, step: int) -> Iterator[Any]:
+        """Decode from frame `start` on; earlier frames that it needs are decoded and dropped."""
+        times, stream = self.survey.times, self._stream
+        offset = max(0, -(stream.start_time or 0))  # see PacketClock.of
+        for back in (0, step, 8 * step, start):  # some formats find the key frame by another clock
+            self._container.seek(times[max(0, start - back)] - offset, stream=stream, backward=True)
+            decoded = self._decode()
+            first = next(decoded, None)
+            if first is not None and first.pts is not None and first.pts <= times[start]:
+                frames = itertools.chain([first], decoded)
+                yield from (frame for frame in frames if frame.pts is None or frame.pts >= times[start])
+                return
 
     def close(self) -> None:
         """Close the file."""
@@ -199,7 +243,8 @@ def decoder_of(stream: Any, path: Path) -> Any:
         CapabilityError: the stream has alpha, and the decoder that reads it is missing.
     """
     context = stream.codec_context
-    context.thread_type = "AUTO"
+    if not context.is_open:  # it is after a seek
+        context.thread_type = "AUTO"
     mode = next((value for key, value in stream.metadata.items() if key.lower() == "alpha_mode"), "0")
     if mode != "1" or context.name not in _ALPHA_DECODERS:
         return context

@@ -306,7 +306,7 @@ class TestResume:
     ) -> None:
         source = clip(tmp_path / "a.mp4", frames=12)
         options = VideoOptions(segment_frames=4)
-        monkeypatch.setattr("srdeploy.upscale.video.job.join_segments", _interrupt)
+        monkeypatch.setattr("srdeploy.upscale.video.plan.join_segments", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             upscale_video(up, source, tmp_path / "b.mp4", options)
         monkeypatch.undo()

@@ -117,7 +117,7 @@ def test_frames_made_for_one_container_are_reused_for_another(
     source = clips.make(tmp_path / "a.mp4", range(20))
     options = VideoOptions(segment_frames=5)
     with monkeypatch.context() as patch:
-        patch.setattr("srdeploy.upscale.video.job.join_segments", _interrupt)
+        patch.setattr("srdeploy.upscale.video.plan.join_segments", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             upscale_video(up, source, tmp_path / "out.mp4", options)
     assert len(computed) == 20
