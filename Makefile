@@ -47,8 +47,8 @@ types:  ## links that give the root folders their import names, for type checker
 	@for folder in core models export calibration runtime upscale cli; do \
 	  ln -sfn ../../../$$folder build/types/srdeploy/$$folder; done
 
-test-consumers: $(VENV)/test.stamp $(CONSUMERS:%=build/consumers/%.stamp)  ## bundles and graphs in other programs, installed under build/
-	$(PYTEST) tests/consumers $(PYTEST_ARGS)
+test-consumers: $(VENV)/test.stamp $(CONSUMERS:%=build/consumers/%.stamp) examples/web/node_modules  ## bundles and graphs in other programs, installed under build/
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/consumers $(PYTEST_ARGS)
 
 test-serving: $(VENV)/test.stamp build/consumers/triton.stamp  ## a packaged bundle on a real Triton server, installed under build/
 	$(PYTEST) tests/consumers/test_triton.py $(PYTEST_ARGS)
@@ -79,6 +79,10 @@ clean:  ## remove the environment and everything made by these targets
 	rm -rf $(VENV) build dist *.egg-info demo-output test-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
 # Other programs have environments of their own, so that none of their requirements meets ours.
+examples/web/node_modules: examples/web/package.json
+	cd examples/web && npm install --no-audit --no-fund --no-package-lock --loglevel error || \
+	  echo "no npm: the tests of the browser will be skipped" >&2
+
 build/consumers/%.stamp: tests/consumers/environments/%.txt constraints.txt
 	@mkdir -p build/consumers
 	@if $(CONSUMER_PYTHON_$*) --version >/dev/null 2>&1; then \

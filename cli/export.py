@@ -21,7 +21,7 @@ from srdeploy.cli.options import (
     verb,
 )
 from srdeploy.core.artifact import refuse_input_as_output
-from srdeploy.core.contract import GraphForm
+from srdeploy.core.contract import GraphForm, ModelContract
 from srdeploy.core.errors import UsageError
 from srdeploy.core.shapes import Shape
 
@@ -58,6 +58,12 @@ class ExportOptions:
     color_wrapper: bool = option(
         "--color-wrapper", default=False, help="RGB in and out of a Y network: chroma is enlarged in the graph."
     )
+    target: str | None = option(
+        "--target",
+        type=click.Choice(["web"]),
+        default=None,
+        help="What the graph is for: web adds --color-wrapper where needed, and lists what WebGPU cannot compute.",
+    )
     output: Path = option(
         "-o",
         "--output",
@@ -67,9 +73,10 @@ class ExportOptions:
     force: bool = option("--force", default=False, help=FORCE)
     as_json: bool = option("--json", default=False, help=JSON)
 
-    def form(self) -> GraphForm:
-        """Return the form of the graph."""
-        return GraphForm(self.static, "uint8" if self.io == "uint8" else "float32", self.color_wrapper)
+    def form(self, contract: ModelContract) -> GraphForm:
+        """Return the form to put a graph into."""
+        color_wrapper = self.color_wrapper or (self.target == "web" and contract.colours == "y")
+        return GraphForm(self.static, "uint8" if self.io == "uint8" else "float32", color_wrapper)
 
 
 @verb(
@@ -94,8 +101,9 @@ def command(options: ExportOptions) -> None:
     output = options.output
     refuse_input_as_output(output, options.checkpoint)
     result = _from_graph(options) if options.checkpoint.suffix == ".onnx" else _from_checkpoint(options)
+    notes = _target_notes(result) if options.target == "web" else []
     if options.as_json:
-        emit_json(result.to_json())
+        emit_json({**result.to_json(), "notes": notes})
         return
     rows: list[list[object]] = [
         ["network", f"{result.contract.architecture} x{result.contract.scale}, {result.contract.colours}"],
@@ -111,6 +119,8 @@ def command(options: ExportOptions) -> None:
         rows.append(["largest difference from the plain graph", _form_difference(result)])
     rows += [["folded", note] for note in result.folded]
     table(str(output), ["what", "value"], rows)
+    for note in notes:
+        console.print(f"note: {note}", soft_wrap=True)
     if result.external_data is not None:
         console.print(f"weights: {result.external_data}; keep it next to the ONNX file", soft_wrap=True)
     next_command(*_next_command(result, options))
@@ -121,11 +131,12 @@ def _from_checkpoint(options: ExportOptions) -> "ExportResult":
 
     progress = RichProgress()
     loaded = load_from_options(options.checkpoint, options.checkpoint_options, progress)
-    form, force = options.form(), options.force
+    form, force = options.form(loaded.contract()), options.force
     return export_onnx(loaded, options.output, opset=options.opset, form=form, force=force, progress=progress)
 
 
 def _from_graph(options: ExportOptions) -> "ExportResult":
+    from srdeploy.core.onnx_file import read_graph
     from srdeploy.export.exporter import export_form
 
     given = options.checkpoint_options.flags() + (["--opset"] if options.opset != _OPSET else [])
@@ -135,7 +146,22 @@ def _from_graph(options: ExportOptions) -> "ExportResult":
             expected="a checkpoint: a graph has its network and opset already",
             next_step="omit it",
         )
-    return export_form(options.checkpoint, options.output, form=options.form(), force=options.force)
+    form = options.form(read_graph(options.checkpoint).contract)
+    if form.plain and options.target is None:
+        raise UsageError(
+            f"{options.checkpoint} is a graph already",
+            expected="a checkpoint, or a form to put the graph into",
+            next_step="add --static, --io uint8, --color-wrapper or --target web",
+        )
+    return export_form(options.checkpoint, options.output, form=form, force=options.force)
+
+
+def _target_notes(result: "ExportResult") -> list[str]:
+    from srdeploy.export.web import web_notes
+
+    size = result.path.stat().st_size
+    one_file = result.external_data is None
+    return web_notes(result.operators, result.contract.precision, size, one_file=one_file)
 
 
 def _form_difference(result: "ExportResult") -> str:

@@ -160,21 +160,15 @@ def export_form(source: Path, output: Path, *, form: GraphForm, force: bool = Fa
     Args:
         source: a plain graph.
         output: the ONNX file to write; its manifest is `output` with ".json" added.
-        form: how the graph is to take and return images.
+        form: how the graph is to take and return images; the plain form copies it.
         force: replace existing files.
 
     Raises:
-        UsageError: the form does not fit the graph or is the plain one, or the output exists already.
+        UsageError: the form does not fit the graph, or the output exists already.
         InputError: the file is not an ONNX file of srdeploy, or in another form already.
         ExportError: the check against the file failed. Nothing is written.
         OutputError: the disk is full, or the folder cannot be written.
     """
-    if form.plain:
-        raise UsageError(
-            f"{source} is a graph already",
-            expected="a checkpoint, or a form to put the graph into",
-            next_step="add --static, --io uint8 or --color-wrapper",
-        )
     seconds: dict[str, float] = {}
     with atomic_files(output, manifest_path(output), force=force) as (temporary, manifest_temporary):
         with _timed("form", seconds):

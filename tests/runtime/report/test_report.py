@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from browsers import chromium
 from numpy.typing import NDArray
 
 from srdeploy.core.contract import OUTPUT, ModelContract
@@ -336,20 +336,8 @@ def test_the_page_loads_nothing_and_escapes_names(document: dict[str, Any], tmp_
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Headless Chromium; the machine's own where playwright has none."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    own = next(
-        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-    )
-    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-                 "--disable-sync", "--no-first-run"]  # fmt: skip
-    with sync_api.sync_playwright() as playwright:
-        try:
-            opened = playwright.chromium.launch(executable_path=own, args=arguments)
-        except sync_api.Error as error:
-            pytest.skip(f"no Chromium here: {str(error).splitlines()[0]}")
+    with chromium("--disable-gpu") as opened:
         yield opened
-        opened.close()
 
 
 @pytest.mark.parametrize(
