@@ -1,5 +1,6 @@
-"""Find the files to open for a path: an engine, an ONNX file, or the best engine of a bundle."""
+"""Find the files to open for a path: an engine, an ONNX file, or the engines of a bundle, best first."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +24,12 @@ class ModelFiles:
     fallback: Path | None
 
 
-def find_model(
+def find_models(
     path: Path, *, engine: str | None, precision: Precision | None, device: str, fallback: Path | None
-) -> ModelFiles:
-    """Find the files for a path; arguments as for `Upscaler.open`.
+) -> Iterator[ModelFiles]:
+    """Find what can be opened for a path, best first; arguments as for `Upscaler.open`.
+
+    The bytes of a bundle's engine are checked when its turn comes.
 
     Raises:
         InputError: the path does not exist, or is not one of these.
@@ -35,23 +38,24 @@ def find_model(
     if not path.exists():
         raise InputError(f"{path} does not exist", expected="an engine, an ONNX file or a bundle")
     if path.is_dir():
-        return _from_bundle(path, engine, precision, device, fallback)
+        yield from _from_bundle(path, engine, precision, device, fallback)
+        return
     if path.suffix != ".onnx" and not manifest_path(path).exists():
         raise InputError(
             f"{path} is not an ONNX file, and there is no readable manifest {manifest_path(path).name} next to it",
             expected="an engine, an ONNX file or a bundle",
             next_step=f"if it is a checkpoint: srdeploy export {path} -o model.onnx",
         )
-    return ModelFiles(path, engine, fallback)
+    yield ModelFiles(path, engine, fallback)
 
 
 def _from_bundle(
     folder: Path, engine: str | None, precision: Precision | None, device: str, fallback: Path | None
-) -> ModelFiles:
-    from srdeploy.runtime.bundle import choose_engine, read_bundle
+) -> Iterator[ModelFiles]:
+    from srdeploy.runtime.bundle import read_bundle, runnable_engines
 
     bundle = read_bundle(folder)
     if fallback is None and "model.fp32.onnx" in bundle.files:
         fallback = bundle.onnx(Precision.FP32)
-    chosen = choose_engine(bundle, engine=engine, precision=precision, device=device)
-    return ModelFiles(bundle.file(chosen.file), chosen.engine, fallback)
+    for chosen in runnable_engines(bundle, engine=engine, precision=precision, device=device):
+        yield ModelFiles(bundle.file(chosen.file), chosen.engine, fallback)

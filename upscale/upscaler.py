@@ -9,6 +9,7 @@ infinity and collapse to one color (`srdeploy.upscale.guards`).
 
 import contextlib
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from srdeploy.core.artifact import sha256_of_file
 from srdeploy.core.contract import ModelContract
-from srdeploy.core.errors import GpuMemoryError, UsageError
+from srdeploy.core.errors import CapabilityError, GpuMemoryError, UsageError
 from srdeploy.core.memory import default_memory
 from srdeploy.core.precision import Precision
 from srdeploy.core.progress import SILENT, Progress
@@ -30,7 +31,7 @@ from srdeploy.upscale.budget import Decision, TileSettings, decide, gpu_memory, 
 from srdeploy.upscale.guards import Guard, Tally, check_input, check_rows
 from srdeploy.upscale.image_report import ImageReport
 from srdeploy.upscale.lock_step import LockStep, lock_step_of
-from srdeploy.upscale.model_files import find_model
+from srdeploy.upscale.model_files import ModelFiles, find_models
 from srdeploy.upscale.planes import ArraySource, Chroma, Conversion, Floats, PixelSource, constant_alpha, converted
 from srdeploy.upscale.tiles import Planes, SeamProbe, seam_score, stitch
 
@@ -103,7 +104,8 @@ class Upscaler:
         """Open an engine, an ONNX file (on ONNX Runtime unless `engine` is given) or a bundle.
 
         Args:
-            path: the file, or the folder of a bundle, whose best engine that runs here is opened.
+            path: the file, or the folder of a bundle, whose best engine that runs here is opened. One that does not
+                open (another GPU, another release, memory) is replaced by the next, with a RuntimeWarning.
             settings: tiles and memory.
             engine, precision: restrict the choice from a bundle; `engine` also applies to an ONNX file.
             device: "auto", "cpu", "cuda" or "cuda:N".
@@ -117,9 +119,9 @@ class Upscaler:
         """
         from srdeploy.runtime.engines.registry import is_engine, open_engine
 
-        found = find_model(Path(path), engine=engine, precision=precision, device=device, fallback=fallback)
+        models = find_models(Path(path), engine=engine, precision=precision, device=device, fallback=fallback)
+        runner, found = open_first(models, device, threads)
         path, fallback = found.path, found.fallback
-        runner = open_engine(path, engine=found.engine, device=device, threads=threads)
         # Lock-step cuts the graph that the engine computes. A built FP32 engine computes the FP32 graph; an engine of
         # another precision computes a different one and is not cut.
         onnx = path if path.suffix == ".onnx" and not is_engine(path) else None
@@ -440,3 +442,25 @@ def _checked(image: NDArray[Any]) -> NDArray[Any]:
         raise UsageError(f"an image of shape {image.shape}", expected="(H, W) or (H, W, C) with C from 1 to 4")
     check_input(pixels)
     return pixels
+
+
+def open_first(models: Iterator[ModelFiles], device: str, threads: int | None) -> tuple[Runner, ModelFiles]:
+    """Open the first that opens here; a warning names why those before it did not.
+
+    Raises:
+        CapabilityError: none opens; the reason of the first.
+    """
+    from srdeploy.runtime.engines.registry import open_engine
+
+    refused: list[CapabilityError] = []
+    for found in models:
+        try:
+            runner = open_engine(found.path, engine=found.engine, device=device, threads=threads)
+        except CapabilityError as error:
+            refused.append(error)
+            continue
+        if refused:
+            reasons = "; ".join(str(error.found) for error in refused)
+            warnings.warn(f"{reasons}: {found.path} is used instead", RuntimeWarning, stacklevel=3)
+        return runner, found
+    raise refused[0]

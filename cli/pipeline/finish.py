@@ -83,7 +83,7 @@ def finish(
         verdicts=verdicts.by_name,
         benches=tuple(benches),
         seconds=work.seconds,
-        exit_code=work.left_out[0][2] if work.left_out else 0,
+        exit_code=work.exit_code,
     )
 
 

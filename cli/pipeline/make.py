@@ -19,7 +19,7 @@ from srdeploy.cli.checkpoint_options import load_from_options
 from srdeploy.cli.pipeline.clock import clock_for
 from srdeploy.cli.pipeline.engines import Placement, candidates_for, graphs_to_quantize, target_of
 from srdeploy.cli.pipeline.opening import engine_opener
-from srdeploy.cli.pipeline.types import FP32_ONNX, Candidate, Work
+from srdeploy.cli.pipeline.types import FP32_ONNX, OPTIONAL, Candidate, Work
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.environment import package_versions
 from srdeploy.core.errors import BuildError, GateError, SrdeployError
@@ -83,7 +83,9 @@ def quantize_all(
     for onnx, entry in graphs.items():
         try:
             report.append(_quantize(work, onnx, entry, contract, calibration, shared))
-        except (GateError, BuildError) as error:
+        except SrdeployError as error:
+            if not isinstance(error, GateError | BuildError) and entry.precision not in OPTIONAL:
+                raise
             refused[onnx] = error
     for entry in candidates:
         if entry.onnx in refused:
@@ -167,7 +169,9 @@ def build_all(
     for candidate in candidates:
         try:
             built.append(_build(work, candidate, profile))
-        except BuildError as error:
+        except SrdeployError as error:
+            if not isinstance(error, BuildError) and candidate.precision not in OPTIONAL:
+                raise
             work.leave_out(candidate, "build", str(error), error.exit_code)
     report.append(", ".join(entry.name for entry in built))
     return built

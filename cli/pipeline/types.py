@@ -38,6 +38,8 @@ FP16_ONNX = "model.fp16.onnx"
 GRAPH_FP16 = "graph fp16"
 """Name of the check of the FP16 graph on ONNX Runtime; it is made also when no engine here is built from it."""
 
+OPTIONAL = (Precision.FP8,)
+"""Precisions that are tried where the GPU has them: a failure is reported and changes no exit code."""
 BENCH_SIZE = (180, 320)
 """Default height and width that engines are tuned for and measured on."""
 BENCH_MACS = 2.5e11
@@ -187,7 +189,7 @@ class Outcome:
         verdicts: by candidate or graph name, of what ran here.
         benches: latencies, one result per device; empty when no engine can run here.
         seconds: wall time by stage.
-        exit_code: 0, or the code of the first engine that was left out.
+        exit_code: 0, or the code of the first engine that was left out and is not optional.
     """
 
     bundle: Path
@@ -228,6 +230,11 @@ class Work:
         self.seconds[name] = round(time.perf_counter() - start, 2)
         self.notes[name] = "; ".join(reported)
         self.progress.note(f"{name:<10}{self.seconds[name]:7.1f} s  {self.notes[name]}")
+
+    @property
+    def exit_code(self) -> int:
+        """0, or the code of the first engine that was left out and is not optional."""
+        return next((code for entry, _, code in self.left_out if entry.precision not in OPTIONAL), 0)
 
     def leave_out(self, candidate: Candidate, stage: str, reason: str, exit_code: int) -> None:
         """Record an engine that does not become part of the bundle."""

@@ -61,7 +61,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> DeployOptions:
 @pytest.fixture(scope="module")
 def outcome(options: DeployOptions, machine: Simulator | None) -> Iterator[Outcome]:
     with pytest.MonkeyPatch.context() as patch:
-        few = {"tensorrt": (Precision.FP16,), "onnxruntime": (Precision.FP32,)}
+        few = {"tensorrt": (Precision.FP16, Precision.FP8), "onnxruntime": (Precision.FP32,)}
         patch.setattr(engines, "precisions_of", lambda engine, found: few[engine])
         if machine is not None:  # compiled baselines need a real GPU, and memory has tests of its own
             patch.setattr(measure, "default_baselines", lambda device: ("eager", "half"))
@@ -109,6 +109,14 @@ def test_the_bundle_prefers_the_engine_that_is_for_the_gpu(outcome: Outcome, opt
     with Upscaler.open(outcome.bundle, device=options.devices[0]) as up:
         assert up(picture).shape == (48, 64, 3)
         assert up.info.device == options.devices[0]
+
+
+def test_an_fp8_engine_that_cannot_be_made_is_reported_and_fails_nothing(outcome: Outcome) -> None:
+    left = [entry for entry in outcome.left_out if entry.precision is Precision.FP8]
+    made = [entry for entry in outcome.engines if entry.precision is Precision.FP8]
+
+    assert len(left) + len(made) == 1
+    assert outcome.exit_code == 0
 
 
 def test_the_script_builds_and_verifies_on_the_same_gpu(outcome: Outcome, options: DeployOptions) -> None:

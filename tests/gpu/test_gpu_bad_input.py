@@ -19,11 +19,13 @@ from gpu_simulator.install import ADA, BLACKWELL, Setting, simulated
 from PIL import Image
 
 from srdeploy.cli.main import run
-from srdeploy.core.errors import UsageError
+from srdeploy.core.errors import CapabilityError, UsageError
 from srdeploy.core.runner import run_image
 from srdeploy.runtime.engines.options import BuildOptions
 from srdeploy.runtime.engines.registry import build_engine, open_engine
 from srdeploy.runtime.engines.tensorrt.runner import TensorRtRunner
+from srdeploy.upscale.model_files import ModelFiles
+from srdeploy.upscale.upscaler import open_first
 
 ONE_GPU = Setting("10.16.1.11", gpus=(ADA,))
 SHAPES = ("--min-shape", "1x3x8x8", "--opt-shape", "1x3x48x64", "--max-shape", "4x3x96x128")
@@ -107,6 +109,17 @@ def test_an_engine_of_the_other_kind_of_gpu(
     assert code == 8
     assert "was built for Simulated GPU Ada (8.9); this GPU is Simulated GPU Blackwell (12.0)" in line
     assert output.is_file()
+
+
+def test_an_engine_that_does_not_open_is_replaced_by_the_next(on: Machine, plan: Path, onnx_fp16: Path) -> None:
+    bundled = [ModelFiles(plan, "tensorrt", None), ModelFiles(onnx_fp16, "onnxruntime", None)]
+    with on(replace(ONE_GPU, gpus=(BLACKWELL,))):
+        with pytest.warns(RuntimeWarning, match=r"this GPU is Simulated GPU Blackwell.*fp16.onnx is used instead"):
+            runner, found = open_first(iter(bundled), "auto", 1)
+        with runner:
+            assert (runner.info.device, found) == ("cpu", bundled[1])
+        with pytest.raises(CapabilityError, match="this GPU is"):
+            open_first(iter(bundled[:1]), "auto", 1)
 
 
 def test_memory_is_full_when_an_engine_is_built(
