@@ -1,6 +1,7 @@
 """`srdeploy package`: a bundle in the layout of another program."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from srdeploy.cli.options import FORCE, JSON, OUTPUT_PATH, argument, arguments, 
 from srdeploy.core.errors import UsageError
 
 if TYPE_CHECKING:
+    from srdeploy.core.onnx_file import GraphFile
     from srdeploy.runtime.package.packaged import Packaged
 
 Write = Callable[..., "Packaged"]
@@ -27,7 +29,13 @@ class PackageOptions:
     ovms: Path | None = option(
         "--ovms", type=OUTPUT_PATH, default=None, help="Folder for OpenVINO Model Server to write."
     )
-    name: str | None = option("--name", default=None, help="First part of the models' names; default: the bundle's.")
+    flat: Path | None = option(
+        "--flat",
+        type=OUTPUT_PATH,
+        default=None,
+        help="Folder to write for ComfyUI and chaiNNer: 4x_NAME_fp32.onnx and 4x_NAME_fp16.onnx.",
+    )
+    name: str | None = option("--name", default=None, help="NAME in the models' names; default: the bundle's.")
     force: bool = option("--force", default=False, help=FORCE)
     as_json: bool = option("--json", default=False, help=JSON)
 
@@ -38,11 +46,12 @@ class PackageOptions:
         """
 srdeploy package rcan_x2.srd --triton models
 srdeploy package rcan_x2.srd --ovms models-openvino --name cameras
+srdeploy package rcan_x2.srd --flat ComfyUI/models/onnx/srdeploy
 """
     ),
 )
 def command(options: PackageOptions) -> None:
-    """Write BUNDLE in the layout of another program: at least one of --triton and --ovms.
+    """Write BUNDLE in the layout of another program: at least one of --triton, --ovms and --flat.
 
     Every file of the bundle is compared with its manifest first. A folder is written whole or not at all.
     """
@@ -68,13 +77,26 @@ def command(options: PackageOptions) -> None:
 
 def _targets(options: PackageOptions) -> Mapping[Path, "Write"]:
     """Return what is to be written, by output."""
+    from srdeploy.runtime.package.flat import write_flat
     from srdeploy.runtime.package.ovms import write_ovms
     from srdeploy.runtime.package.triton import write_triton
 
-    given = [(options.triton, write_triton), (options.ovms, write_ovms)]
+    flat = partial(write_flat, in_rgb=_in_rgb)
+    given: list[tuple[Path | None, Write]] = [
+        (options.triton, write_triton),
+        (options.ovms, write_ovms),
+        (options.flat, flat),
+    ]
     targets = {output.resolve(): write for output, write in given if output is not None}
     if not targets:
-        raise UsageError("nothing to write", expected="--triton DIR or --ovms DIR")
+        raise UsageError("nothing to write", expected="--triton DIR, --ovms DIR or --flat DIR")
     if len(targets) < sum(output is not None for output, _ in given):
         raise UsageError("two targets with the same output", next_step="give each a folder of its own")
     return targets
+
+
+def _in_rgb(graph: "GraphFile") -> "GraphFile":
+    from srdeploy.core.contract import GraphForm
+    from srdeploy.export.forms import formed_graph
+
+    return formed_graph(graph, GraphForm(color_wrapper=True))

@@ -156,7 +156,7 @@ def test_bad_requests_are_one_line_and_write_nothing(bundle: Make, srdeploy: Com
     before = sorted(tmp_path.rglob("*"))
 
     for arguments, code, line in (
-        ([source], 2, "nothing to write; expected --triton DIR or --ovms DIR"),
+        ([source], 2, "nothing to write; expected --triton DIR, --ovms DIR or --flat DIR"),
         ([source, "--triton", tmp_path / "new"], 3, "has no engine that Triton runs (tensorrt-rtx fp16)"),
         ([source, "--ovms", tmp_path / "new"], 3, "has no OpenVINO engine"),
         ([source, "--triton", tmp_path / "new", "--ovms", tmp_path / "new"], 2, "two targets with the same output"),

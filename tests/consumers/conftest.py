@@ -75,3 +75,9 @@ def graphs(tmp_path_factory: pytest.TempPathFactory, picture: NDArray[np.float32
     ):
         assert run([str(word) for word in command]) == 0
     return paths
+
+
+@pytest.fixture
+def chainner() -> Run:
+    """Run a program of the environment of the packages that chaiNNer's ONNX nodes use."""
+    return runner("chainner")

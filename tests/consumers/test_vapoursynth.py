@@ -9,6 +9,7 @@ import pytest
 from consumers.conftest import Run
 from numpy.typing import NDArray
 
+from srdeploy.cli.main import run
 from srdeploy.core.imaging.psnr import psnr_db
 from srdeploy.upscale.upscaler import Upscaler
 
@@ -20,7 +21,7 @@ SCRIPT = HERE.parents[1] / "examples" / "upscale.vpy"
 
 @pytest.fixture
 def frame(vapoursynth: Run, picture: NDArray[np.float32], tmp_path: Path) -> Frame:
-    def run(network: Path) -> NDArray[np.float32]:
+    def framed(network: Path) -> NDArray[np.float32]:
         np.save(tmp_path / "in.npy", picture)
         files = [SCRIPT, network, tmp_path / "in.npy", tmp_path / "out.npy"]
         done = vapoursynth("python", HERE / "vapoursynth_frame.py", *files)
@@ -29,7 +30,7 @@ def frame(vapoursynth: Run, picture: NDArray[np.float32], tmp_path: Path) -> Fra
         output: NDArray[np.float32] = np.load(tmp_path / "out.npy")
         return output
 
-    return run
+    return framed
 
 
 @pytest.mark.parametrize(
@@ -50,3 +51,13 @@ def test_a_network_of_one_channel_is_refused_without_the_wrapper(frame: Frame, g
         frame(graphs["y"])
 
     assert "expects 1 input planes" in error.value.stderr
+
+
+def test_a_network_of_one_channel_runs_in_the_wrapper(
+    frame: Frame, graphs: dict[str, Path], picture: NDArray[np.float32], tmp_path: Path
+) -> None:
+    assert run(["export", str(graphs["y"]), "--color-wrapper", "-o", str(tmp_path / "rgb.onnx")]) == 0
+    with Upscaler.open(graphs["y"], engine="onnxruntime", threads=1) as up:
+        expected = up(picture)
+
+    assert psnr_db(frame(tmp_path / "rgb.onnx"), expected) > 100
