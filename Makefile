@@ -51,7 +51,7 @@ test-consumers: $(VENV)/test.stamp $(CONSUMERS:%=build/consumers/%.stamp) exampl
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/consumers $(PYTEST_ARGS)
 
 test-serving: $(VENV)/test.stamp build/consumers/triton.stamp  ## a packaged bundle on a real Triton server, installed under build/
-	$(PYTEST) tests/consumers/test_triton.py $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/consumers/test_triton.py $(PYTEST_ARGS)
 
 fuzz: $(VENV)/test.stamp  ## mutate checkpoints for some minutes: only success or a documented error may come back
 	$(BIN)/python tests/fuzz/fuzz_checkpoints.py

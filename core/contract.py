@@ -24,6 +24,9 @@ SCHEMA = 1
 EDGE = "srdeploy.edge"
 """Key of the metadata of nodes that correct the edges of an image: strips, whose cost does not grow with its area."""
 
+FORM = "form."
+"""Prefix of the names of nodes that a graph has around its network (`srdeploy.export.forms`)."""
+
 
 def corrects_edges(node: Any) -> bool:
     """Return True if an ONNX node belongs to the correction of an image's edges."""

@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
-from srdeploy.core.contract import INPUT, OUTPUT, corrects_edges
+from srdeploy.core.contract import FORM, INPUT, OUTPUT, corrects_edges
 from srdeploy.core.shapes import elements
 
 WEIGHTED = ("Conv", "ConvTranspose", "ConvInteger", "QLinearConv", "Gemm", "MatMul")
@@ -130,6 +130,14 @@ class Graph:
     def layers_by_type(self) -> dict[str, int]:
         """Count the layers by the type they are to compute in."""
         return dict(sorted(Counter(self.layer_types.values()).items()))
+
+    @property
+    def network_output(self) -> str:
+        """The tensor that the network writes: the graph's output, or what the nodes of its form begin with."""
+        name = OUTPUT
+        while name in self.producer and self.producer[name].name.startswith(FORM):
+            name = self.producer[name].input[0]
+        return name
 
     def array(self, name: str) -> NDArray[np.float32]:
         """Return an initializer as a float32 array."""

@@ -14,7 +14,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from srdeploy.core.contract import EDGE, OUTPUT
+from srdeploy.core.contract import EDGE
 from srdeploy.core.onnx_graph import Graph, Layer, attribute, replace_nodes
 from srdeploy.core.tail_map import SIDES, AffineMap, Link, Tail, compute_tail
 
@@ -42,8 +42,13 @@ def merge_tail(model: onnx.ModelProto, *, apart: Collection[str] = ()) -> tuple[
     writer = _Writer(layers[0].input, layers[-1].output, tail)
     writer.write()
     writer.nodes[0].metadata_props.extend(graph.producer[layers[-1].output].metadata_props)
-    others = [node for node in model.graph.node if node.output[0] not in removed]
-    result = replace_nodes(model, [*others, *writer.nodes], writer.constants.values())
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        if node.output[0] == layers[-1].output:
+            nodes += writer.nodes
+        elif node.output[0] not in removed:
+            nodes.append(node)
+    result = replace_nodes(model, nodes, writer.constants.values())
     return result, tuple(layer.name for layer in layers)
 
 
@@ -52,7 +57,7 @@ def _chain(graph: Graph) -> tuple[list[Layer], set[str]]:
     by_output = {layer.output: layer for layer in graph.layers if _keeps_size(graph, layer)}
     layers: list[Layer] = []
     written: set[str] = set()
-    layer = by_output.get(OUTPUT)
+    layer = by_output.get(graph.network_output)
     while layer is not None:
         layers.insert(0, layer)
         written.add(layer.output)
@@ -84,7 +89,7 @@ def _link(graph: Graph, layer: Layer) -> Link:
     weight = graph.array(layer.weight).astype(np.float64)
     bias = graph.array(layer.bias).astype(np.float64) if layer.bias else np.zeros(layer.channels_out)
     shuffle = graph.only_consumer(layer.output)
-    if shuffle is None:
+    if shuffle is None or layer.output == graph.network_output:
         return Link(weight, bias)
     block = int(attribute(shuffle, "blocksize"))  # type: ignore[call-overload]
     return Link(weight, bias, block, attribute(shuffle, "mode", b"DCR") == b"CRD")

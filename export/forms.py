@@ -19,7 +19,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from srdeploy.core.contract import INPUT, OUTPUT, GraphForm, ModelContract
+from srdeploy.core.contract import FORM, INPUT, OUTPUT, GraphForm, ModelContract
 from srdeploy.core.errors import InputError, UsageError
 from srdeploy.core.imaging.colour import rgb_from_ycbcr, ycbcr_from_rgb
 from srdeploy.core.imaging.resize import axis_weights
@@ -29,7 +29,6 @@ from srdeploy.core.shapes import Shape, format_shape
 LUMA = "form.luma"
 """Name of the tensor that the network reads behind a color wrapper."""
 
-_PREFIX = "form."
 _TAPS = 5
 """Input samples that an output sample of a bicubic enlargement depends on, at most, centered on its own."""
 _MAX_ELEMENTS = 2**31 - 1
@@ -265,5 +264,5 @@ def _surround(
 
 def _node(operator: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> onnx.NodeProto:
     """Return a node named after its first output, or after the form if that is the graph's output."""
-    stem = outputs[0] if outputs[0].startswith(_PREFIX) else f"{_PREFIX}{outputs[0]}"
+    stem = outputs[0] if outputs[0].startswith(FORM) else f"{FORM}{outputs[0]}"
     return helper.make_node(operator, list(inputs), list(outputs), name=f"{stem}/{operator}", **attributes)

@@ -25,6 +25,7 @@ from srdeploy.cli.main import run
 from srdeploy.core.imaging.read import read_image
 from srdeploy.core.manifest import Source
 from srdeploy.core.onnx_file import read_graph
+from srdeploy.core.ort import cpu_session
 from srdeploy.core.precision import Precision
 from srdeploy.runtime.bundle import BundleEngine, write_bundle_manifest
 from srdeploy.runtime.engines.registry import build_engine, open_engine
@@ -62,22 +63,32 @@ def bundle(triton: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def repository(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The packaged bundle, and "planes": its ONNX Runtime model with the Python backend in place of the one missing."""
+    """The packaged bundle, with its ONNX Runtime model twice more for the backend that there is.
+
+    "planes" is that model, and "levels" its graph with uint8 in and out.
+    """
     output = tmp_path_factory.mktemp("repository") / "models"
     assert run(["package", str(bundle), "--triton", str(output)]) == 0
-    shutil.copytree(output / "net_onnxruntime_fp32", output / "planes")
-    config = output / "planes" / "config.pbtxt"
-    text = config.read_text().replace('backend: "onnxruntime"', 'backend: "python"')
-    config.write_text(
-        text.replace("net_onnxruntime_fp32", "planes").replace('default_model_filename: "model.onnx"', "")
-    )
-    shutil.copy(HERE / "triton_planes.py", output / "planes" / "1" / "model.py")
+    for name, kind in (("planes", "TYPE_FP32"), ("levels", "TYPE_UINT8")):
+        shutil.copytree(output / "net_onnxruntime_fp32", output / name)
+        config = (output / name / "config.pbtxt").read_text()
+        for old, new in (
+            ("net_onnxruntime_fp32", name),
+            ('backend: "onnxruntime"', 'backend: "python"'),
+            ('default_model_filename: "model.onnx"', ""),
+            ("TYPE_FP32", kind),
+        ):
+            config = config.replace(old, new)
+        (output / name / "config.pbtxt").write_text(config)
+        shutil.copy(HERE / "triton_planes.py", output / name / "1" / "model.py")
+    graph = str(output / "levels" / "1" / "model.onnx")
+    assert run(["export", str(bundle / "model.fp32.onnx"), "--io", "uint8", "-o", graph, "--force"]) == 0
     return output
 
 
 @pytest.fixture(scope="module")
-def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Start the server on free ports of this machine; return its address for gRPC."""
+def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Start the server on free ports of this machine; return its addresses for "http" and "grpc"."""
     folder = tmp_path_factory.mktemp("server")
     ports = {name: _free_port() for name in ("http", "grpc")}
     command = [
@@ -88,6 +99,7 @@ def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         "--model-control-mode=explicit",
         "--load-model=net_pictures",
         "--load-model=planes",
+        "--load-model=levels",
         "--disable-auto-complete-config",  # the configurations have to be complete
         "--exit-timeout-secs=3",
         "--allow-metrics=false",
@@ -107,7 +119,7 @@ def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
     try:
         _wait(f"http://127.0.0.1:{ports['http']}/v2/health/ready", process, log)
-        yield f"127.0.0.1:{ports['grpc']}"
+        yield {name: f"127.0.0.1:{port}" for name, port in ports.items()}
     finally:
         process.terminate()
         try:
@@ -118,12 +130,13 @@ def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @pytest.fixture
-def ask(triton: Run, server: str, tmp_path: Path) -> Ask:
+def ask(triton: Run, server: dict[str, str], tmp_path: Path) -> Ask:
     """Send named arrays to a model with Triton's own client; an error of the server is a RuntimeError."""
 
     def request(model: str, **inputs: NDArray[Any]) -> dict[str, NDArray[Any]]:
         np.savez(tmp_path / "in.npz", **inputs)  # type: ignore[arg-type]
-        done = triton("python", HERE / "triton_request.py", server, model, tmp_path / "in.npz", tmp_path / "out.npz")
+        files = [tmp_path / "in.npz", tmp_path / "out.npz"]
+        done = triton("python", HERE / "triton_request.py", server["grpc"], model, *files)
         if done.returncode:
             raise RuntimeError(done.stderr.strip())
         with np.load(tmp_path / "out.npz") as answer:
@@ -202,6 +215,18 @@ def test_every_configuration_is_read_by_tritons_own_protobuf(triton: Run, reposi
     assert 'no field named "dynamic_batch"' in refused.stderr
 
 
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_the_server_reads_the_configurations_of_backends_that_it_lacks(backend: str, server: dict[str, str]) -> None:
+    address = f"http://{server['http']}/v2/repository/models/net_{backend}_fp32/load"
+
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(address, data=b"", timeout=30)
+
+    # The configuration is read and checked before the backend's library is looked for.
+    with error.value as answer:
+        assert f"unable to find backend library for backend '{backend}'" in answer.read().decode()
+
+
 @pytest.mark.parametrize("shape", [(1, 24, 32, 3), (2, 37, 51, 3), (3, 20, 18, 4)], ids=str)
 def test_pictures_come_back_as_the_upscaler_writes_them(shape: tuple[int, ...], ask: Ask, bundle: Path) -> None:
     pictures = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
@@ -235,8 +260,21 @@ def test_planes_through_the_packaged_configuration_are_those_of_the_engine(
 
     answer = ask("planes", input=planes)["output"]
 
-    with open_engine(repository / "net_onnxruntime_fp32" / "1" / "model.onnx", threads=1) as engine:
-        assert np.abs(answer - engine.run({"input": planes})["output"]).max() == 0
+    graph = repository / "net_onnxruntime_fp32" / "1" / "model.onnx"
+    expected = cpu_session(graph, threads=1).run(["output"], {"input": planes})[0]
+    assert np.abs(answer - expected).max() == 0
+    # Our engines rewrite the network's end, which adds the same numbers in another order.
+    with open_engine(graph, threads=1) as engine:
+        assert np.abs(answer - engine.run({"input": planes})["output"]).max() <= 1e-5
+
+
+def test_a_graph_of_uint8_is_served_with_the_same_configuration(ask: Ask, bundle: Path) -> None:
+    picture = np.random.default_rng(2).integers(0, 256, (19, 27, 3), dtype=np.uint8)
+
+    answer = ask("levels", input=picture.transpose(2, 0, 1)[None].copy())["output"]
+
+    with Upscaler.open(bundle / "model.fp32.onnx", threads=1) as up:
+        assert (answer[0].transpose(1, 2, 0) == up(picture)).all()
 
 
 @pytest.mark.parametrize(
