@@ -146,7 +146,8 @@ def test_openvino_model_server_computes_what_the_engine_does(bundle: Make, srdep
     served = core.compile_model(model, config["target_device"], config["plugin_config"])
     with open_engine(source / "engines" / "ov.blob") as engine:
         expected = engine.run({"input": image})["output"]
-    assert np.abs(served({"input": image})["output"] - expected).max() <= 1e-6
+    # The engine adds the end of the network in another order.
+    assert np.abs(served({"input": image})["output"] - expected).max() <= 1e-5
 
 
 def test_bad_requests_are_one_line_and_write_nothing(bundle: Make, srdeploy: Command, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from srdeploy.cli.main import run
 from srdeploy.core.contract import GraphForm
@@ -99,6 +100,21 @@ def test_pictures_that_a_uint8_graph_cannot_take_are_refused(
         pytest.raises(UsageError, match="another form"),
     ):
         up(picture(40, 40))
+
+
+def test_a_16_bit_file_is_refused_and_nothing_is_written(
+    rcan_onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    graph = export_form(rcan_onnx, tmp_path / "uint8.onnx", form=GraphForm(io="uint8")).path
+    Image.fromarray(np.zeros((8, 9), np.uint16)).save(tmp_path / "deep.png")
+    before = sorted(tmp_path.iterdir())
+
+    code = run(["upscale", str(graph), str(tmp_path / "deep.png"), "-o", str(tmp_path / "large.png")])
+
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert (code, len(lines)) == (2, 1)
+    assert "pixels of uint16, for a graph that takes uint8" in lines[0]
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_verify_names_the_graph_to_compare(rcan_onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
