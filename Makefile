@@ -48,7 +48,8 @@ types:  ## links that give the root folders their import names, for type checker
 	  ln -sfn ../../../$$folder build/types/srdeploy/$$folder; done
 
 test-consumers: $(VENV)/test.stamp $(CONSUMERS:%=build/consumers/%.stamp) examples/web/node_modules  ## bundles and graphs in other programs, installed under build/
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/consumers $(PYTEST_ARGS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ncnn]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/consumers tests/runtime/engines/test_ncnn.py $(PYTEST_ARGS)
 
 test-serving: $(VENV)/test.stamp build/consumers/triton.stamp  ## a packaged bundle on a real Triton server, installed under build/
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/consumers/test_triton.py $(PYTEST_ARGS)

@@ -28,7 +28,7 @@ from srdeploy.core.sizes import format_bytes
 if TYPE_CHECKING:
     from srdeploy.runtime.engines.options import BuildOptions
 
-BUILDERS = ("onnxruntime", "openvino", "tensorrt-rtx", "tensorrt")
+BUILDERS = ("onnxruntime", "openvino", "ncnn", "tensorrt-rtx", "tensorrt")
 
 EXAMPLE = example(
     """

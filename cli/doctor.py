@@ -9,7 +9,8 @@ from srdeploy.cli.options import JSON, arguments, example, option, verb
 from srdeploy.core.sizes import format_bytes
 
 PACKAGES = ("srdeploy", "torch", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt_rtx",
-            "numpy", "pillow", "polygraphy", "nncf", "av", "pyvips", "jinja2", "matplotlib")  # fmt: skip
+            "ncnn", "pnnx", "numpy", "pillow", "polygraphy", "nncf", "av", "pyvips", "jinja2",
+            "matplotlib")  # fmt: skip
 
 _FLAG_MEANINGS = {
     "avx512_vnni": "fast INT8",

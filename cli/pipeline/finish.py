@@ -30,6 +30,8 @@ _DISTRIBUTIONS = (
     "onnxruntime",
     "onnxruntime-gpu",
     "openvino",
+    "ncnn",
+    "pnnx",
     "tensorrt",
     "tensorrt-rtx",
     "numpy",

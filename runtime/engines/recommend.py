@@ -42,7 +42,8 @@ def recommended(device: str = "auto") -> tuple[Recommendation, ...]:
         names = tensorrt + [name for name in ("onnxruntime-cuda",) if _usable(engine_status(name, device))]
         if names:
             return tuple(Recommendation(name, precisions_of(name, found), True) for name in names)
-    names = [name for name in CPU_FAMILIES if _usable(engine_status(name))]
+    # ncnn is for other machines than this one: it is built where it is named.
+    names = [name for name in CPU_FAMILIES if family(name).opens_onnx and _usable(engine_status(name))]
     elsewhere = [name for name in ("tensorrt-rtx",) if engine_status(name).why_not_build is None]
     return tuple(Recommendation(name, precisions_of(name, None), name in CPU_FAMILIES) for name in names + elsewhere)
 

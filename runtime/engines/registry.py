@@ -57,6 +57,7 @@ class Family:
 ENGINES: tuple[Family, ...] = (
     Family("onnxruntime", "onnxruntime_cpu", "ONNX Runtime on the CPU", ".ort.onnx", opens_onnx=True),
     Family("openvino", "openvino", "OpenVINO on the CPU", ".blob", opens_onnx=True),
+    Family("ncnn", "ncnn", "ncnn on the CPU, for apps on phones", ".ncnn"),
     Family(
         "tensorrt-rtx", "tensorrt.families:RTX_FAMILY", "TensorRT-RTX on GeForce and RTX GPUs, built anywhere", ".rtx"
     ),
@@ -66,7 +67,7 @@ ENGINES: tuple[Family, ...] = (
 )
 
 
-CPU_FAMILIES = ("onnxruntime", "openvino")
+CPU_FAMILIES = ("onnxruntime", "openvino", "ncnn")
 
 
 def family(name: str) -> Family:

@@ -121,7 +121,7 @@ def test_doctor_names_every_engine_with_a_reason(capsys: pytest.CaptureFixture[s
     document = json.loads(capsys.readouterr().out)
     engines = {entry["engine"]: entry for entry in document["engines"]}
     assert set(engines) == {
-        "onnxruntime", "openvino", "tensorrt-rtx", "tensorrt", "onnxruntime-cuda", "onnxruntime-tensorrt"
+        "onnxruntime", "openvino", "ncnn", "tensorrt-rtx", "tensorrt", "onnxruntime-cuda", "onnxruntime-tensorrt"
     }  # fmt: skip
     for entry in engines.values():
         assert entry["can_run"] == (entry["why_not_run"] is None)
