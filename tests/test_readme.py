@@ -18,7 +18,9 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GPU = "## On an NVIDIA GPU"
 EXCEPT_GPU = README[: README.index(GPU)] + README[README.index("## From Python") :]
-PAGES = sorted(path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md"), *ROOT.glob("examples/photos/*.md")]
+)
 
 SMALLER = {"deploy": ["--size", "24x32", "--engine", "onnxruntime"], "bench": ["--seconds", "0.5", "--allow-unstable"]}
 """What is added to a verb's command so that it takes seconds; everything else runs as it is printed."""

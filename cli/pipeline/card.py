@@ -115,9 +115,10 @@ def _conditions(document: Mapping[str, Any]) -> list[str]:
     if verdicts:
         count = len(verdicts[0]["images"])
         reference = verdicts[0]["reference_quality"]
+        images = f"the lowest of {count} images" if count > 1 else "on one image"
         sentences.append(
-            f"Fidelity: PSNR between the outputs of the engine and of the eager FP32 PyTorch network, the lowest of "
-            f"{count} images. A `graph` line is an ONNX file verified on ONNX Runtime."
+            f"Fidelity: PSNR between the outputs of the engine and of the eager FP32 PyTorch network, {images}. "
+            "A `graph` line is an ONNX file verified on ONNX Runtime."
         )
         if reference is not None:
             sentences.append(
@@ -130,6 +131,9 @@ def _conditions(document: Mapping[str, Any]) -> list[str]:
     machine = document["environment"]
     flags = [flag for flag in machine["cpu_flags"] if flag in ("avx512_vnni", "avx_vnni", "avx512_bf16")]
     parts = [machine["processor"], f"{machine['cpus']} cores", *flags, *(gpu["name"] for gpu in machine["gpus"])]
+    if document["bench"]:
+        threads = document["bench"][0]["rows"][0]["runner"]["threads"]
+        parts += [] if threads is None else [f"{threads} {'threads' if threads > 1 else 'thread'}"]
     if verdicts or document["bench"]:
         sentences.append(f"Measured on {', '.join(parts)}.")
     sentences.append("`report/report.html` has more, with pictures.")
