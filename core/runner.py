@@ -3,6 +3,7 @@
 Every engine is one, and so is the eager PyTorch network that all of them are compared with.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -26,7 +27,7 @@ class RunnerInfo:
         contract: what the graph promises; its precision is what the heavy layers compute in.
         numeric_mode: description of the arithmetic, for example "FP32, inference precision hint f32".
         threads: CPU threads, None on a GPU.
-        profile: the shapes the engine accepts; None when it accepts all.
+        profiles: the ranges of shapes that the engine accepts; empty when it accepts all.
         versions: of the packages and libraries that compute.
         built: what was read back from the engine: kernels or layers by type and data type, as JSON values.
     """
@@ -37,9 +38,18 @@ class RunnerInfo:
     contract: ModelContract
     numeric_mode: str
     threads: int | None = None
-    profile: ShapeProfile | None = None
+    profiles: tuple[ShapeProfile, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     built: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def profile(self) -> ShapeProfile | None:
+        """The range of shapes with the largest maximum, which tiles and crops are made for; None for all shapes."""
+        return max(self.profiles, key=lambda profile: math.prod(profile.max), default=None)
+
+    def accepts(self, shape: tuple[int, ...]) -> bool:
+        """Return True if the engine accepts an input shape (N, C, H, W)."""
+        return not self.profiles or any(profile.contains(shape) for profile in self.profiles)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values; of the contract, the precision alone."""
@@ -50,7 +60,7 @@ class RunnerInfo:
             "precision": str(self.contract.precision),
             "numeric_mode": self.numeric_mode,
             "threads": self.threads,
-            "profile": None if self.profile is None else str(self.profile),
+            "profile": " or ".join(map(str, self.profiles)) or None,
             "versions": dict(self.versions),
             "built": dict(self.built),
         }

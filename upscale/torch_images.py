@@ -56,7 +56,7 @@ def _is_input(up: "Upscaler", batch: torch.Tensor) -> bool:
         return False
     if contract.form.io != "float32":
         return False
-    if up.info.profile is not None and not up.info.profile.contains(tuple(batch.shape)):
+    if not up.info.accepts(tuple(batch.shape)):
         return False
     plan = up.decide(batch.shape[2], batch.shape[3]).plan
     return plan.whole and not plan.rows.padding and not plan.columns.padding

@@ -134,7 +134,7 @@ def stream_throughput(
 
 def _measured(runners: Sequence[Runner], shape: Shape, effort: Effort, progress: Progress) -> dict[str, dict[str, Any]]:
     """Return the end-to-end statistics of the runners that take a shape."""
-    fitting = [runner for runner in runners if runner.info.profile is None or runner.info.profile.contains(shape)]
+    fitting = [runner for runner in runners if runner.info.accepts(shape)]
     if not fitting:
         return {}
     result = bench(fitting, shape=shape, effort=effort, progress=progress)

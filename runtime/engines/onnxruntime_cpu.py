@@ -173,7 +173,7 @@ class OnnxRuntimeRunner:
             contract=contract,
             numeric_mode=_numeric_mode(contract, built),
             threads=threads or cpu_count(),
-            profile=contract.profile,
+            profiles=() if contract.profile is None else (contract.profile,),
             versions=versions(),
             built=built,
         )

@@ -296,7 +296,7 @@ class OnnxRuntimeGpuRunner:
             device=device,
             contract=graph.contract,
             numeric_mode=f"{precision.upper()}, TF32 {'off' if exact else 'on'}",
-            profile=profile,
+            profiles=() if profile is None else (profile,),
             versions={**provider.versions(), "gpu": found.name if found else "none"},
             built={"read_from": "the graph", "convolutions": graph.layers_by_type()},
         )
@@ -329,8 +329,8 @@ class OnnxRuntimeGpuRunner:
                 f"input {spec.name!r} is {image.dtype} on {image.device}", expected=f"{spec.dtype} on {self._device}"
             )
         check_shape(tuple(image.shape), spec, engine=self._info.name)
-        if self._info.profile is not None:
-            check_profile(tuple(image.shape), [self._info.profile], engine=self._info.name)
+        if self._info.profiles:
+            check_profile(tuple(image.shape), self._info.profiles, engine=self._info.name)
         image = image.contiguous()
         current = torch.cuda.current_stream(self._device)
         with self._lock:

@@ -189,7 +189,7 @@ class OpenVinoRunner:
             contract=contract,
             numeric_mode=_numeric_mode(compiled, contract, built, native),
             threads=threads or cpu_count(),
-            profile=contract.profile,
+            profiles=() if contract.profile is None else (contract.profile,),
             versions=versions(),
             built=built,
         )

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import UsageError
 from srdeploy.core.precision import MIN_FIDELITY_DB, Precision
 from srdeploy.core.progress import SILENT, Progress
@@ -256,7 +255,8 @@ def verify_all(
             advance(note=sample.name)
         shapes = dict.fromkeys(grid)
         for runner in candidates:
-            shapes |= dict.fromkeys(profile_grid(runner.info.profile))
+            for profile in runner.info.profiles:
+                shapes |= dict.fromkeys(profile_grid(profile))
         for batch in grid_batches(first_images, list(shapes)):
             answer = run_image(reference, batch)
             for evaluator in evaluators:
@@ -287,10 +287,8 @@ def grid_batches(
         yield np.ascontiguousarray(np.stack(items))  # (N, C, H, W)
 
 
-def profile_grid(profile: ShapeProfile | None) -> list[tuple[int, int, int]]:
+def profile_grid(profile: ShapeProfile) -> list[tuple[int, int, int]]:
     """Return the grid shapes that a profile adds: its minimum, and one step above it at the largest batch."""
-    if profile is None:
-        return []
     steps = [min(low + 1, high) for low, high in zip(profile.min[2:], profile.max[2:], strict=True)]
     return [(profile.min[0], *profile.min[2:]), (profile.max[0], steps[0], steps[1])]
 
@@ -310,10 +308,10 @@ class _Evaluator:
 
     def fitted(self, sample: Sample) -> Sample | None:
         """Return the sample, cropped to the engine's profile where it is larger; None where it cannot fit."""
-        contract, profile = self._runner.info.contract, self._runner.info.profile
-        if profile is not None:
-            sample = _cropped(sample, profile.max[2], profile.max[3], contract.scale)
-        if reason := _outside(sample.image.shape, contract, profile):
+        info = self._runner.info
+        if info.profile is not None:
+            sample = _cropped(sample, info.profile.max[2], info.profile.max[3], info.contract.scale)
+        if reason := _outside(sample.image.shape, info):
             self._skipped[sample.name] = reason
             return None
         return sample
@@ -336,7 +334,7 @@ class _Evaluator:
     def add_shape(self, batch: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
         """Run a batch of the grid and evaluate it."""
         name = format_shape(batch.shape)
-        if reason := _outside(batch.shape, self._runner.info.contract, self._runner.info.profile):
+        if reason := _outside(batch.shape, self._runner.info):
             self._skipped[name] = reason
             return
         self._grid.append(_case(name, batch, run_image(self._runner, batch), expected, self._gates.grid_fidelity_db))
@@ -370,11 +368,11 @@ def _cropped(sample: Sample, height: int, width: int, scale: int) -> Sample:
     return Sample(sample.name, image, None if sample.truth is None else sample.truth[:rows, :columns])
 
 
-def _outside(shape: tuple[int, ...], contract: ModelContract, profile: ShapeProfile | None) -> str | None:
-    if min(shape[2:]) < contract.min_size:
-        return f"smaller than the network's minimum size {contract.min_size}"
-    if profile is not None and not profile.contains(shape):
-        return f"outside the engine's profile {profile}"
+def _outside(shape: tuple[int, ...], info: RunnerInfo) -> str | None:
+    if min(shape[2:]) < info.contract.min_size:
+        return f"smaller than the network's minimum size {info.contract.min_size}"
+    if not info.accepts(shape):
+        return f"outside the engine's profile {' or '.join(map(str, info.profiles))}"
     return None
 
 

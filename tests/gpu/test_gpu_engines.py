@@ -17,12 +17,13 @@ from gpu.cases import BUILT, OPENED, PROFILE, assert_same, image, needs, psnr_db
 from srdeploy.core.errors import CapabilityError, InputError, UsageError
 from srdeploy.core.manifest import manifest_path, read_manifest
 from srdeploy.core.runner import TimedRunner, run_image
+from srdeploy.core.shapes import ShapeProfile
 from srdeploy.models.checkpoint.load import LoadedCheckpoint
 from srdeploy.runtime.bench.memory import process_memory
 from srdeploy.runtime.engines.eager import open_eager
 from srdeploy.runtime.engines.options import BuildOptions
 from srdeploy.runtime.engines.registry import build_engine, open_engine
-from srdeploy.runtime.engines.tensorrt.runner import MAX_PLANS, TensorRtRunner
+from srdeploy.runtime.engines.tensorrt.runner import CAPTURE_AFTER, MAX_PLANS, TensorRtRunner
 
 FIDELITY_DB = {"fp32": 90.0, "fp16": 55.0}
 
@@ -132,6 +133,26 @@ def test_the_ways_to_run_do_not_write_over_each_other(runner: TensorRtRunner) ->
         kept = runner.run_tensors({"input": on_gpu})["output"].clone()
         assert_same(run_image(runner, pictures[-1]), alone[-1])
         assert_same(kept.cpu().numpy(), alone[0])
+
+
+def test_every_profile_of_an_engine_is_used(
+    onnx_fp16: Path, tmp_path: Path, expected: Callable[..., np.ndarray]
+) -> None:
+    needs("tensorrt")
+    small = ShapeProfile((1, 3, 8, 8), (1, 3, 16, 16), (1, 3, 24, 24))
+    wide = replace(PROFILE, min=(1, 3, 40, 40))
+    options = BuildOptions(profiles=(wide, small), use_cache=False)
+    path = build_engine(onnx_fp16, tmp_path / "e.plan", engine="tensorrt", options=options).path
+
+    with open_engine(path) as runner:
+        assert runner.info.profiles == (wide, small)
+        assert runner.info.profile == wide
+        for turn in range(2 * CAPTURE_AFTER):
+            for shape in [(1, 3, 16, 16), (1, 3, 48, 64), (1, 3, 24, 24)]:
+                picture = image(*shape, seed=turn)
+                assert_same(run_image(runner, picture), expected(picture))
+        with pytest.raises(UsageError, match="1x3x40x40 to 4x3x96x128 or 1x3x8x8 to 1x3x24x24"):
+            run_image(runner, image(1, 3, 32, 32))
 
 
 def test_a_closed_runner_says_so(built: Path) -> None:

@@ -485,7 +485,7 @@ def _info(product: Product, trt: Any, engine: Engine, device: str) -> RunnerInfo
         device=device,
         contract=engine.contract,
         numeric_mode=f"{engine.precision_built.upper()}, {tf32}",
-        profile=engine.profiles[-1],
+        profiles=engine.profiles,
         versions={**product.versions(), product.name: trt.__version__, "gpu": found.name if found else "none"},
         built=engine.built,
     )

@@ -31,7 +31,7 @@ def test_curves_have_the_points_that_were_asked_for(checkpoint: LoadedCheckpoint
         def __init__(self) -> None:
             self._runner = named(open_eager(checkpoint, threads=1), "narrow")
             contract = self._runner.info.contract
-            self.info = RunnerInfo("narrow", "eager", "cpu", contract, "FP32", threads=1, profile=narrow)
+            self.info = RunnerInfo("narrow", "eager", "cpu", contract, "FP32", threads=1, profiles=(narrow,))
 
         def run(self, feeds):  # type: ignore[no-untyped-def]
             return self._runner.run(feeds)

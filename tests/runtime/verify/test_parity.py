@@ -42,7 +42,9 @@ class TorchRunner:
         self.network = network
         self.change = change
         contract = ModelContract("rcan", {}, SCALE, "rgb", precision, None, 1.0, 1, "0" * 64)
-        self._info = RunnerInfo("candidate", "eager", "cpu", contract, "FP32", threads=1, profile=profile)
+        self._info = RunnerInfo(
+            "candidate", "eager", "cpu", contract, "FP32", threads=1, profiles=() if profile is None else (profile,)
+        )
 
     @property
     def info(self) -> RunnerInfo:
