@@ -128,7 +128,7 @@ class NcnnRunner:
             contract=contract,
             numeric_mode="FP32",
             threads=threads,
-            profile=contract.profile,
+            profiles=() if contract.profile is None else (contract.profile,),
             versions=versions(),
             built=engine.built,
         )

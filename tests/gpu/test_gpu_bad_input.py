@@ -21,6 +21,7 @@ from PIL import Image
 from srdeploy.cli.main import run
 from srdeploy.core.errors import CapabilityError, UsageError
 from srdeploy.core.runner import run_image
+from srdeploy.runtime.bench.conditions import gpus
 from srdeploy.runtime.engines.options import BuildOptions
 from srdeploy.runtime.engines.registry import build_engine, open_engine
 from srdeploy.runtime.engines.tensorrt.runner import TensorRtRunner
@@ -94,8 +95,20 @@ def test_no_gpu(
         code, line = refused(capfd, *command, "-o", output)
 
     assert code == 8
-    assert "no NVIDIA GPU can be used" in line
+    assert "no NVIDIA GPU was found: the driver sees none" in line
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["simulated"]
+
+
+def test_a_driver_that_is_too_old(on: Machine, plan: Path, picture: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with on(replace(ONE_GPU, driver=(12, 4))):
+        code, line = refused(capfd, "upscale", plan, picture, "-o", picture.with_name("never.png"))
+        found = gpus()
+
+    assert code == 8
+    assert "the NVIDIA driver supports CUDA 12.4, and PyTorch" in line
+    assert "needs CUDA 13.0" in line
+    assert (found[0]["name"], found[0]["driver_version"]) == (ADA.name, "550.54.14")
+    assert not picture.with_name("never.png").exists()
 
 
 def test_an_engine_of_the_other_kind_of_gpu(

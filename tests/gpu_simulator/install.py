@@ -28,6 +28,8 @@ from gpu_simulator.cuda import Gpu, Simulator
 ADA = Gpu("Simulated GPU Ada", (8, 9), 8 * 2**30)
 BLACKWELL = Gpu("Simulated GPU Blackwell", (12, 0), 8 * 2**30)
 _HERE = Path(__file__).parents[1]
+_CUDA = (13, 0)
+"""What PyTorch and the TensorRTs were built with."""
 _MODULES = ("tensorrt", "tensorrt_bindings", "tensorrt_rtx")
 
 
@@ -43,6 +45,7 @@ class Setting:
         tolerated: names of rules that may be broken, which is then only noted.
         build_step_seconds: how long each step of a build takes.
         onnxruntime_gpu: whether the installed onnxruntime has the GPU providers.
+        driver: newest CUDA version that the NVIDIA driver supports; one older than PyTorch's makes no GPU usable.
     """
 
     version: str | None = VERSIONS[0]
@@ -52,6 +55,12 @@ class Setting:
     tolerated: tuple[str, ...] = ()
     build_step_seconds: float = 0.0
     onnxruntime_gpu: bool = True
+    driver: tuple[int, int] = (13, 0)
+
+    @property
+    def usable_gpus(self) -> tuple[Gpu, ...]:
+        """The devices that the driver lets PyTorch and TensorRT use."""
+        return self.gpus if self.driver >= _CUDA else ()
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -61,7 +70,9 @@ def setting_from_json(text: str) -> Setting:
     """Read `Setting.to_json` back."""
     values = json.loads(text)
     gpus = tuple(Gpu(**{**gpu, "capability": tuple(gpu["capability"])}) for gpu in values["gpus"])
-    return Setting(**{**values, "gpus": gpus, "tolerated": tuple(values["tolerated"])})
+    return Setting(
+        **{**values, "gpus": gpus, "tolerated": tuple(values["tolerated"]), "driver": tuple(values["driver"])}
+    )
 
 
 @contextlib.contextmanager
@@ -72,19 +83,21 @@ def simulated(folder: Path, setting: Setting) -> Iterator[Simulator]:
         folder: an empty folder, for what other processes need.
         setting: what is simulated.
     """
-    from gpu_simulator import onnxruntime_gpu, torch_cuda
+    from gpu_simulator import driver, onnxruntime_gpu, torch_cuda
 
     _forget_loggers()
     write_environment(folder, setting)
-    before = {name: os.environ.get(name) for name in ("PYTHONPATH",)}
+    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "PATH")}
     kept = _forget_modules()
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), str(_HERE), before["PYTHONPATH"])))
-    simulator = Simulator(setting.gpus, setting.schedule, setting.seed)
+    os.environ["PATH"] = os.pathsep.join((str(folder), os.environ["PATH"]))  # nvidia-smi
+    simulator = Simulator(setting.usable_gpus, setting.schedule, setting.seed)
     simulator.tolerated = set(setting.tolerated)
     finder = Finder(simulator, setting)
     after_polygraphy = Afterwards("polygraphy.cuda.cuda", lambda: _install("cuda_runtime", simulator))
     sys.meta_path[:0] = [finder, after_polygraphy]
     torch_cuda.install(simulator)
+    driver.install(setting.driver)
     if setting.onnxruntime_gpu:
         onnxruntime_gpu.install(simulator, setting.version)
     try:
@@ -92,6 +105,7 @@ def simulated(folder: Path, setting: Setting) -> Iterator[Simulator]:
     finally:
         onnxruntime_gpu.uninstall()
         torch_cuda.uninstall()
+        driver.uninstall()
         sys.meta_path[:] = [entry for entry in sys.meta_path if entry not in (finder, after_polygraphy)]
         _forget_modules()
         sys.modules.update(kept)
@@ -104,8 +118,11 @@ def simulated(folder: Path, setting: Setting) -> Iterator[Simulator]:
 
 
 def write_environment(folder: Path, setting: Setting) -> None:
-    """Write what another process needs: PYTHONPATH must name the folder."""
+    """Write what another process needs: PYTHONPATH must name the folder, and PATH for nvidia-smi."""
+    from gpu_simulator import driver
+
     (folder / "simulated_gpu.json").write_text(setting.to_json(), encoding="utf-8")
+    driver.write_nvidia_smi(folder, setting.gpus, setting.driver)
     (folder / "sitecustomize.py").write_text(
         f"import sys; sys.path.insert(1, {str(_HERE)!r})\n"
         "from gpu_simulator.install import begin\n"
@@ -116,9 +133,14 @@ def write_environment(folder: Path, setting: Setting) -> None:
 
 def begin(path: str) -> None:
     """Simulate from now on: what `sitecustomize` calls at the start of another process."""
+    from gpu_simulator import driver
+
     setting = setting_from_json(Path(path).read_text(encoding="utf-8"))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = setting.gpus if visible is None else tuple(setting.gpus[int(n)] for n in visible.split(",") if n.isdigit())
+    driver.install(setting.driver)
+    gpus = setting.usable_gpus
+    if visible is not None:
+        gpus = tuple(gpus[int(number)] for number in visible.split(",") if number.isdigit())
     simulator = Simulator(gpus, setting.schedule, setting.seed)
     simulator.tolerated = set(setting.tolerated)
     sys.meta_path.insert(0, Finder(simulator, setting))
