@@ -29,14 +29,12 @@ class Packaged:
         path: the file or folder.
         contents: what is in it, one line each: models, or files.
         notes: what was not included and why, and what the consumer has to know.
-        next_command: the command that a user runs next; empty when there is none of ours.
     """
 
     target: str
     path: Path
     contents: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    next_command: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as JSON values."""
