@@ -29,13 +29,14 @@ VERBS_OF = {
     "runtime/bench": {"bench", "deploy"},
     "runtime/report": {"report", "verify", "bench", "deploy"},
     "runtime/engines": {"build", "verify", "bench", "upscale", "deploy"},
+    "runtime/package": {"package"},
     "runtime": {"upscale", "inspect", "deploy"},
     "upscale": {"upscale"},
     "cli": set(VERBS),
 }
 NOT_OURS = {"--force-reinstall", "--index-url", "--no-deps", "--query-gpu", "--format", "--head", "--address"}
 """Options of pip, nvidia-smi and ray."""
-OTHER_PROGRAMS = re.compile(r"\b(polygraphy|sha256sum)\b.*", re.DOTALL)
+OTHER_PROGRAMS = re.compile(r"\b(polygraphy|sha256sum|model_signing)\b.*", re.DOTALL)
 
 
 def literals(path: Path) -> Iterator[tuple[int, str]]:
