@@ -76,10 +76,10 @@ class FolderReport:
         slow = [name for name in self.made if Path(name).suffix.lower() not in (".jpg", ".jpeg", ".jfif")]
         if not slow or spent["encode"] <= max(spent["compute"], spent["decode"]):
             return None
-        share = spent["encode"] / max(spent["compute"], 1e-9)
+        times = spent["encode"] / max(spent["compute"], 1e-9)
         return (
-            f"encoding takes {share:.1f} times as long as the network and limits the speed: "
-            "--format jpg or --format webp --quality 95 is faster than PNG's and TIFF's lossless compression"
+            f"encoding takes {times:.1f} times as long as the network and limits the speed: "
+            "--format jpg, or --format webp --quality 95, encodes faster than PNG"
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -143,6 +143,21 @@ def test_a_killed_machine(own_cluster: Cluster, source: Path, rcan_onnx: Path, p
     assert outputs(out) == outputs(tmp_path / "local")
 
 
+def test_an_output_that_cannot_be_written_is_one_line(
+    shared_cluster: Cluster, source: Path, rcan_onnx: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+
+    done = subprocess.run(
+        command(shared_cluster, rcan_onnx, source, "-o", tmp_path / "file" / "out"), capture_output=True, check=False
+    )
+
+    assert done.returncode == 8
+    assert done.stdout == b""
+    assert done.stderr.count(b"error") == 1
+    assert b"cannot write" in done.stderr
+
+
 @pytest.mark.parametrize("address", ["127.0.0.2:1", "nonsense", "http://127.0.0.2:8265", "host.invalid:6379"])
 def test_no_cluster_is_one_line(address: str, source: Path, rcan_onnx: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'srdeploy[ray]'")
