@@ -6,7 +6,8 @@
 What is measured, for full RCAN x4 and SRDenseNet_All x4 (random weights: they cost the same time as trained ones),
 batch 1, at 480x270, 320x180 and 960x540 LR pixels: compute on the GPU (CUDA events around one inference) and end to end
 (numpy image to numpy result) of eager FP32 with TF32 off, eager FP16 in channels-last, every FP16 engine that runs
-here, TensorRT with CUDA graphs on and off, and torch.compile FP16 with max-autotune. Before all that: whether an engine
+here, TensorRT with CUDA graphs on and off, TensorRT INT8 beside its FP16 (calibrated on made-up images: of random
+weights only the time counts), and torch.compile FP16 with max-autotune. Before all that: whether an engine
 that TensorRT-RTX built for compute capability 8.0 opens here at all.
 
 What limits it: a lower bound per shape comes from two rates measured on the same GPU in the same run, an FP16 matrix
@@ -35,7 +36,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
+from srdeploy.calibration.images.dataset import CalibrationSet, make_calibration_set
+from srdeploy.calibration.options import QuantizeOptions
 from srdeploy.calibration.quantize import quantize
 from srdeploy.core.environment import machine, package_versions
 from srdeploy.core.errors import SrdeployError
@@ -152,6 +156,11 @@ def measure_all(plan: Plan, folder: Path, document: dict[str, Any]) -> None:
             document["networks"][name] = result
             benches.append((name, result, *open_all(name, plan, folder, result, stack)))
             measure_network(name, plan, result, *benches[-1][2:], document["rates"])
+        for name, result, checkpoint, runners in benches:
+            int8 = open_int8(name, plan, folder, result, checkpoint, stack)
+            if int8 is not None:
+                beside = [runners[0], *(runner for runner in runners if runner.info.name == f"{FULL.name} fp16"), int8]
+                measure_network(name, plan, result, checkpoint, beside, document["rates"])
         for name, result, checkpoint, runners in benches if plan.compiled else ():
             form = replace(ON_GPU["compile"], name="torch.compile fp16 max-autotune", compile_mode="max-autotune")
             compiled = open_eager(checkpoint, form, device="cuda")
@@ -205,6 +214,46 @@ def open_all(
         except (SrdeployError, RuntimeError) as error:
             result["skipped"][engine] = str(error)
     return checkpoint, runners
+
+
+def open_int8(
+    name: str,
+    plan: Plan,
+    folder: Path,
+    result: dict[str, Any],
+    checkpoint: LoadedCheckpoint,
+    stack: contextlib.ExitStack,
+) -> Runner | None:
+    """Quantize a network for TensorRT and open its engine; where that fails, None, and the reason in the result."""
+    label = f"{FULL.name} int8"
+    if FULL.name in result["skipped"]:
+        result["skipped"][label] = result["skipped"][FULL.name]
+        return None
+    try:
+        graph, path = folder / f"{name}.int8.onnx", folder / f"{name}.int8.plan"
+        quantize(
+            folder / f"{name}.fp32.onnx",
+            graph,
+            precision=Precision.INT8,
+            target=Target.TENSORRT,
+            calibration=made_up_images(checkpoint, folder / f"{name}.images"),
+            options=QuantizeOptions(strength=0.0, method="minmax", time_budget_s=1.0),  # the plainest graph
+        )
+        options = BuildOptions(profiles=(plan.profile(checkpoint.contract().channels),), use_cache=False)
+        result["opened"][label] = build_engine(graph, path, engine=FULL.name, options=options).to_json()
+        return _opened(stack, result, label, lambda: open_built(FULL.name, path, graphs=True))
+    except (SrdeployError, RuntimeError) as error:
+        result["skipped"][label] = str(error)
+        return None
+
+
+def made_up_images(checkpoint: LoadedCheckpoint, folder: Path) -> CalibrationSet:
+    """Return a small calibration set of smooth images."""
+    folder.mkdir()
+    for index in range(4):
+        pixels = np.rint(255 * np.roll(smooth_image((1, 3, 96, 112))[0], 9 * index, axis=2)).astype(np.uint8)
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(folder / f"{index}.png")
+    return make_calibration_set(folder, contract=checkpoint.contract(), count=4, crop=48)
 
 
 def open_built(engine: str, path: Path, *, graphs: bool) -> TensorRtRunner:
