@@ -97,7 +97,7 @@ def build(graph: GraphFile, options: BuildOptions, progress: Progress) -> BuiltE
         raise BuildError(f"ncnn lacks an operator of {graph.path}; its layers are {', '.join(sorted(layers))}")
     convolutions = sum(count for kind, count in layers.items() if "onvolution" in kind)
     built = {"read_from": "ncnn's param file", "convolutions": {"fp32": convolutions}, "operations": dict(layers)}
-    return BuiltEngine(data=data, precision_built="fp32", built=built, versions=versions(), target={})
+    return BuiltEngine(data=data, precision_built="fp32", built=built, versions=versions(), target={"processor": "any"})
 
 
 def open_built(engine: Engine, *, threads: int | None, parity: bool, outputs: Sequence[str] | None) -> "NcnnRunner":

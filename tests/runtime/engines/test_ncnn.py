@@ -11,6 +11,8 @@ import pytest
 from srdeploy.core.errors import BuildError, MissingExtraError, UsageError
 from srdeploy.core.runner import TimedRunner, run_image
 from srdeploy.core.shapes import ShapeProfile
+from srdeploy.export.exporter import export_onnx
+from srdeploy.models.checkpoint.load import load_checkpoint
 from srdeploy.runtime.bundle import BundleEngine
 from srdeploy.runtime.engines import ncnn
 from srdeploy.runtime.engines.options import BuildOptions
@@ -72,6 +74,19 @@ def test_graphs_of_other_precisions_are_refused_and_nothing_is_written(
         build_engine(small_onnx(**changes), tmp_path / "net.ncnn", engine="ncnn")
 
     assert not list(tmp_path.glob("*.ncnn*"))
+
+
+@pytest.mark.usefixtures("installed")
+def test_an_operator_that_ncnn_lacks_is_named_with_the_others(tmp_path: Path) -> None:
+    """RCAN with a pixel unshuffle computes sizes: ncnn has no layer for that, and would crash on the network."""
+    checkpoints = Path(__file__).parents[2] / "data" / "checkpoints"
+    checkpoint = load_checkpoint(next((checkpoints / "trainner_rcan_x2_unshuffle").glob("*.safetensors")))
+    export_onnx(checkpoint, tmp_path / "net.onnx")
+
+    with pytest.raises(BuildError, match=r"ncnn lacks an operator of .*net\.onnx; its layers are BinaryOp, "):
+        build_engine(tmp_path / "net.onnx", tmp_path / "net.ncnn", engine="ncnn")
+
+    assert not (tmp_path / "net.ncnn").exists()
 
 
 @pytest.mark.usefixtures("installed")
