@@ -2,6 +2,8 @@
 
 import * as ort from "./node_modules/onnxruntime-web/dist/ort.webgpu.min.mjs";
 
+const THREADS = self.crossOriginIsolated ? navigator.hardwareConcurrency : 1;
+ort.env.wasm.numThreads = THREADS; // by itself it takes half of the cores, four at most
 ort.env.logLevel = "fatal"; // what matters is in `notes`, not in the console
 
 /**
@@ -29,9 +31,10 @@ export async function openNetwork(bytes, wanted = "auto") {
     }
   }
   const session = await ort.InferenceSession.create(bytes, { executionProviders: ["wasm"] });
-  const threads = self.crossOriginIsolated ? navigator.hardwareConcurrency : 1;
-  if (threads === 1) notes.push("One core only: the server of this page does not send the headers COOP and COEP (serve.py does).");
-  return { session: checked(session), backend: "wasm", device: threads === 1 ? "1 thread" : `${threads} threads`, notes };
+  if (!self.crossOriginIsolated) {
+    notes.push("One core only: the server of this page does not send the headers COOP and COEP (serve.py does).");
+  }
+  return { session: checked(session), backend: "wasm", device: THREADS === 1 ? "1 thread" : `${THREADS} threads`, notes };
 }
 
 /** Return what an error of onnxruntime says, without its codes and source files. */
