@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from srdeploy.core.errors import InputError
+from srdeploy.core.errors import PrecisionError
 from srdeploy.core.onnx_graph import GLOBAL_POOLS, Graph, opset_of
 from srdeploy.core.precision import Precision
 
@@ -60,7 +60,7 @@ def convert_to_half(model: onnx.ModelProto, precision: Precision, islands: Itera
     Weights are rounded to the type and never clamped.
 
     Raises:
-        InputError: a weight outside the type's range does not belong to an island.
+        PrecisionError: a weight outside the type's range does not belong to an island.
     """
     kind = _TYPES[precision]
     kept = {island.node for island in islands}
@@ -188,7 +188,7 @@ def _converted(tensor: onnx.TensorProto, kind: int, name: str) -> onnx.TensorPro
         return numpy_helper.from_array(values.astype(ml_dtypes.bfloat16), name)
     if kind == TensorProto.FLOAT16:
         if np.abs(values).max(initial=0.0) > FP16_MAX:
-            raise InputError(
+            raise PrecisionError(
                 f"weights {name} reach {np.abs(values).max():.4g}, more than FP16 holds",
                 expected=f"at most {FP16_MAX:.0f}",
                 next_step="use --precision bf16",

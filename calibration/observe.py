@@ -307,7 +307,7 @@ def _check_finite(graph: Graph, tensor: str, *values: NDArray[Any]) -> None:
         raise InputError(
             f"activation {tensor} of {_describe_producer(graph, tensor)} is NaN or infinite",
             expected="finite activations on every calibration image",
-            next_step="check the checkpoint's weights and value range with: srdeploy inspect",
+            next_step="check the checkpoint's weights and value range with: srdeploy inspect CHECKPOINT",
         )
 
 

@@ -387,7 +387,7 @@ def _check_bound(options: QuantizeOptions, quality: GraphQuality) -> None:
         raise GateError(
             f"the finished graph loses {quality.drop_db:.4f} dB at a fidelity of {quality.fidelity_db:.2f} dB",
             expected=str(options.bound),
-            next_step="allow a little more, or use --precision fp16",
+            next_step="allow a larger drop, or use FP16",
         )
 
 

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 from srdeploy.cli.console import RichProgress, emit_json, next_command, table, warning_line
 from srdeploy.cli.options import (
     ANY_PATH,
+    BYTES,
     EXISTING,
     FORCE,
     JSON,
+    MEMORY,
     OUTPUT_PATH,
     POSITIVE,
     EnumChoice,
@@ -65,6 +67,7 @@ class CompressVerbOptions:
     time_budget: float = option(
         "--time-budget", type=float, default=600.0, show_default=True, help="Seconds that the search may take."
     )
+    memory: int | None = option("--memory", type=BYTES, default=None, help=MEMORY)
     threads: int | None = option(
         "--threads", type=POSITIVE, default=None, help="CPU threads of the engine that times graphs."
     )
@@ -99,6 +102,7 @@ def command(options: CompressVerbOptions) -> None:
         hr=options.hr,
         seed=options.seed,
         skip_bad=options.skip_bad,
+        memory_bytes=options.memory,
         progress=progress,
     )
     for entry in calibration.document["passed_over"]:

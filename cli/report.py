@@ -1,6 +1,7 @@
 """srdeploy report: write the page of a report again, or compare two reports."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,6 +19,9 @@ from srdeploy.cli.options import (
     verb,
 )
 from srdeploy.core.errors import GateError, UsageError
+
+if TYPE_CHECKING:
+    from srdeploy.runtime.report.compare import Change
 
 EXAMPLE = example(
     """
@@ -114,8 +118,21 @@ def _compare(options: ReportOptions) -> None:
             f"{first.engine}: {first.what} went from {first.before} to {first.after}"
             + (f", and {more} more regressions" if more else ""),
             expected="nothing worse than the tolerances",
-            next_step="see the table above, or raise a tolerance",
+            next_step=_next_step(first, reports[1]),
         )
+
+
+_TOLERANCES = {
+    "fidelity": "--max-fidelity-loss", "Y PSNR change": "--max-psnr-loss", "size": "--max-larger",
+    "memory": "--max-memory", "GPU memory": "--max-memory", "speed-up": "--max-slower", "latency": "--max-slower",
+}  # fmt: skip
+
+
+def _next_step(regression: "Change", after: Path) -> str:
+    option = next((option for what, option in _TOLERANCES.items() if regression.what.startswith(what)), None)
+    if option is None:  # an engine that is missing, or that misses its gate
+        return f"its page has the details: srdeploy report {after} -o FOLDER"
+    return f"raise {option} to allow it"
 
 
 def _write_again(options: ReportOptions) -> None:
@@ -129,4 +146,4 @@ def _write_again(options: ReportOptions) -> None:
         emit_json({"report": str(page), "verdict": document["verdict"]})
     else:
         console.print(document["verdict"]["headline"], markup=False)
-    next_command("xdg-open", str(page))
+    next_command("python3", "-m", "webbrowser", page.resolve().as_uri())

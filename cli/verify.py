@@ -30,6 +30,7 @@ from srdeploy.cli.options import (
     verb,
 )
 from srdeploy.core.errors import UsageError
+from srdeploy.core.precision import Precision
 from srdeploy.core.shapes import format_shape
 
 if TYPE_CHECKING:
@@ -340,5 +341,21 @@ def _refuse_failures(
         message += f" (and {len(failed) - 1} more engines failed)"
     if crop is not None:
         message += f"; worst crop in {crop}"
-    found = None if bisection is None else bisection.first
-    raise GateError(message, next_step=advice(result) if found is None else f"start at {found.node}, named above")
+    if bisection is None or bisection.first is None:
+        raise GateError(message, next_step=advice(result))
+    raise GateError(f"{message}; {bisection.first.node} differs first", next_step=_step_after(bisection, result))
+
+
+def _step_after(bisection: "Bisection", result: "VerifyResult") -> str:
+    """Return what to do about the first node that differs."""
+    from srdeploy.runtime.verify.advice import advice
+
+    assert bisection.first is not None
+    precision, module = result.candidate.contract.precision, bisection.first.module
+    if bisection.blame == "engine":
+        return "use another --engine: this one computes that node wrongly"
+    if precision is Precision.FP32:
+        return "export it again: srdeploy export CHECKPOINT -o model.onnx"
+    if precision in (Precision.INT8, Precision.FP8) and module:
+        return f"leave that layer float: srdeploy quantize --keep {module}"
+    return advice(result)

@@ -2,6 +2,7 @@
 
     SrdeployError
     ├── UsageError            2   options that do not fit together, or an output that exists already
+    │   └── PrecisionError        the network does not fit the requested precision
     ├── InputError            3   a checkpoint, model, engine, image or bundle that is not understood
     ├── ExportError           4   the ONNX export, or its check against the network, failed
     ├── BuildError            5   an engine could not be built, or is not what was requested
@@ -17,6 +18,9 @@ An error says what was found, what was expected and what to do next; the command
 """
 
 from typing import ClassVar
+
+REPORT = "this is a bug: please report it with the output of: srdeploy doctor --json"
+"""Next step of what no user can mend."""
 
 
 class SrdeployError(Exception):
@@ -49,6 +53,10 @@ class UsageError(SrdeployError):
     """Options that do not fit together, or an output that exists already (exit 2)."""
 
     exit_code = 2
+
+
+class PrecisionError(UsageError):
+    """A network that does not fit the requested precision: weights beyond FP16, or no layer for INT8 (exit 2)."""
 
 
 class InputError(SrdeployError):
@@ -93,7 +101,7 @@ class GpuMemoryError(CapabilityError):
     def __init__(self, what: str) -> None:
         super().__init__(
             f"the GPU's memory is full: {what}",
-            next_step="use smaller tiles or a smaller batch, or close other programs on the GPU",
+            next_step="use smaller tiles (upscale --tile) or a smaller batch, or close other programs on the GPU",
         )
 
 

@@ -24,6 +24,11 @@ def parse_bytes(text: str, what: str) -> int:
     return size
 
 
+def format_minimum(count: float) -> str:
+    """Format the bytes that are needed as `format_bytes` does, rounded up: the size that is printed is enough."""
+    return format_bytes(count * 1.006)
+
+
 def format_bytes(count: float) -> str:
     """Format bytes with three digits: "640 B", "1.18 MiB", "24 GiB"."""
     size, unit = float(count), "B"

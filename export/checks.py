@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from srdeploy.core.contract import INPUT, OUTPUT, ModelContract
-from srdeploy.core.errors import ExportError
+from srdeploy.core.errors import REPORT, ExportError
 from srdeploy.core.extras import is_installed
 from srdeploy.core.ort import cpu_session
 from srdeploy.core.progress import SILENT, Progress
@@ -117,7 +117,7 @@ def check_structure(path: Path) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"the exported graph is not valid: {error}", next_step="please report this") from error
+        raise ExportError(f"the exported graph is not valid: {error}", next_step=REPORT) from error
 
 
 def check_against_network(
@@ -193,14 +193,14 @@ def _deviation(
     try:
         actual = evaluate(images)
     except Exception as error:  # whatever the evaluator raises: the graph does not run
-        raise ExportError(f"the exported graph fails {where}: {error}", next_step="please report this") from error
+        raise ExportError(f"the exported graph fails {where}: {error}", next_step=REPORT) from error
     _check_output(actual, images.shape, contract, "graph")
     max_abs = float(np.abs(actual - expected).max())
     if max_abs > tolerance:
         raise ExportError(
             f"the exported graph differs from the network by {max_abs:.3g} {where}",
             expected=f"at most {tolerance:.3g}, {MULTIPLE:g} times the FP32 network's own error against float64",
-            next_step="please report this with the checkpoint's family",
+            next_step=REPORT,
         )
     return Deviation((n, c, h, w), max_abs, tolerance)
 
@@ -212,7 +212,8 @@ def _check_output(output: NDArray[Any], shape: tuple[int, ...], contract: ModelC
         raise ExportError(f"the {name} gives {format_shape(output.shape)} {where}", expected=format_shape(promised))
     if not np.isfinite(output).all():
         raise ExportError(
-            f"the {name} gives values that are not finite {where}", next_step="check the weights with inspect"
+            f"the {name} gives values that are not finite {where}",
+            next_step="check the weights with: srdeploy inspect CHECKPOINT",
         )
 
 

@@ -21,7 +21,7 @@ import onnx_ir
 from srdeploy.core.artifact import atomic_files, sha256_of_file
 from srdeploy.core.contract import PLAIN, GraphForm, ModelContract
 from srdeploy.core.environment import package_versions
-from srdeploy.core.errors import ExportError, SrdeployError, UsageError
+from srdeploy.core.errors import REPORT, ExportError, SrdeployError, UsageError
 from srdeploy.core.manifest import Manifest, Source, manifest_path
 from srdeploy.core.onnx_file import GraphFile, read_graph
 from srdeploy.core.progress import SILENT, Progress
@@ -209,7 +209,7 @@ def _captured(folded: Folded, checkpoint: LoadedCheckpoint, opset: int) -> onnx_
         raise
     except Exception as error:  # the exporter raises whatever its layers raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ExportError(f"the PyTorch exporter failed: {reason}", next_step="please report this") from error
+        raise ExportError(f"the PyTorch exporter failed: {reason}", next_step=REPORT) from error
     return model
 
 

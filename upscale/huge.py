@@ -54,7 +54,7 @@ class StreamedSource:
         self._path = path
         try:
             page = {"page": number} if (number := full_page(path)) else {}
-            image = vips.Image.new_from_file(str(path), access="sequential", fail_on="truncated", **page)
+            image = vips.Image.new_from_file(str(path), access="sequential", fail_on="error", **page)
         except vips.Error as error:
             raise InputError(f"{path} cannot be streamed ({_first_line(error)})") from error
         if image.get_typeof("interlaced") and image.get("interlaced"):

@@ -288,7 +288,7 @@ def _refuse_bad(images: Path, bad: Sequence[tuple[str, str]], surveyed: Sequence
         raise InputError(
             f"{len(bad)} of {len(bad) + len(surveyed)} images cannot be used: {name} ({reason}){others}",
             expected="real images",
-            next_step="remove them, or use the rest with --skip-bad",
+            next_step="remove them; quantize and compress use the rest with --skip-bad",
         )
     if len(surveyed) < MIN_IMAGES:
         raise InputError(

@@ -14,7 +14,7 @@ from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import CapabilityError
 from srdeploy.core.memory import bytes_per_pixel
 from srdeploy.core.samples import Sample, windows_of
-from srdeploy.core.sizes import format_bytes
+from srdeploy.core.sizes import format_bytes, format_minimum
 
 MAX_CROPS = 64
 WHOLE_PIXELS = 256 * 256
@@ -117,8 +117,8 @@ def plan_windows(contract: ModelContract, *, memory_bytes: int, count: int | Non
     if fitting < crop * crop:
         raise CapabilityError(
             f"a memory budget of {format_bytes(memory_bytes)}",
-            expected=f"at least {format_bytes(base + per_pixel * crop * crop)} for crops of {crop}x{crop}",
-            next_step="free memory, pass a larger --memory, or use smaller crops with --crop-size",
+            expected=f"at least {format_minimum(base + per_pixel * crop * crop)} for crops of {crop}x{crop}",
+            next_step="free memory, allow more of it with --memory, or use srdeploy quantize --crop-size",
         )
     wanted = count or MAX_CROPS
     affordable = max(_MIN_CROPS, int(RANGE_MACS / (macs * crop * crop)))

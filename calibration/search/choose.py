@@ -37,7 +37,7 @@ from srdeploy.calibration.search.sensitivity import (
     measure_sensitivities,
 )
 from srdeploy.core.contract import ModelContract
-from srdeploy.core.errors import BuildError, GateError, UsageError
+from srdeploy.core.errors import BuildError, GateError, PrecisionError, UsageError
 from srdeploy.core.precision import Precision
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.runner import Runner
@@ -294,7 +294,7 @@ def _meet_bound(
         f"{best_point.quality.fidelity_db:.2f} dB with {100 * best_point.int8_macs:.1f} % of the multiply-adds in INT8 "
         f"({len(points)} measured: {_table(points)})",
         expected=str(options.bound),
-        next_step="allow a larger drop, give it more time with --time-budget, or use --precision fp16",
+        next_step="allow a larger drop, search longer with srdeploy quantize --time-budget, or use FP16",
     )
 
 
@@ -375,13 +375,13 @@ def _check_as_written(evaluator: Evaluator, model: onnx.ModelProto, runner: Runn
             f"{runner.info.engine} computes this INT8 graph otherwise than it is written: a fidelity of "
             f"{computed.fidelity_db:.2f} dB where its arithmetic results in {written.fidelity_db:.2f} dB",
             expected=f"a difference of at most {AS_WRITTEN_DB:g} dB",
-            next_step="try --weight-bits 7, --deconvolution rewrite or another --target",
+            next_step="try srdeploy quantize with --weight-bits 7, --deconvolution rewrite or another --target",
         )
 
 
 def _check_kept(builder: GraphBuilder, options: QuantizeOptions) -> None:
     if not builder.tensors:
-        raise UsageError(
+        raise PrecisionError(
             f"no layer of this network fits {builder.precision.value} on this target",
             expected="wider layers",
             next_step="use --precision fp16",

@@ -68,6 +68,6 @@ def read_back(info: RunnerInfo, graph: Graph, placement: Placement) -> Readback 
         raise BuildError(
             f"{info.engine} computes {result.line()}",
             expected=f"{asked} convolutions and {100 * wanted:.1f} % as the graph says",
-            next_step="use --keep to leave the others float, or another --target",
+            next_step="leave the others float (srdeploy quantize --keep), or quantize for another --target",
         )
     return result

@@ -22,7 +22,7 @@ from srdeploy.cli.pipeline.opening import engine_opener
 from srdeploy.cli.pipeline.types import FP32_ONNX, OPTIONAL, Candidate, Work
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.environment import package_versions
-from srdeploy.core.errors import BuildError, GateError, SrdeployError
+from srdeploy.core.errors import BuildError, GateError, PrecisionError, SrdeployError
 from srdeploy.core.manifest import manifest_path, read_manifest
 from srdeploy.core.precision import Precision
 from srdeploy.core.shapes import ShapeProfile
@@ -84,7 +84,7 @@ def quantize_all(
         try:
             report.append(_quantize(work, onnx, entry, contract, calibration, shared))
         except SrdeployError as error:
-            if not isinstance(error, GateError | BuildError) and entry.precision not in OPTIONAL:
+            if not isinstance(error, GateError | BuildError | PrecisionError) and entry.precision not in OPTIONAL:
                 raise
             refused[onnx] = error
     for entry in candidates:

@@ -20,7 +20,7 @@ from srdeploy.core.precision import Precision
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.runner import Runner
 from srdeploy.core.samples import Sample, SampleFolder
-from srdeploy.core.sizes import format_bytes
+from srdeploy.core.sizes import format_bytes, format_minimum
 from srdeploy.runtime.bench.naming import named
 from srdeploy.runtime.engines.eager import open_eager
 from srdeploy.runtime.engines.registry import open_engine
@@ -101,7 +101,7 @@ def side_within(
     if side < needed:
         raise CapabilityError(
             f"a memory budget of {format_bytes(budget)}",
-            expected=f"at least {format_bytes(needed**2 * bytes_per_pixel(contract))} for {needed}x{needed} pixels",
+            expected=f"at least {format_minimum(needed**2 * bytes_per_pixel(contract))} for {needed}x{needed} pixels",
             next_step="allow more with --memory",
         )
     if max_side is None or side < max_side:

@@ -4,9 +4,10 @@ libvips (the `huge` extra) decodes color of 16 bits, TIFF with extra samples tha
 alpha; numpy decodes PPM of 16 bits. `srdeploy.core.imaging.read` decides which one a file needs.
 """
 
+import contextlib
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,6 +121,35 @@ def is_gray_alpha_tiff(path: Path) -> bool:
         return False
 
 
+def check_tiff(path: Path) -> None:
+    """Refuse a TIFF that Pillow does not identify, if the reason can be named; other files pass.
+
+    Raises:
+        InputError: its directory is behind the end of the file, or it has more than four samples per pixel.
+    """
+    with path.open("rb") as stream:
+        start = stream.read(16)
+    order: Literal["little", "big"] = "little" if start[:2] == b"II" else "big"
+    if start[:4] in (b"II*\0", b"MM\0*"):
+        directory = int.from_bytes(start[4:8], order)
+    elif start[:4] in (b"II+\0", b"MM\0+"):
+        directory = int.from_bytes(start[8:16], order)
+    else:
+        return
+    if directory + 2 > path.stat().st_size:
+        raise InputError(
+            f"{path} is truncated: its directory is missing",
+            expected="a whole TIFF",
+            next_step="download or copy it again",
+        )
+    if is_installed("pyvips"):
+        vips: Any = import_extra("pyvips", "huge")
+        with contextlib.suppress(vips.Error):
+            bands = vips.Image.new_from_file(str(path)).bands
+            if bands > 4:
+                raise _too_many_samples(path, bands)
+
+
 def _is_unknown(path: Path) -> bool:
     """Return True if Pillow does not know the kind of picture."""
     try:
@@ -134,7 +164,7 @@ def vips_pixels(path: Path, *, page: int = 0) -> Pixels:
     vips: Any = import_extra("pyvips", "huge")
     options: dict[str, Any] = {"page": page} if page else {}
     try:
-        image = vips.Image.new_from_file(str(path), access="sequential", fail_on="truncated", **options)
+        image = vips.Image.new_from_file(str(path), access="sequential", fail_on="error", **options)
         if image.format not in ("uchar", "ushort"):
             raise InputError(f"{path} has samples of type {image.format}", expected="gray or RGB of 8 or 16 bits")
         if image.interpretation == "cmyk":

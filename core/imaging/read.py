@@ -13,6 +13,7 @@ The content decides about the format, not the name.
 
 import os
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from srdeploy.core.imaging.decoders import (
     FORMATS,
     Pixels,
     as_stored,
+    check_tiff,
     is_gray_alpha_tiff,
     needs_libvips,
     pillow_pixels,
@@ -326,8 +328,9 @@ def opened(path: Path, *, max_pixels: int | None = MAX_PIXELS) -> Iterator[Image
         if path.stat().st_size == 0:
             raise InputError(f"{path} is empty (0 bytes)", expected="an image")
         # Pillow's own limit is lifted because this module checks the size itself, just below, and headers of any
-        # size may be asked for; the limit is process-wide, hence the lock.
-        with _open_lock, _pillow_limit(None):
+        # size may be asked for; the limit is process-wide, hence the lock. Pillow warns of damaged tags: either they
+        # do not matter, or the picture is refused below.
+        with _open_lock, _pillow_limit(None), warnings.catch_warnings(action="ignore"):
             image = Image.open(path, formats=FORMATS)
         with image:
             _check_header(path, image, max_pixels)
@@ -343,6 +346,7 @@ def opened(path: Path, *, max_pixels: int | None = MAX_PIXELS) -> Iterator[Image
                 next_step="convert it to PNG or TIFF first",
             ) from error
         if is_picture(path):
+            check_tiff(path)
             raise InputError(
                 f"{path} is a picture of a kind that is not read here, or damaged at its beginning",
                 expected="gray or RGB of 8 or 16 bits",

@@ -61,9 +61,13 @@ def check_profile(shape: tuple[int, ...], profiles: Sequence[ShapeProfile], *, e
     for index, profile in enumerate(profiles):
         if profile.contains(shape):
             return index
-    wider = format_shape(tuple(max(size, profiles[-1].max[axis]) for axis, size in enumerate(shape)))
+    last = profiles[-1]
+    lower = tuple(map(min, shape, last.min))
+    upper = tuple(map(max, shape, last.max))
+    wider = [f"--min-shape {format_shape(lower)}"] if lower != last.min else []
+    wider += [f"--max-shape {format_shape(upper)}"] if upper != last.max else []
     raise UsageError(
         f"input shape {format_shape(shape)} is outside every profile of {engine}",
         expected=" or ".join(f"{format_shape(profile.min)} to {format_shape(profile.max)}" for profile in profiles),
-        next_step=f"tile the image (srdeploy upscale does), or build again with --max-shape {wider}",
+        next_step=f"use srdeploy upscale, which tiles and pads, or build again with {' and '.join(wider)}",
     )

@@ -267,7 +267,9 @@ def _built(compiled: Any, layers: Sequence[Layer], merged: Sequence[str]) -> dic
             computed = information["primitiveType"].astype(str).rpartition("_")[2]
             label = _LABELS.get(computed) or _LABELS.get(precision, precision)
             convolutions[label] += 1
-            originals = information["originalLayersNames"].astype(str).split(",")
+            # The layer that computes the output is named "output"; the part without its bias keeps the node's name.
+            listed = information["originalLayersNames"].astype(str).split(",")
+            originals = {name.removesuffix("/WithoutBiases") for name in listed}
             macs_by_type[label] += sum(macs.get(name, 0.0) for name in originals)  # type: ignore[assignment]
     total = sum(macs_by_type.values())
     share = {label: round(value / total, 4) for label, value in sorted(macs_by_type.items())} if total else {}

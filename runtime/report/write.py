@@ -75,7 +75,7 @@ def read_report(path: Path, *, with_pictures: bool = False) -> dict[str, Any]:
                 data = (file.parent / entry["file"]).read_bytes()
             except OSError as error:
                 raise InputError(
-                    f"{file.parent / entry['file']} is missing", next_step="copy the whole folder"
+                    f"{file.parent / entry['file']} is missing", next_step="copy the whole folder again"
                 ) from error
             entry["data"] = base64.b64encode(data).decode("ascii")
     loaded: dict[str, Any] = document
@@ -94,7 +94,7 @@ def check_document(document: Any, *, name: str) -> None:
         raise InputError(
             f"{name} has report schema {document.get('schema')}",
             expected=f"schema {SCHEMA}",
-            next_step="write it again with this version of srdeploy",
+            next_step="make it again with verify, bench or deploy of this version",
         )
     jsonschema: Any = import_extra("jsonschema", "report")
     error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema()).iter_errors(document))

@@ -5,13 +5,13 @@ from srdeploy.core.precision import Precision
 from srdeploy.runtime.verify.parity import VerifyResult
 
 _BY_PRECISION = {
-    Precision.FP32: "find the layer that differs with: srdeploy verify ... --bisect",
-    Precision.FP16: "keep the layers with the largest activations in FP32 (srdeploy quantize --precision fp16 with "
-    "--images that look like yours), or take bf16",
-    Precision.BF16: "take fp16, whose mantissa has three more bits, or keep first and last layers in FP32",
+    Precision.FP32: "find the layer that differs: run the same command with --bisect",
+    Precision.FP16: "quantize with --images that look like yours, which keeps layers with large activations in FP32, "
+    "or with --precision bf16",
+    Precision.BF16: "quantize with --precision fp16, whose mantissa has three more bits",
     Precision.INT8: "let srdeploy quantize --max-psnr-drop keep the sensitive layers in FP16 or FP32, or calibrate on "
     "more images that look like yours",
-    Precision.FP8: "take int8 or fp16, or keep first and last layers in FP16",
+    Precision.FP8: "quantize with --precision int8 or fp16, or leave the first and last layers float with --keep",
 }
 
 
@@ -22,8 +22,11 @@ def advice(result: VerifyResult) -> str:
     precision = contract.precision
     if any("NaN" in problem or "infinite" in problem for problem in problems):
         if precision is Precision.FP16:
-            return "values leave FP16's range of 65504: keep those layers in FP32, or take bf16"
-        return "find where the values break with: srdeploy verify ... --bisect"
+            return (
+                "values leave FP16's range of 65504: quantize with --images, which keeps those layers in FP32, or with "
+                "--precision bf16"
+            )
+        return "find where the values break: run the same command with --bisect"
     if any("output shape" in problem for problem in problems):
         return "the graph computes other sizes than the network: export it again"
     if all(case.passed for case in result.images) and any(not case.passed for case in result.grid):
@@ -32,7 +35,7 @@ def advice(result: VerifyResult) -> str:
         return "this processor lacks VNNI, and sums of 8-bit weights overflow on it: quantize with --weight-bits 7"
     if precision is not Precision.FP32 and result.worst_case.difference.fidelity_db < 25.0:
         return (
-            "this is too far off for rounding: the engine may compute this graph wrongly; compare with another engine "
-            "(--engine), and find the layer with: srdeploy verify ... --bisect"
+            "this is too far off for rounding: the engine may compute this graph wrongly; run the same command with "
+            "another --engine, and with --bisect to find the layer"
         )
     return _BY_PRECISION[precision]

@@ -1,6 +1,7 @@
 """demo: needs nothing but the source tree, and says so where there is none."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,7 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.advice("cli/demo.py:command", "next: srdeploy upscale")
 def test_the_demo_ends_with_a_bundle_photos_a_picture_and_the_next_command(
     examples: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,7 +62,11 @@ def test_the_demo_ends_with_a_bundle_photos_a_picture_and_the_next_command(
         assert picture.width > 3 * 300
     lines = captured.err.splitlines()
     assert any(line.startswith("report: ") and line.endswith("rcan_x2.srd/report/report.html") for line in lines)
-    assert lines[-1].startswith("next: srdeploy upscale ")
+    advised = shlex.split(lines[-1])
+    assert advised[:3] == ["next:", "srdeploy", "upscale"]
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (24, 20)).save("YOUR_PHOTO.jpg")
+    assert run(advised[2:]) == 0
 
 
 def test_an_existing_output_is_kept_without_force(examples: Path, tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_a_shape_outside_names_the_profiles_and_the_way_out() -> None:
 
     assert str(caught.value) == (
         "input shape 2x3x65x300 is outside every profile of e.rtx; expected 1x3x8x8 to 4x3x64x64 or 1x3x8x8 to"
-        " 1x3x128x256; tile the image (srdeploy upscale does), or build again with --max-shape 2x3x128x300"
+        " 1x3x128x256; use srdeploy upscale, which tiles and pads, or build again with --max-shape 2x3x128x300"
     )
 
 

@@ -31,7 +31,7 @@ def _result(precision: Precision, problem: str | None, fidelity: float, grid_fid
         (_result(Precision.FP32, None, 50, 20), "a size was baked into the graph"),
         (_result(Precision.INT8, None, 9, 9), "compute this graph wrongly"),
         (_result(Precision.INT8, None, 38, 38), "--max-psnr-drop"),
-        (_result(Precision.BF16, None, 38, 38), "take fp16"),
+        (_result(Precision.BF16, None, 38, 38), "--precision fp16"),
     ],
     ids=["fp16-nan", "nan", "shape", "baked-size", "engine-wrong", "int8", "bf16"],
 )
