@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from srdeploy.core.contract import INPUT, OUTPUT, GraphForm
-from srdeploy.core.errors import ExportError
+from srdeploy.core.errors import REPORT, ExportError
 from srdeploy.core.imaging.colour import rgb_from_ycbcr, y_from_rgb, ycbcr_from_rgb
 from srdeploy.core.imaging.read import quantized
 from srdeploy.core.imaging.resize import imresize
@@ -88,7 +88,7 @@ def _shapes(formed: GraphFile) -> tuple[Shape, ...]:
 def _checked_luma(images: NDArray[np.float32], luma: NDArray[np.float32]) -> NDArray[np.float32]:
     expected = y_from_rgb(images.transpose(0, 2, 3, 1).astype(np.float64))[:, None]
     if luma.shape != expected.shape or np.abs(luma - expected).max() > TOLERANCE:
-        raise ExportError("the graph's luma differs from BT.601", next_step="please report this")
+        raise ExportError("the graph's luma differs from BT.601", next_step=REPORT)
     return luma
 
 
@@ -113,7 +113,7 @@ def _difference(output: NDArray[Any], expected: NDArray[Any], form: GraphForm, s
         raise ExportError(
             f"the graph returns {output.dtype} {format_shape(output.shape)} on an input of {shape}",
             expected=f"{expected.dtype} {format_shape(expected.shape)}",
-            next_step="please report this",
+            next_step=REPORT,
         )
     difference = float(np.abs(output.astype(np.float64) - expected).max())
     allowed = TOLERANCE * max(1.0, float(np.abs(expected).max()))
@@ -123,6 +123,6 @@ def _difference(output: NDArray[Any], expected: NDArray[Any], form: GraphForm, s
         raise ExportError(
             f"the graph differs from its plain form by {difference:.3g} on an input of {shape}",
             expected=f"at most {allowed:.3g}",
-            next_step="please report this",
+            next_step=REPORT,
         )
     return difference

@@ -23,6 +23,9 @@ _NO_ADVICE = {
     # Arguments of other programs, and why a layer was kept.
     "--format=csv,noheader",
     "asked for with --keep",
+    "--device with several names",
+    # Only for signed bundles: tests/consumers/test_signing.py.
+    "model_signing verify key --public_key key.pub --signature {}/{} {}",
     "--query-gpu={}",
     'echo "{}  $CHECKPOINT" | sha256sum --check --quiet',
 }
@@ -69,6 +72,12 @@ def steps_of(path: Path) -> Iterator[Step]:
                     local = names | _assigned(_function_of(module, function))
                     yield from (Step(place, "error", text) for text in _texts(keyword.value, local, functions))
             if ast.unparse(node.func) == "next_command":
+                if isinstance(node.args[0], ast.Starred) and _called(node.args[0].value) in functions:
+                    for inner in ast.walk(functions[_called(node.args[0].value)]):
+                        if isinstance(inner, ast.Return) and isinstance(inner.value, ast.List):
+                            returned = " ".join(ast.unparse(each) for each in inner.value.elts)
+                            yield Step(place, "next", "next: " + returned.replace("'", ""))
+                    continue
                 words = " ".join(ast.unparse(each) for each in node.args)
                 words = re.sub(r"\*command_line\('(\w+)', \w+\)", r"srdeploy \1", words)
                 yield Step(place, "next", "next: " + words.replace("'", ""))
@@ -129,6 +138,10 @@ def _assigned(scope: ast.AST) -> dict[str, ast.expr]:
         for target in node.targets
         if isinstance(target, ast.Name)
     }
+
+
+def _called(node: ast.expr) -> str:
+    return node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
 
 
 def _texts(node: ast.expr, names: dict[str, ast.expr], functions: dict[str, ast.AST]) -> Iterator[str]:

@@ -246,7 +246,8 @@ def test_a_bound_that_fp16_around_the_int8_layers_misses(user: User, small_onnx:
 
 
 @pytest.mark.advice(
-    "calibration/compress/compress.py:_Search._nothing", "allow a larger --max-psnr-drop, or use the graph as it is"
+    "calibration/compress/search.py:CompressionSearch.nothing_found",
+    "allow a larger --max-psnr-drop, or use the graph as it is",
 )
 def test_a_bound_that_allows_no_compression(user: User) -> None:
     thin_network()

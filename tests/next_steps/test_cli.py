@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
-from next_steps.conftest import SMALL, User
+from next_steps.conftest import SMALL, User, photo
 from next_steps.inventory import ROOT
 from next_steps.test_calibration import changed_weights, thin_network
 
@@ -100,10 +100,23 @@ DEPLOY = "deploy good.pt --images photos --size 24x24 --threads 1"
 
 @pytest.mark.advice("cli/deploy.py:command", "next: srdeploy upscale")
 @pytest.mark.advice("cli/inspect.py:_next", "next: srdeploy upscale")
+@pytest.mark.advice("cli/pipeline/card.py:_use", "photo.png -o photo_upscaled.png")
+@pytest.mark.advice("cli/pipeline/card.py:_verify", "srdeploy inspect a.srd")
+@pytest.mark.advice("cli/pipeline/card.py:_verify", "srdeploy verify a.srd/engines")
+@pytest.mark.advice("cli/package.py:command", "next: srdeploy inspect")
+@pytest.mark.advice("cli/package.py:_targets", "--triton DIR, --ovms DIR or --flat DIR")
+@pytest.mark.advice("cli/package.py:_targets", "give each a folder of its own")
 @pytest.mark.advice("cli/report.py:_write_again", "next: python3 -m webbrowser")
 def test_the_next_commands_after_a_deployment(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
-    user.runs(advised(user.next(f"{DEPLOY} --engine onnxruntime -o a.srd")))
+    user.runs(advised(user.next(f"{DEPLOY} --engine onnxruntime --engine openvino -o a.srd")))
     user.runs(user.next("inspect a.srd"))
+    card = Path("a.srd/README.md").read_text()
+    user.printed += card
+    for command in re.findall(r"^srdeploy .*$", card, re.MULTILINE):
+        user.runs(advised(command) + (" --force" if "upscale" in command else ""))
+    user.refused("package a.srd")
+    user.refused("package a.srd --triton b --flat b")
+    user.runs(user.next("package a.srd --triton b --ovms c --flat d"))
     browse = user.next("report a.srd -o page")
     browser = Path("browser")
     browser.write_text('#!/bin/sh\necho "$1" > shown\n')
@@ -132,6 +145,20 @@ def test_options_of_verify(user: User) -> None:
     user.refused(f"{verify} --images photos --max-psnr-drop 1")
     user.runs(f"{verify} --hr photos --max-psnr-drop 1 --limit 1")
     user.runs(f"{verify} --images photos --min-fidelity 40 --limit 1")
+
+
+@pytest.mark.advice("cli/upscale.py:_paths", "srdeploy upscale MODEL SOURCE -o OUTPUT")
+@pytest.mark.advice("cli/upscale.py:command", "next: srdeploy upscale --status")
+@pytest.mark.advice("cli/upscale_status.py:show_status", "more (--json lists all)")
+def test_a_folder_in_shards(user: User) -> None:
+    Path("many").mkdir()
+    for number in range(50):
+        photo(8, 8, number).save(f"many/{number}.png")
+
+    user.refused("upscale good.onnx")
+    status = user.next("upscale good.onnx many -o out --shard 1/2")
+    assert "more (--json lists all)" in user.runs(status)
+    assert len(json.loads(user.runs(f"{status} --json"))["left"]) > 20
 
 
 @pytest.mark.advice("cli/upscale.py:_refuse", "remove --codec")
