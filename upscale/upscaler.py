@@ -326,6 +326,8 @@ class Upscaler:
         assert self._gpu_limit is not None
         while True:
             self._gpu_limit //= 2
+            if self._gpu_limit == 0:  # no limit leads to other tiles: their size was given
+                raise full
             try:
                 smaller = decide()
             except UsageError:  # not one tile fits
