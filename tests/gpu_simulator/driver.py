@@ -19,12 +19,13 @@ def install(version: tuple[int, int]) -> None:
         pointer._obj.value = 1000 * version[0] + 10 * version[1]
         return 0
 
-    def load(name: Any, *args: Any, **kwargs: Any) -> Any:
-        if name == LIBRARY:
-            return SimpleNamespace(cuDriverGetVersion=get_version)
-        return _REAL(name, *args, **kwargs)
+    class Library(_REAL):  # type: ignore[misc, valid-type]  # a class, as others may inherit from it
+        def __new__(cls, name: Any = None, *_: Any, **__: Any) -> Any:
+            if name == LIBRARY:
+                return SimpleNamespace(cuDriverGetVersion=get_version)
+            return super().__new__(cls)
 
-    ctypes.CDLL = load  # type: ignore[assignment, misc]
+    ctypes.CDLL = Library  # type: ignore[misc]
 
 
 def uninstall() -> None:
