@@ -32,7 +32,7 @@ from srdeploy.core.contract import ModelContract
 from srdeploy.core.environment import int8_weights_overflow, package_versions
 from srdeploy.core.errors import BuildError, GateError, InputError, UsageError
 from srdeploy.core.manifest import Manifest, Source, manifest_path
-from srdeploy.core.onnx_file import set_contract
+from srdeploy.core.onnx_file import GraphFile, set_contract
 from srdeploy.core.onnx_graph import Graph
 from srdeploy.core.precision import Precision, Target
 from srdeploy.core.progress import SILENT, Progress
@@ -125,16 +125,18 @@ class _Job:
     clock: Clock | None
     measurements: Measurements
     progress: Progress
+    reference: GraphFile
 
     def key(self, form: str) -> str:
         """Name what decides a measurement: the network, the images and the form that the graph was rewritten to."""
         return f"{self.sha256}:{self.calibration.sha256 if self.calibration else ''}:{form}"
 
-    def evaluator(self, model: onnx.ModelProto, samples: Sequence[Sample]) -> Evaluator:
+    def evaluator(self, samples: Sequence[Sample]) -> Evaluator:
         """Return an evaluator whose reference outputs are shared by all graphs of this network."""
         truth = (self.calibration.truth if self.calibration else None) or "hr"
+        key = replace(self, sha256=self.reference.sha256).key("any")
         return Evaluator(
-            model, samples, self.contract, truth=truth, measurements=self.measurements, key=self.key("any")
+            self.reference.model, samples, self.contract, truth=truth, measurements=self.measurements, key=key
         )
 
 
@@ -161,6 +163,7 @@ def quantize(
     force: bool = False,
     progress: Progress = SILENT,
     shared: Measurements | None = None,
+    reference: Path | None = None,
 ) -> QuantizeResult:
     """Bring an FP32 graph to another precision and write it with a manifest.
 
@@ -177,6 +180,8 @@ def quantize(
             its milliseconds, and the graph of a bound is timed next to the FP16 one.
         force: replace existing outputs.
         progress: where to report.
+        reference: the FP32 graph that losses on held-out images are measured against; None for `onnx` itself. For a
+            compressed graph, the one that it was made from: the bound then holds for both losses together.
         shared: measurements to share with other graphs of the same network and images; see `Measurements`.
 
     Raises:
@@ -205,6 +210,7 @@ def quantize(
             clock=clock,
             measurements=shared or Measurements(),
             progress=progress,
+            reference=read_fp32_graph(reference) if reference else source,
         )
         made = _make_half(job) if precision in (Precision.FP16, Precision.BF16) else _make_quantized(job)
         _describe(made.model, contract, precision, target, made.result, calibration, sha256)
@@ -271,7 +277,7 @@ def _make_half(job: _Job) -> _Outcome:
     quality = None
     if calibration is not None:
         held_out = select_half_held_out(calibration.held_out, job.contract.macs_per_pixel)
-        quality = job.evaluator(model, held_out).evaluate_model(emulate_half(model, precision, islands))
+        quality = job.evaluator(held_out).evaluate_model(emulate_half(model, precision, islands))
     result = QuantizeResult(Path(), precision, job.target, quality, islands=islands, notes=tuple(notes))
     return _Outcome(typed, result)
 
@@ -315,7 +321,7 @@ def _quantize_graph(job: _Job) -> _Outcome:
     # An engine that is known to compute this graph wrongly here cannot evaluate it.
     foreign = target in CPU_TARGETS and int8_weights_overflow(recipe.weight_bits)
     runnable = job.open_engine if target in CPU_TARGETS and not foreign else None
-    evaluator = job.evaluator(model, calibration.held_out)
+    evaluator = job.evaluator(calibration.held_out)
 
     def islands_of(decisions: Decisions) -> tuple[Island, ...]:
         strength = decisions.strength

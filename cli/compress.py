@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 EXAMPLE = example(
     """
-srdeploy compress model.fp32.onnx --images DIV2K_valid_HR/ --hr --max-psnr-drop 0.01 -o model.small.onnx
-srdeploy quantize model.small.onnx --precision int8 --images DIV2K_valid_HR/ --hr -o model.int8.onnx
+srdeploy compress model.fp32.onnx --images photos/ --hr --max-psnr-drop 0.01 -o model.small.onnx
+srdeploy quantize model.small.onnx --reference model.fp32.onnx --precision int8 --images photos/ --hr -o int8.onnx
 """
 )
 
@@ -156,6 +156,7 @@ def _next(options: CompressVerbOptions) -> None:
         target=options.target,
         images=options.images,
         hr=options.hr,
+        reference=options.onnx,
         output=options.output.with_suffix(".quantized.onnx"),
     )
     next_command(*command_line("quantize", quantize))

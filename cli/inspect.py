@@ -176,6 +176,7 @@ def _bundle(document: Mapping[str, Any]) -> None:
     _contract(document)
 
 
+_LAYERS_SHOWN = 8
 _WEIGHT_BITS = {7: ", weights of 7 bits: for every processor", 8: ", weights of 8 bits: x86 CPUs need VNNI"}
 
 
@@ -188,6 +189,8 @@ def _contract(document: Mapping[str, Any]) -> None:
     ]
     if "title" in made_from:
         rows.append(("layout", made_from["title"]))
+    if (compression := contract["provenance"].get("compression")) is not None:
+        rows.append(("compressed", _compression(compression)))
     form = GraphForm.from_json(contract["form"])
     if not form.plain:
         rows.append(("form", str(form)))
@@ -198,6 +201,23 @@ def _contract(document: Mapping[str, Any]) -> None:
     ]
     table("Made from", ("", ""), rows)
     _network(document["network"])
+
+
+def _compression(compression: Mapping[str, Any]) -> str:
+    """Return what was compressed, in a few lines: another network than the trained one."""
+    quality, layers = compression["quality"], compression["layers"]
+    lines = [
+        f"{compression['fewer_macs']:.2f}x fewer multiply-adds, drop {quality['drop_db']:.4f} dB; another network than "
+        "the trained one"
+    ]
+    largest = sorted(layers, key=lambda entry: -entry["error_share"])
+    lines += [
+        f"{entry['layer']}: {entry['kind']} {entry['rank']}, {100 * entry['error_share']:.1f} % of the error"
+        for entry in largest[:_LAYERS_SHOWN]
+    ]
+    if len(layers) > _LAYERS_SHOWN:
+        lines.append(f"and {len(layers) - _LAYERS_SHOWN} more layers; all of them with --json")
+    return "\n".join(lines)
 
 
 def _network(network: Mapping[str, Any]) -> None:

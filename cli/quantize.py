@@ -88,6 +88,15 @@ class QuantizeVerbOptions:
         default=None,
         help="Maximum loss of Y PSNR in dB; layers leave INT8 until it is kept.",
     )
+    max_worst_drop: float | None = option(
+        "--max-worst-drop", type=float, default=None, help="Maximum loss of Y PSNR in dB of the worst held-out image."
+    )
+    reference: Path | None = option(
+        "--reference",
+        type=EXISTING,
+        default=None,
+        help="FP32 ONNX file that losses are measured against, for a compressed ONNX: the one that it was made from.",
+    )
     min_fidelity: float | None = option(
         "--min-fidelity",
         type=float,
@@ -170,6 +179,7 @@ def command(options: QuantizeVerbOptions) -> None:
         clock=clock_for(options.target, (1, contract.channels, *TUNED_SIZE), progress),
         force=options.force,
         progress=progress,
+        reference=options.reference,
     )
     _show(result)
     if options.as_json:
@@ -187,6 +197,7 @@ def _quantize_options(options: QuantizeVerbOptions) -> "QuantizeOptions":
         deconvolution=options.deconvolution,
         weight_bits=options.weight_bits,
         max_psnr_drop=options.max_psnr_drop,
+        max_worst_drop=options.max_worst_drop,
         min_fidelity=options.min_fidelity,
         cost=options.cost,
         time_budget_s=options.time_budget,
@@ -246,11 +257,14 @@ def _show(result: "QuantizeResult") -> None:
                 len(point.splits),
                 f"{point.quality.fidelity_db:.2f}",
                 f"{point.quality.drop_db:.4f}",
+                "" if point.quality.worst_drop_db is None else f"{point.quality.worst_drop_db:.4f}",
                 "" if point.latency_ms is None else f"{point.latency_ms:.1f}",
             )
             for point in result.choice.points
         ]
-        table("", ("MACs in INT8", "layers kept float", "split", "fidelity dB", "drop dB", "ms"), rows)
+        table(
+            "", ("MACs in INT8", "layers kept float", "split", "fidelity dB", "drop dB", "worst image dB", "ms"), rows
+        )
     if result.int8_layers:
         total = len(result.int8_layers) + len(result.floats)
         progress.note(

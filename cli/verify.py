@@ -182,8 +182,8 @@ def _results(options: VerifyOptions, loaded: "LoadedCheckpoint", progress: RichP
             max_side=side_within(options.memory, loaded.contract(), options.max_side, progress),
         )
         gates = [
-            Gates.of(
-                runner.info.contract.precision,
+            Gates.of_contract(
+                runner.info.contract,
                 min_fidelity_db=options.min_fidelity,
                 max_psnr_drop_db=options.max_psnr_drop,
             )

@@ -135,6 +135,12 @@ class ModelContract:
             return None
         return int(self.provenance.get("quantization", {}).get("weight_bits", 8))
 
+    @property
+    def compression(self) -> Mapping[str, Any] | None:
+        """What `compress` wrote about a graph that is another network than the trained one; None for all others."""
+        found = self.provenance.get("compression")
+        return found if isinstance(found, Mapping) else None
+
     def output_shape(self, shape: tuple[int, ...]) -> Shape:
         """Return the output shape for an input shape (N, C, H, W)."""
         n, c, h, w = shape

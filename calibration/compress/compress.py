@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+
+import onnx as onnx_package
 
 from srdeploy.calibration.compress.result import CompressOptions, CompressResult
 from srdeploy.calibration.compress.search import CompressionSearch
@@ -69,7 +70,7 @@ def compress(
             errors=search.error_shares(point.changes),
             notes=tuple(search.notes),
         )
-        _describe(model, source, result, calibration)
+        _describe(model, source, result, calibration, options)
         data = model.SerializeToString()
         file.write_bytes(data)
         manifest = Manifest(
@@ -84,13 +85,21 @@ def compress(
     return result
 
 
-def _describe(model: Any, source: GraphFile, result: CompressResult, calibration: CalibrationSet) -> None:
+def _describe(
+    model: onnx_package.ModelProto,
+    source: GraphFile,
+    result: CompressResult,
+    calibration: CalibrationSet,
+    options: CompressOptions,
+) -> None:
     """Write into a graph's metadata that it is compressed, and how."""
     document = result.to_json()
     compression = {
         "fp32_sha256": source.sha256,
         "calibration_sha256": calibration.sha256,
-        **{name: document[name] for name in ("bound", "fewer_macs", "quality", "layers")},
+        "target": str(options.target),
+        "max_psnr_drop_db": options.bound.max_psnr_drop,
+        **{name: document[name] for name in ("fewer_macs", "quality", "layers")},
     }
     contract = source.contract
     set_contract(

@@ -84,21 +84,21 @@ def collect_moments(
 
 @dataclass
 class _Sums:
-    """Sums relative to offsets near the means, in double precision."""
+    """Sums relative to offsets near the means."""
 
     offset_x: NDArray[np.float32]
     offset_z: NDArray[np.float32]
     total_x: Array
     total_z: Array
-    cross: Array
-    square: Array
+    cross: NDArray[np.float32]
+    square: NDArray[np.float32]
     count: int = 0
 
     @classmethod
     def for_first(cls, x: NDArray[np.float32], z: NDArray[np.float32]) -> "_Sums":
         d, e = x.shape[1], z.shape[1]
-        square = np.zeros((e, e))
-        cross = square if x is z else np.zeros((d, e))  # one array where both are the same
+        square = np.zeros((e, e), dtype=np.float32)
+        cross = square if x is z else np.zeros((d, e), dtype=np.float32)  # one array where both are the same
         return cls(x.mean(axis=0), z.mean(axis=0), np.zeros(d), np.zeros(e), cross, square)
 
     def add(self, x: NDArray[np.float32], z: NDArray[np.float32]) -> None:

@@ -30,9 +30,7 @@ class _Fit:
     spread: bool = False
 
 
-def apply_changes(
-    graph: Graph, changes: Sequence[Change], moments: Mapping[str, Moments], *, refitted: bool = True
-) -> onnx.ModelProto:
+def apply_changes(graph: Graph, changes: Sequence[Change], moments: Mapping[str, Moments]) -> onnx.ModelProto:
     """Return the graph with changes made.
 
     Args:
@@ -40,7 +38,6 @@ def apply_changes(
         changes: at most one factorization and one removal of channels per layer.
         moments: of the layers that change, and of the readers of removed channels. Where their z has fewer channels
             than x, those of the removed ones are missing.
-        refitted: fit the changed layers to what the original ones produce, given what they read now.
     """
     factored = {change.layer: change for change in changes if change.form != "channels"}
     removed = {change.layer: change for change in changes if change.form == "channels"}
@@ -59,7 +56,7 @@ def apply_changes(
         else:
             inputs = read[layer.name].channels if layer.name in read else None
             outputs = removed[layer.name].channels if layer.name in removed else None
-            fit = _fit(graph, layer, factored.get(layer.name), inputs, outputs, moments.get(layer.name), refitted)
+            fit = _fit(graph, layer, factored.get(layer.name), inputs, outputs, moments.get(layer.name))
             nodes += _nodes(layer, node, fit, constants)
             if outputs is not None:
                 cut[layer.output] = outputs
@@ -73,7 +70,6 @@ def _fit(
     inputs: tuple[int, ...] | None,
     outputs: tuple[int, ...] | None,
     moments: Moments | None,
-    refitted: bool,
 ) -> _Fit:
     height, width = (int(size) for size in graph.initializers[layer.weight].dims[2:])
     taps = height * width
@@ -92,7 +88,8 @@ def _fit(
     else:
         cross, covariance, mean_z = _restricted(moments, prior)
         damping = DAMPING if moments.same else FIT_DAMPING
-        fitted = refit(target, cross, covariance, prior, damping=damping) if refitted else target @ prior
+        exact = moments.same and inputs is None  # it reads what it always read: least squares find the same weights
+        fitted = target if exact else refit(target, cross, covariance, prior, damping=damping)
     if change is None:
         first, second = None, fitted
     elif change.form == "outputs":

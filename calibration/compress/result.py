@@ -40,12 +40,14 @@ class Point:
         macs: multiply-adds per LR pixel.
         cost: of multiply-adds and activations, see `costs`.
         quality: on the images kept aside.
+        staged: whether its layers were fitted in stages, each to what the changed ones before it produce.
     """
 
     changes: tuple[Change, ...]
     macs: float
     cost: float
     quality: GraphQuality
+    staged: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return the point as JSON values."""

@@ -51,6 +51,7 @@ class CompressionSearch:
         graph: the original graph.
         costs: of its layers.
         macs_before: its multiply-adds per LR pixel.
+        bound: what a graph may lose.
         evaluator: evaluates on the held-out images.
         points: all graphs that were measured.
         notes: what a user should know.
@@ -67,6 +68,7 @@ class CompressionSearch:
         self.graph = Graph(source.model)
         self.costs = Costs(self.graph)
         self.macs_before = sum(layer.macs for layer in self.graph.layers)
+        self.bound = options.bound
         self.points: list[Point] = []
         self.notes: list[str] = []
         self._options = options
@@ -88,22 +90,24 @@ class CompressionSearch:
         Raises:
             GateError: there is none with `MIN_GAIN` fewer multiply-adds.
         """
-        bound = self._options.bound
         budget, low, high = self._first_budget(), 0.0, math.inf
         best: Point | None = None
         with self._progress.task("searching the bound", total=TRIALS) as advance:
             for _ in range(TRIALS):
-                point = self._measure(self._allocate(budget))
+                changes = tuple(self._allocate(budget))
+                known = next((point for point in self.points if point.changes == changes), None)
+                point = known or self.measured(changes)[0]
                 advance(note=self.label(point))
-                if bound.is_satisfied_by(point.quality):
+                if self.bound.is_satisfied_by(point.quality):
                     low = max(low, budget)
                     if best is None or point.cost < best.cost:
                         best = point
                 else:
                     high = min(high, budget)
-                if self._deadline.passed or (low and high < 1.1 * low) or not self._options_by_slot:
+                late = self._deadline.passed and best is not None  # what keeps the bound is looked for in any case
+                if late or (low and high < 1.1 * low) or not self._options_by_slot:
                     break
-                budget = self._next_budget(budget, low, high, bound.used_by(point.quality))
+                budget = self._next_budget(budget, low, high, self.bound.used_by(point.quality))
         return self._refine(best, low)
 
     def error_shares(self, changes: Sequence[Change]) -> dict[str, float]:
@@ -112,14 +116,15 @@ class CompressionSearch:
         total = max(sum(known[change] for change in changes), 1e-30)
         return {change.key: known[change] / total for change in changes}
 
-    def measured(self, model: onnx.ModelProto, changes: Sequence[Change]) -> Point:
-        """Measure a graph on the held-out images, and remember it."""
+    def measured(self, changes: Sequence[Change], *, staged: bool = False) -> tuple[Point, onnx.ModelProto]:
+        """Make a graph, measure it on the held-out images, and remember it; `staged` as of `Point`."""
+        model = self.recalibrated(changes) if staged else self.build(changes)
         selection = {change.slot: change for change in changes}
         macs = sum(layer.macs for layer in Graph(model).layers)
         cost = self.costs.total - self.costs.saving(selection)
-        point = Point(tuple(changes), macs, cost, self.evaluator.evaluate_model(model))
+        point = Point(tuple(changes), macs, cost, self.evaluator.evaluate_model(model), staged)
         self.points.append(point)
-        return point
+        return point, model
 
     def build(self, changes: Sequence[Change]) -> onnx.ModelProto:
         """Return the graph with changes made."""
@@ -163,7 +168,7 @@ class CompressionSearch:
         table = "; ".join(self.label(point) for point in sorted(self.points, key=lambda point: -point.macs))
         return GateError(
             f"{why}: no graph with at least {100 * (MIN_GAIN - 1):.0f} % fewer multiply-adds was found ({table})",
-            expected=str(self._options.bound),
+            expected=str(self.bound),
             next_step="allow a larger --max-psnr-drop, or use the graph as it is",
         )
 
@@ -214,15 +219,12 @@ class CompressionSearch:
     def _first_budget(self) -> float:
         """Return the error power of the output at which the bound is about reached."""
         psnr = self.evaluator.evaluate_model(self.graph.model).psnr_db
-        allowed = self._options.bound.max_psnr_drop or 1.0
+        allowed = self.bound.max_psnr_drop or 1.0
         fidelity = next((db for db in np.arange(90.0, 20.0, -0.5) if drop_for_fidelity(psnr, db) > allowed), 20.0)
         return float(10 ** (-fidelity / 10))
 
     def _allocate(self, budget: float) -> list[Change]:
         return [option.change for option in allocate(self._options_by_slot, self.costs, budget)]
-
-    def _measure(self, changes: Sequence[Change]) -> Point:
-        return self.measured(self.build(changes), changes)
 
     def _refine(self, best: Point | None, budget: float) -> tuple[Point, onnx.ModelProto]:
         """Fit the layers in stages, which leaves room for more changes.
@@ -233,24 +235,24 @@ class CompressionSearch:
         """
         if best is None or not self.is_worthwhile(best):
             raise self.nothing_found("nothing to gain here")
-        bound = self._options.bound
         found, model = best, self.build(best.changes)
         low, high = budget, math.inf
         budget *= REFINED_START
         for _ in range(REFINED_TRIALS):
             if self._deadline.passed:
                 break
-            changes = self._allocate(budget)
-            refined = self.recalibrated(changes)
-            point = self.measured(refined, changes)
+            changes = tuple(self._allocate(budget))
+            if any(point.staged and point.changes == changes for point in self.points):
+                break  # ranks are coarse: budgets between lead to nothing new
+            point, refined = self.measured(changes, staged=True)
             self._progress.note(f"fitted in stages: {self.label(point)}")
-            if bound.is_satisfied_by(point.quality):
+            if self.bound.is_satisfied_by(point.quality):
                 low = budget
                 if point.cost <= found.cost:
                     found, model = point, refined
             else:
                 high = budget
-            budget = self._next_budget(budget, low, high, bound.used_by(point.quality))
+            budget = self._next_budget(budget, low, high, self.bound.used_by(point.quality))
             if high < 1.1 * low:
                 break
         return found, model

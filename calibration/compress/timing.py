@@ -54,20 +54,24 @@ def undo_what_is_not_faster(
     if len(changes) < len(point.changes):
         if not changes:
             raise search.nothing_found("no change is faster on the engine")
-        model = search.build(changes)
-        point = search.measured(model, changes)
-        if not search.is_worthwhile(point):
+        left, made = search.measured(changes, staged=point.staged)
+        if not search.is_worthwhile(left):
             raise search.nothing_found("too few changes are faster on the engine")
+        if search.bound.is_satisfied_by(left.quality):
+            point, model = left, made
+        else:  # fewer changes, but other fits: rare, and then all of them stay
+            search.notes.append("nothing was undone after all: without those changes, the bound is missed")
     with open_model(model, open_engine) as ours, open_model(search.graph.model, open_engine) as original:
         latency = search.evaluator.latencies_ms(ours, original, repeats=REPEATS)
     return point, model, (latency[0], latency[1])
 
 
 def _by_kind(search: CompressionSearch, point: Point) -> list[list[Change]]:
-    """Group changes that are the same for an engine: same kind, rank and shape of layer."""
+    """Group changes that are alike for an engine: kind, rank, kernel and resolution; a dense block is one group."""
     kinds: dict[tuple[Any, ...], list[Change]] = {}
     for change in point.changes:
         layer = search.costs.layer(change.layer)
-        key = (change.form, change.rank, layer.op, layer.channels_in, layer.channels_out, layer.resolution)
+        kernel = tuple(search.graph.initializers[layer.weight].dims[2:])
+        key = (change.form, change.rank, layer.op, kernel, layer.resolution)
         kinds.setdefault(key, []).append(change)
     return list(kinds.values())

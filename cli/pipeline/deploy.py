@@ -4,7 +4,7 @@ Each stage calls the function behind the verb of its name; their files land in o
 
     types.py       options, candidates, outcome
     engines.py     which engines are built
-    make.py        load, export, calibrate, quantize, build
+    make.py        load, export, calibrate, compress, quantize, build
     verify.py      comparison with the eager network
     measure.py     latency next to the eager network
     finish.py      report, reproduce.sh, manifest
@@ -12,7 +12,7 @@ Each stage calls the function behind the verb of its name; their files land in o
 
 from srdeploy.cli.pipeline.engines import checked_placements
 from srdeploy.cli.pipeline.finish import finish
-from srdeploy.cli.pipeline.make import build_all, calibrate, export, load, quantize_all
+from srdeploy.cli.pipeline.make import build_all, calibrate, compress_graph, export, load, quantize_all
 from srdeploy.cli.pipeline.measure import measure_engines
 from srdeploy.cli.pipeline.types import DeployOptions, Outcome, Work
 from srdeploy.cli.pipeline.verify import verify_engines
@@ -45,6 +45,9 @@ def deploy(options: DeployOptions, progress: Progress, *, effort: Effort | None 
             calibration = calibrate(work, checkpoint, report)
         with work.stage("export") as report:
             export(work, checkpoint, report)
+        if options.compress:
+            with work.stage("compress") as report:
+                compress_graph(work, placements, calibration, report)
         with work.stage("quantize") as report:
             candidates = quantize_all(work, placements, checkpoint.contract(), calibration, report)
         with work.stage("build") as report:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from srdeploy.calibration.options import QuantizeOptions
+from srdeploy.calibration.search.bound import Bound
 from srdeploy.cli.console import warning_line
 from srdeploy.cli.pipeline.types import FP16_ONNX, FP32_ONNX, Candidate, DeployOptions
 from srdeploy.core.errors import CapabilityError, UsageError
@@ -32,7 +32,13 @@ def checked_placements(options: DeployOptions) -> tuple[Placement, ...]:
     """
     if options.output.suffix != ".srd":
         raise UsageError(f"bundle name {options.output}", expected="a name that ends in .srd")
-    QuantizeOptions(max_psnr_drop=options.max_psnr_drop)  # checks the number
+    Bound(options.max_psnr_drop)  # checks the number
+    if options.compress and options.max_psnr_drop is None:
+        raise UsageError(
+            "--compress without a bound",
+            expected="the loss that is allowed",
+            next_step="add, for example, --max-psnr-drop 0.02",
+        )
     placements = _placements(options.engines, _devices(options.devices))
     engines = list(dict.fromkeys(entry.engine for entry in placements))
     if options.compute_capabilities and "tensorrt-rtx" not in engines:

@@ -1,6 +1,7 @@
 """The last stage of `deploy`: remove what failed, and write the report, reproduce.sh, the card and the manifest."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,18 @@ from srdeploy.cli.options import command_line
 from srdeploy.cli.pipeline.card import model_card
 from srdeploy.cli.pipeline.entries import checkpoint_entry
 from srdeploy.cli.pipeline.reproduce import reproducing_lines, write_reproduce_script
-from srdeploy.cli.pipeline.types import FP16_ONNX, FP32_ONNX, GRAPH_FP16, Candidate, Outcome, Verdicts, Work
+from srdeploy.cli.pipeline.types import (
+    FP16_ONNX,
+    FP32_ONNX,
+    GRAPH_FP16,
+    ORIGINAL_ONNX,
+    Candidate,
+    Outcome,
+    Verdicts,
+    Work,
+)
 from srdeploy.core.artifact import sha256_of_file
+from srdeploy.core.contract import ModelContract
 from srdeploy.core.environment import package_versions
 from srdeploy.core.errors import GateError
 from srdeploy.core.manifest import Source, manifest_path
@@ -48,7 +59,7 @@ def finish(
     report: list[str],
 ) -> Outcome:
     """Complete the bundle's folder."""
-    contract = checkpoint.contract()
+    contract = _contract(work, checkpoint)
     kept = [candidate for candidate in candidates if verdicts.accepts(candidate)]
     _drop_failed(work, [candidate for candidate in candidates if candidate not in kept], verdicts)
     _drop_graphs(work, {entry.onnx for entry in kept}, verdicts)
@@ -57,7 +68,13 @@ def finish(
     versions = package_versions(_DISTRIBUTIONS)
     source = Source("checkpoint", checkpoint.path.name, checkpoint.sha256)
     lines = reproducing_lines(
-        source, work.options, kept, contract, ran=verdicts.runnable(kept), fp16=(work.folder / FP16_ONNX).exists()
+        source,
+        work.options,
+        kept,
+        checkpoint.contract(),
+        ran=verdicts.runnable(kept),
+        fp16=(work.folder / FP16_ONNX).exists(),
+        compression=work.compression,
     )
     document = _write_report(work, kept, checkpoint, calibration, verdicts, benches, lines)
     (work.folder / CARD).write_text(model_card(document), encoding="utf-8")
@@ -89,6 +106,18 @@ def finish(
     )
 
 
+def _contract(work: Work, checkpoint: LoadedCheckpoint) -> ModelContract:
+    """Return the contract of the FP32 graph: that of the network, with what compression changed."""
+    contract = checkpoint.contract()
+    if work.compression is None:
+        return contract
+    return replace(
+        contract,
+        macs_per_pixel=contract.macs_per_pixel / work.compression["fewer_macs"],
+        provenance=dict(contract.provenance) | {"compression": dict(work.compression)},
+    )
+
+
 def _drop_failed(work: Work, failed: Sequence[Candidate], verdicts: Verdicts) -> None:
     """Delete the engines that missed their gate."""
     for candidate in failed:
@@ -107,7 +136,7 @@ def _drop_graphs(work: Work, needed: Collection[str], verdicts: Verdicts) -> Non
     for path in sorted(work.folder.glob("model.*.onnx")):
         fp16 = verdicts.by_name.get(GRAPH_FP16)
         accepted = path.name == FP16_ONNX and (fp16 is None or fp16.passed)
-        if path.name not in needed and path.name != FP32_ONNX and not accepted:
+        if path.name not in needed and path.name not in (FP32_ONNX, ORIGINAL_ONNX) and not accepted:
             _remove(path)
 
 
@@ -153,7 +182,7 @@ def _write_report(
 ) -> dict[str, Any]:
     document = report_document(
         title=work.options.output.name,
-        contract=checkpoint.contract(),
+        contract=_contract(work, checkpoint),
         engines=_entries(work, kept, verdicts),
         bench=benches,
         checkpoint=checkpoint_entry(checkpoint),

@@ -10,20 +10,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from srdeploy.calibration.compress.compress import compress
+from srdeploy.calibration.compress.result import CompressOptions
 from srdeploy.calibration.images.dataset import CalibrationSet, make_calibration_set
 from srdeploy.calibration.measurements import Measurements
 from srdeploy.calibration.options import QuantizeOptions
 from srdeploy.calibration.quantize import CPU_TARGETS, artifacts_folder, quantize
+from srdeploy.calibration.search.bound import Bound
 from srdeploy.calibration.search.choose import Choice
 from srdeploy.cli.checkpoint_options import load_from_options
 from srdeploy.cli.pipeline.clock import clock_for
 from srdeploy.cli.pipeline.engines import Placement, candidates_for, graphs_to_quantize, target_of
 from srdeploy.cli.pipeline.opening import engine_opener
-from srdeploy.cli.pipeline.types import FP32_ONNX, OPTIONAL, Candidate, Work
+from srdeploy.cli.pipeline.types import (
+    COMPRESSION_SHARE,
+    FP32_ONNX,
+    OPTIONAL,
+    ORIGINAL_ONNX,
+    Candidate,
+    Work,
+)
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.environment import package_versions
 from srdeploy.core.errors import BuildError, GateError, PrecisionError, SrdeployError
 from srdeploy.core.manifest import manifest_path, read_manifest
+from srdeploy.core.onnx_file import read_graph
 from srdeploy.core.precision import Precision
 from srdeploy.core.shapes import ShapeProfile
 from srdeploy.core.sizes import format_bytes
@@ -65,6 +76,38 @@ def calibrate(work: Work, checkpoint: LoadedCheckpoint, report: list[str]) -> Ca
     (work.folder / "calibration").mkdir()
     report.append(f"{len(calibration)} crops from {len(calibration.image_hashes)} images")
     return calibration
+
+
+def compress_graph(work: Work, placements: Sequence[Placement], calibration: CalibrationSet, report: list[str]) -> None:
+    """Compress the FP32 graph with a part of the drop that is allowed; where nothing can be gained, keep it.
+
+    Ranks suit the first engine; where it runs here, changes that are not faster on it are undone.
+    """
+    original, target = work.folder / ORIGINAL_ONNX, target_of(placements[0].engine)
+    (work.folder / FP32_ONNX).rename(original)
+    manifest_path(work.folder / FP32_ONNX).rename(manifest_path(original))
+    assert work.options.max_psnr_drop is not None, "checked with the options"
+    bound = Bound(COMPRESSION_SHARE * work.options.max_psnr_drop)
+    try:
+        result = compress(
+            original,
+            work.folder / FP32_ONNX,
+            calibration=calibration,
+            options=CompressOptions(bound, target),
+            open_engine=engine_opener(target, work.options.threads),
+            progress=work.progress,
+        )
+    except GateError as error:
+        original.rename(work.folder / FP32_ONNX)
+        manifest_path(original).rename(manifest_path(work.folder / FP32_ONNX))
+        report.append(f"not compressed: {error}")
+        return
+    work.compression = read_graph(work.folder / FP32_ONNX).contract.compression
+    report.append(
+        f"{result.macs_before / result.macs_after:.2f}x fewer multiply-adds in {len(result.changes)} changes, drop "
+        f"{result.quality.drop_db:.4f} dB (worst image {result.quality.largest_drop_db:.4f} dB), fidelity "
+        f"{result.quality.fidelity_db:.2f} dB"
+    )
 
 
 def quantize_all(
@@ -118,6 +161,7 @@ def _quantize(
         clock=clock,
         progress=work.progress,
         shared=shared,
+        reference=work.original,
     )
     if int8 and not result.int8_macs:
         output.unlink()

@@ -7,18 +7,20 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from srdeploy.cli.bench import BenchOptions
 from srdeploy.cli.build import BuildVerbOptions
+from srdeploy.cli.compress import CompressVerbOptions
 from srdeploy.cli.export import ExportOptions
 from srdeploy.cli.options import command_line
 from srdeploy.cli.pipeline.engines import graphs_to_quantize, target_of, threads_for
-from srdeploy.cli.pipeline.types import FP32_ONNX, Candidate, DeployOptions
+from srdeploy.cli.pipeline.types import COMPRESSION_SHARE, FP32_ONNX, ORIGINAL_ONNX, Candidate, DeployOptions
 from srdeploy.cli.quantize import QuantizeVerbOptions
 from srdeploy.cli.verify import VerifyOptions
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.manifest import Source
-from srdeploy.core.precision import Precision
+from srdeploy.core.precision import Precision, Target
 
 OUT, CHECKPOINT, IMAGES, EVALUATE = (Path(f"${name}") for name in ("OUT", "CHECKPOINT", "IMAGES", "EVALUATE"))
 """Shell variables of the script."""
@@ -32,6 +34,7 @@ def reproducing_lines(
     *,
     ran: Sequence[Candidate],
     fp16: bool,
+    compression: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Return lines of a shell script that makes the files of a bundle again.
 
@@ -42,10 +45,12 @@ def reproducing_lines(
         contract: of the FP32 graph.
         ran: those of them that were verified and measured.
         fp16: whether the bundle holds the FP16 graph.
+        compression: what was compressed of the FP32 graph; None where it is as exported.
     """
     inputs = {CHECKPOINT: options.checkpoint, IMAGES: options.images}
     if options.evaluate is not None:
         inputs[EVALUATE] = options.evaluate
+    commands = stage_commands(options, kept, contract, ran=ran, fp16=fp16, compression=compression)
     return [
         "# In one command:",
         f"#   {shlex.join(command_line('deploy', options))}",
@@ -53,7 +58,7 @@ def reproducing_lines(
         'OUT="${1:-reproduced}"',
         *(f'{name}="${{{name}:-{_quoted_inside(value)}}}"' for name, value in _names(inputs).items()),
         f'echo "{checkpoint.sha256}  $CHECKPOINT" | sha256sum --check --quiet',
-        *(_command(words) for words in stage_commands(options, kept, contract, ran=ran, fp16=fp16)),
+        *(_command(words) for words in commands),
     ]
 
 
@@ -64,11 +69,15 @@ def stage_commands(
     *,
     ran: Sequence[Candidate],
     fp16: bool,
+    compression: Mapping[str, Any] | None = None,
 ) -> list[list[str]]:
     """Return the commands of a `deploy`, verb by verb, with shell variables for inputs and outputs."""
-    commands = [command_line("export", _export(options))]
+    compressed = compression is not None
+    commands = [command_line("export", _export(options, compressed))]
+    if compression is not None:
+        commands.append(command_line("compress", _compress(options, Target(compression["target"]))))
     graphs = graphs_to_quantize(kept, fp16=fp16)
-    commands += [command_line("quantize", _quantize(options, entry)) for entry in graphs.values()]
+    commands += [command_line("quantize", _quantize(options, entry, compressed)) for entry in graphs.values()]
     commands += [command_line("build", _build(options, entry, contract)) for entry in kept if entry.file != entry.onnx]
     commands += [command_line("verify", _verify(options, entry)) for entry in ran]
     commands += [command_line("bench", each) for each in _benches(options, ran, contract)]
@@ -95,11 +104,25 @@ def write_reproduce_script(path: Path, lines: Sequence[str], *, versions: Mappin
     path.chmod(0o755)
 
 
-def _export(options: DeployOptions) -> ExportOptions:
-    return ExportOptions(checkpoint=CHECKPOINT, checkpoint_options=options.checkpoint_options, output=OUT / FP32_ONNX)
+def _export(options: DeployOptions, compressed: bool) -> ExportOptions:
+    output = OUT / (ORIGINAL_ONNX if compressed else FP32_ONNX)
+    return ExportOptions(checkpoint=CHECKPOINT, checkpoint_options=options.checkpoint_options, output=output)
 
 
-def _quantize(options: DeployOptions, entry: Candidate) -> QuantizeVerbOptions:
+def _compress(options: DeployOptions, target: Target) -> CompressVerbOptions:
+    assert options.max_psnr_drop is not None, "checked with the options"
+    return CompressVerbOptions(
+        onnx=OUT / ORIGINAL_ONNX,
+        images=IMAGES,
+        max_psnr_drop=COMPRESSION_SHARE * options.max_psnr_drop,
+        target=target,
+        hr=options.hr,
+        threads=options.threads,
+        output=OUT / FP32_ONNX,
+    )
+
+
+def _quantize(options: DeployOptions, entry: Candidate, compressed: bool) -> QuantizeVerbOptions:
     return QuantizeVerbOptions(
         onnx=OUT / FP32_ONNX,
         precision=entry.precision,
@@ -107,6 +130,7 @@ def _quantize(options: DeployOptions, entry: Candidate) -> QuantizeVerbOptions:
         images=IMAGES,
         hr=options.hr,
         max_psnr_drop=options.max_psnr_drop if entry.precision is Precision.INT8 else None,
+        reference=OUT / ORIGINAL_ONNX if compressed else None,
         threads=options.threads,
         output=OUT / entry.onnx,
     )

@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 
 FP32_ONNX = "model.fp32.onnx"
 FP16_ONNX = "model.fp16.onnx"
+ORIGINAL_ONNX = "model.original.onnx"
+"""The exported graph, where FP32_ONNX is a compressed one."""
+COMPRESSION_SHARE = 0.5
+"""Part of the drop that compression may use; the rest, and what it left of its part, is for INT8."""
 GRAPH_FP16 = "graph fp16"
 """Name of the check of the FP16 graph on ONNX Runtime; it is made also when no engine here is built from it."""
 
@@ -73,6 +77,12 @@ class DeployOptions:
     )
     max_psnr_drop: float | None = option(
         "--max-psnr-drop", type=float, default=None, metavar="DB", help="Maximum loss of Y PSNR that INT8 may cost."
+    )
+    compress: bool = option(
+        "--compress",
+        default=False,
+        help="Replace layers by cheaper ones first, see `compress`: another network, within --max-psnr-drop together "
+        "with INT8.",
     )
     size: tuple[int, int] | None = option(
         "--size",
@@ -220,6 +230,12 @@ class Work:
     left_out: "list[tuple[LeftOut, str, int]]" = field(default_factory=list)
     sensitivity: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     searches: list[dict[str, Any]] = field(default_factory=list)
+    compression: Mapping[str, Any] | None = None
+
+    @property
+    def original(self) -> Path:
+        """The exported graph."""
+        return self.folder / (FP32_ONNX if self.compression is None else ORIGINAL_ONNX)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[list[str]]:

@@ -162,8 +162,9 @@ def verify_engines(
 
 
 def _gates(runner: Runner, max_psnr_drop: float | None) -> Gates:
-    precision = runner.info.contract.precision
-    return Gates.of(precision, max_psnr_drop_db=max_psnr_drop if precision is Precision.INT8 else None)
+    contract = runner.info.contract
+    bounded = contract.precision is Precision.INT8 or contract.compression is not None
+    return Gates.of_contract(contract, max_psnr_drop_db=max_psnr_drop if bounded else None)
 
 
 class _Files(Sequence[Sample]):

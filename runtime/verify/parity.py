@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import UsageError
 from srdeploy.core.precision import MIN_FIDELITY_DB, Precision
 from srdeploy.core.progress import SILENT, Progress
@@ -58,6 +59,22 @@ class Gates:
         """
         images = MIN_FIDELITY_DB[precision] if min_fidelity_db is None else min_fidelity_db
         return cls(images, images - 10.0 if precision in _QUANTIZED else images, max_psnr_drop_db)
+
+    @classmethod
+    def of_contract(
+        cls, contract: ModelContract, *, min_fidelity_db: float | None = None, max_psnr_drop_db: float | None = None
+    ) -> "Gates":
+        """Return the gates of a graph or engine; a given number replaces the default.
+
+        A compressed graph is another network than the reference, so it has the low fidelity gates of INT8 in every
+        precision. Its drop decides: without a given number, the bound that it was compressed with, except for
+        quantized graphs, whose own loss comes on top.
+        """
+        precision, compression = contract.precision, contract.compression
+        if compression is not None and precision not in _QUANTIZED:
+            precision = Precision.INT8
+            max_psnr_drop_db = compression.get("max_psnr_drop_db") if max_psnr_drop_db is None else max_psnr_drop_db
+        return cls.of(precision, min_fidelity_db=min_fidelity_db, max_psnr_drop_db=max_psnr_drop_db)
 
 
 @dataclass(frozen=True)
@@ -299,7 +316,7 @@ class _Evaluator:
     def __init__(self, runner: Runner, reference: RunnerInfo, gates: Gates | None) -> None:
         self._runner = runner
         self._reference = reference
-        self._gates = gates or Gates.of(runner.info.contract.precision)
+        self._gates = gates or Gates.of_contract(runner.info.contract)
         self._images: list[Case] = []
         self._grid: list[Case] = []
         self._skipped: dict[str, str] = {}

@@ -8,7 +8,6 @@ import pytest
 
 from srdeploy.core.errors import CapabilityError, InputError, MissingExtraError, SrdeployError, UsageError
 from srdeploy.runtime.bundle import MANIFEST
-from srdeploy.upscale.scale import cluster
 from srdeploy.upscale.scale.cluster import Share, check_same_engine, check_versions, share_of
 from srdeploy.upscale.scale.model_package import check_model, model_sha256, pack_model, unpack_model
 from srdeploy.upscale.scale.worker import Opened, RemoteError, Worker, WorkerOptions
@@ -113,15 +112,3 @@ def test_share(machines: list[tuple[float, int]], device: str, threads: int | No
 def test_what_the_cluster_lacks(machines: list[tuple[float, int]], device: str, threads: int | None) -> None:
     with pytest.raises(CapabilityError, match="cluster"):
         share_of(machines, device, threads)
-
-
-def test_a_cluster_of_another_version_is_one_line() -> None:
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'srdeploy[ray]'")
-    from ray._private.utils import check_version_info
-
-    with pytest.raises(RuntimeError) as error:
-        check_version_info({"ray_version": "2.50.0", "python_version": "3.10.1"}, "node")
-    line, step = cluster._why_not_connected("10.0.0.1:6379", error.value), cluster._next_step(error.value)
-
-    assert line.startswith("the cluster at 10.0.0.1:6379 runs Ray: 2.50.0, Python: 3.10.1 and this command Ray: ")
-    assert step == "install the same versions on all machines"

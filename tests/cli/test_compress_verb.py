@@ -1,0 +1,180 @@
+"""compress, and deploy --compress: another network, said so everywhere, within one bound."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from srdeploy.cli.console import RichProgress
+from srdeploy.cli.main import run
+from srdeploy.cli.pipeline.deploy import deploy
+from srdeploy.cli.pipeline.types import DeployOptions
+from srdeploy.core.manifest import read_manifest
+from srdeploy.core.onnx_file import read_graph
+from srdeploy.runtime.bench.turns import Effort
+from srdeploy.runtime.bundle import read_bundle
+from srdeploy.runtime.report.write import read_report
+
+CHECKPOINTS = Path(__file__).parents[1] / "data" / "checkpoints"
+SRDENSENET = CHECKPOINTS / "yjn870_srdensenet_x4" / "srdensenet_x4.pth"
+BRIEF = Effort(warmup_runs=1, warmup_seconds=0.0, min_runs=5, max_runs=5, seconds=0.01)
+DROP = "0.2"
+OTHER_BLOCKS = [f"dense_blocks.{index}" for index in range(1, 8)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SRDEPLOY_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight smooth pictures of 128x96 pixels with an edge."""
+    folder = tmp_path_factory.mktemp("photos")
+    y, x = np.mgrid[0:96, 0:128] / 16.0
+    for index in range(8):
+        waves = [np.sin(x * (0.3 + index * 0.2) + c) + np.cos(y * (0.5 + 0.3 * c) - index) for c in range(3)]
+        pixels = 127 + 55 * np.stack(waves, axis=-1)
+        pixels[:, 48 + index :] *= 0.6
+        Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(folder / f"photo{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first block of a small SRDenseNet; the deconvolutions read 8 mixtures of their 48 input channels."""
+    weights = torch.load(SRDENSENET, weights_only=True)
+    weights = {name: values for name, values in weights.items() if name[:14] not in OTHER_BLOCKS}
+    weights["bottleneck.0.weight"] = weights["bottleneck.0.weight"][:, :64].clone()
+    basis = torch.linalg.qr(torch.randn(48, 8, generator=torch.Generator().manual_seed(0))).Q
+    for name in ("deconv.0.weight", "deconv.2.weight"):
+        weights[name] = torch.einsum("ij,jokl->iokl", basis @ basis.T, weights[name])
+    path = tmp_path_factory.mktemp("checkpoint") / "srdensenet_x4.pth"
+    torch.save(weights, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint: Path) -> Path:
+    path = checkpoint.with_name("model.onnx")
+    assert run(["export", str(checkpoint), "-o", str(path)]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def small(exported: Path, photos: Path) -> Path:
+    path = exported.with_name("small.onnx")
+    images = ["--images", str(photos), "--hr"]
+    assert run(["compress", str(exported), *images, "--max-psnr-drop", DROP, "--threads", "1", "-o", str(path)]) == 0
+    return path
+
+
+def test_a_compressed_graph_is_shown_and_verified_as_one(
+    checkpoint: Path, small: Path, photos: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    document = read_manifest(small).details
+    assert run(["inspect", str(small)]) == 0
+    shown = capfd.readouterr().err
+    verify = ["verify", str(small), "--against", str(checkpoint), "--hr", str(photos), "--max-side", "24"]
+    assert run([*verify, "--json"]) == 0
+    (verdict,) = json.loads(capfd.readouterr().out)
+
+    assert document["fewer_macs"] > 1.2
+    assert document["latency_ms"]["compressed"] > 0
+    layer = max(document["layers"], key=lambda entry: entry["error_share"])
+    assert f"{document['fewer_macs']:.2f}x fewer multiply-adds" in shown
+    assert f"{layer['layer']}: {layer['kind']} {layer['rank']}" in shown
+    assert verdict["gates"]["max_psnr_drop_db"] == float(DROP)
+    assert verdict["min_fidelity_db"] < 90  # the gate of FP32, which another network cannot keep
+    assert run([*verify, "--max-psnr-drop", "-5"]) == 6
+    assert "mean Y PSNR falls" in capfd.readouterr().err
+
+
+def test_quantize_measures_a_compressed_graph_against_the_original(
+    exported: Path, small: Path, photos: Path, tmp_path: Path
+) -> None:
+    images = ["--images", str(photos), "--hr"]
+    quantize = ["quantize", str(small), "--precision", "fp16", "--target", "tensorrt", *images]
+
+    assert run([*quantize, "-o", str(tmp_path / "own.onnx")]) == 0
+    assert run([*quantize, "--reference", str(exported), "-o", str(tmp_path / "original.onnx")]) == 0
+
+    own, original = (
+        read_manifest(tmp_path / name).details["quality"]["fidelity_db"] for name in ("own.onnx", "original.onnx")
+    )
+    assert own > original + 3
+    assert read_graph(tmp_path / "original.onnx").contract.compression is not None
+
+
+def test_deploy_spends_one_bound_on_compression_and_int8(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    options = DeployOptions(
+        checkpoint=checkpoint, images=photos, hr=True, engines=("openvino",), max_psnr_drop=float(DROP), compress=True,
+        size=(24, 32), threads=1, output=tmp_path / "small.srd",
+    )  # fmt: skip
+
+    outcome = deploy(options, RichProgress(), effort=BRIEF)
+
+    bundle = read_bundle(options.output)
+    bundle.verify()
+    assert {"model.original.onnx", "model.fp32.onnx"} <= set(bundle.files)
+    assert {str(entry.precision) for entry in bundle.engines} == {"fp32", "int8"}, outcome.left_out
+    compression = read_graph(options.output / "model.int8.openvino.onnx").contract.compression
+    assert compression is not None
+    assert compression["max_psnr_drop_db"] == float(DROP) / 2
+    assert compression["quality"]["drop_db"] <= float(DROP) / 2
+    drop = read_manifest(options.output / "model.int8.openvino.onnx").details["quality"]["drop_db"]
+    assert drop <= float(DROP)
+    report = read_report(options.output / "report")
+    assert report["model"]["provenance"]["compression"]["fewer_macs"] == compression["fewer_macs"]
+    script = (options.output / "reproduce.sh").read_text()
+    assert 'srdeploy compress "$OUT/model.original.onnx"' in script
+    assert '--reference "$OUT/model.original.onnx"' in script
+
+
+def test_deploy_compress_needs_a_bound(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    command = ["deploy", str(checkpoint), "--images", str(photos), "--compress", "-o", str(tmp_path / "a.srd")]
+
+    assert run(command) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        pytest.param(["--max-psnr-drop", "0"], 2, id="a bound of nothing"),
+        pytest.param(["--max-psnr-drop", "0.01", "--max-worst-drop", "-1"], 2, id="a bound below nothing"),
+        pytest.param(["--max-psnr-drop", "0.01", "--time-budget", "0"], 2, id="no time"),
+    ],
+)
+def test_what_cannot_be_kept_is_one_line_and_a_code(
+    options: list[str], code: int, exported: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compress", str(exported), "--images", str(photos), "--hr", *options, "-o", str(tmp_path / "a.onnx")]
+
+    assert run(command) == code
+
+    text = capfd.readouterr().err
+    assert "Traceback" not in text
+    assert "expected" in text
+    assert not list(tmp_path.glob("a.onnx*"))
+
+
+def test_gray_images_are_refused_for_a_network_of_colors(
+    photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    gray = tmp_path / "gray"
+    gray.mkdir()
+    for path in photos.iterdir():
+        Image.open(path).convert("L").save(gray / path.name)
+    rcan = tmp_path / "rcan.onnx"
+    assert run(["export", str(CHECKPOINTS / "yulunzhang_rcan_x2" / "RCAN_BIX2.pt"), "-o", str(rcan)]) == 0
+
+    command = ["compress", str(rcan), "--images", str(gray), "--max-psnr-drop", "0.01", "-o", str(tmp_path / "a.onnx")]
+    assert run(command) == 3
+
+    assert "gray" in capfd.readouterr().err
