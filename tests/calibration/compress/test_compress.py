@@ -256,3 +256,25 @@ def test_a_quantized_graph_is_refused(
             tmp_path / "int8.onnx", tmp_path / "small.onnx", calibration=calibrations["dense"],
             options=CompressOptions(Bound(0.1)),
         )  # fmt: skip
+
+
+def test_tiles_of_a_compressed_graph_are_those_of_the_whole_image(
+    networks: dict[str, Callable[..., onnx.ModelProto]],
+) -> None:
+    graph = Graph(with_weights(networks["dense"](), low_rank_inputs))
+    pairs = {layer.name: reader for layer, reader in readers(graph)}
+    layers = [layer for layer in candidates(graph) if layer.channels_in >= 16]
+    changes = [Change(layer.name, "inputs", 8, 0.0) for layer in layers if layer.role != "last"]
+    changes.append(Change("deconv", "channels", 8, 0.0, tuple(range(8)), pairs["deconv"].name))
+    moments = collect_moments(graph, None, [*layers, pairs["deconv"]], images(1))
+    made = apply_changes(graph, changes, moments)
+    image = RANDOM.random((1, 1, 40, 48), dtype=np.float32)
+    margin = 8  # the network's own receptive radius: five 3x3 convolutions, a deconvolution, one more at twice the size
+
+    whole, tile = output(made, image), output(made, image[:, :, 4:36, 8:44])
+
+    inner = tile[:, :, 2 * margin : -2 * margin, 2 * margin : -2 * margin]
+    top, left = 2 * (4 + margin), 2 * (8 + margin)
+    expected = whole[:, :, top : top + inner.shape[2], left : left + inner.shape[3]]
+    np.testing.assert_allclose(inner, expected, atol=1e-6)
+    assert np.abs(output(made, image) - output(graph.model, image)).max() > 1e-4  # it is another network
