@@ -93,9 +93,11 @@ def _check_reachable(address: str) -> None:
 
 def _why_not_connected(address: str, error: BaseException) -> str:
     if _is_version_mismatch(error):
-        lines = [line.strip() for line in str(error).splitlines() if ": " in line]
-        ours, theirs = lines[-2:], lines[:2]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip().startswith(("Ray: ", "Python: "))]
+        theirs, ours = lines[:2], lines[2:4]
         return f"the cluster at {address} runs {', '.join(theirs)} and this command {', '.join(ours)}"
+    if address == "auto" and isinstance(error, ConnectionError):
+        return "no Ray cluster runs on this machine"
     reason = "it is no Ray cluster" if isinstance(error, SystemExit) else str(error).strip().partition("\n")[0]
     return f"no Ray cluster answers at {address} ({reason})"
 

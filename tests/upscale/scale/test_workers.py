@@ -1,13 +1,18 @@
 """Workers of a cluster without the cluster: what they open, what they refuse, how models travel."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from srdeploy.cli.main import run
 from srdeploy.core.errors import CapabilityError, InputError, MissingExtraError, SrdeployError, UsageError
-from srdeploy.runtime.bundle import MANIFEST
+from srdeploy.core.manifest import Source
+from srdeploy.runtime.bundle import write_bundle_manifest
+from srdeploy.upscale.folders import refuse_mixed_engines
+from srdeploy.upscale.scale import cluster
 from srdeploy.upscale.scale.cluster import Share, check_same_engine, check_versions, share_of
 from srdeploy.upscale.scale.model_package import check_model, model_sha256, pack_model, unpack_model
 from srdeploy.upscale.scale.worker import Opened, RemoteError, Worker, WorkerOptions
@@ -43,13 +48,30 @@ def test_a_package_with_another_model_is_refused(options: WorkerOptions, rcan_on
         unpack_model(pack_model(rcan_onnx), tmp_path / rcan_onnx.name, options.model_sha256)
 
 
-def test_an_edited_bundle_is_refused_before_it_travels(tmp_path: Path) -> None:
+def test_an_edited_bundle_is_refused_before_it_travels(
+    options: WorkerOptions, rcan_onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bundle = tmp_path / "a.srd"
     bundle.mkdir()
-    (bundle / MANIFEST).write_text("{}")
+    model = bundle / "model.fp32.onnx"
+    shutil.copy(options.model, model)
+    checkpoint = Source("checkpoint", "a.pt", "0" * 64)
+    write_bundle_manifest(bundle, contract=opened(options).contract, checkpoint=checkpoint, engines=())
+    check_model(bundle)
+    model.write_bytes(rcan_onnx.read_bytes())
 
-    with pytest.raises(InputError):
-        check_model(bundle)
+    code = run(["upscale", str(bundle), str(tmp_path), "-o", str(tmp_path.parent / "out"), "--ray", "127.0.0.2:1"])
+
+    errors = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert code == 3
+    assert len(errors) == 1
+    assert "model.fp32.onnx has SHA-256" in errors[0]
+
+
+def test_local_devices_with_other_engines_are_refused() -> None:
+    refuse_mixed_engines({"cuda:0": "a", "cuda:1": "a"})
+    with pytest.raises(CapabilityError, match="cuda:0 and cuda:1 run different engines"):
+        refuse_mixed_engines({"cuda:0": "a", "cuda:1": "b"})
 
 
 def test_folders_that_a_worker_does_not_see(options: WorkerOptions, tmp_path: Path) -> None:
@@ -112,3 +134,15 @@ def test_share(machines: list[tuple[float, int]], device: str, threads: int | No
 def test_what_the_cluster_lacks(machines: list[tuple[float, int]], device: str, threads: int | None) -> None:
     with pytest.raises(CapabilityError, match="cluster"):
         share_of(machines, device, threads)
+
+
+def test_a_cluster_of_another_version_is_one_line() -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'srdeploy[ray]'")
+    from ray._private.utils import check_version_info
+
+    with pytest.raises(RuntimeError) as error:
+        check_version_info({"ray_version": "2.50.0", "python_version": "3.10.1"}, "node")
+    line, step = cluster._why_not_connected("10.0.0.1:6379", error.value), cluster._next_step(error.value)
+
+    assert line.startswith("the cluster at 10.0.0.1:6379 runs Ray: 2.50.0, Python: 3.10.1 and this command Ray: ")
+    assert step == "install the same versions on all machines"
