@@ -12,7 +12,7 @@ from srdeploy.calibration.images.dataset import CalibrationSet
 from srdeploy.calibration.observe import observe_magnitudes, run_outputs
 from srdeploy.calibration.search.evaluate import Evaluator
 from srdeploy.core.contract import ModelContract
-from srdeploy.core.errors import InputError
+from srdeploy.core.errors import PrecisionError
 from srdeploy.core.onnx_graph import Graph
 from srdeploy.core.precision import MIN_FIDELITY_DB, Precision
 
@@ -97,7 +97,7 @@ def test_weights_beyond_fp16_are_never_clamped(networks: Networks) -> None:
     assert [island.reason for island in islands if "bottleneck.weight" in island.reason]
     assert kept.data_type == TensorProto.FLOAT
     assert numpy_helper.to_array(kept)[0, 0] == np.float32(1e5)
-    with pytest.raises(InputError, match=r"bottleneck\.weight"):
+    with pytest.raises(PrecisionError, match=r"bottleneck\.weight"):
         convert_to_half(model, Precision.FP16, ())
 
 

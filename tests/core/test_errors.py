@@ -10,6 +10,7 @@ from srdeploy.core.extras import import_extra, is_installed
 
 CODES = {
     "UsageError": 2,
+    "PrecisionError": 2,
     "InputError": 3,
     "ExportError": 4,
     "BuildError": 5,

@@ -88,11 +88,15 @@ def test_the_next_command_after_a_build_for_other_machines(user: User) -> None:
 
 
 @pytest.mark.advice("cli/compress.py:_next", "next: srdeploy quantize")
-def test_the_next_command_after_compression(user: User) -> None:
+@pytest.mark.advice("cli/inspect.py:_compression", "more layers; all of them with --json")
+def test_the_next_command_after_compression(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
     thin_network()
     command = user.next("compress thin.onnx --images photos --target tensorrt --max-psnr-drop 3 --threads 1 -o a.onnx")
+    monkeypatch.setattr("srdeploy.cli.inspect._LAYERS_SHOWN", 0)
 
     user.runs(command)
+    user.runs("inspect a.onnx")
+    assert '"error_share"' in user.runs("inspect a.onnx --json")
 
 
 DEPLOY = "deploy good.pt --images photos --size 24x24 --threads 1"
@@ -170,6 +174,7 @@ def test_options_that_do_not_apply(user: User) -> None:
 )
 @pytest.mark.advice("cli/pipeline/engines.py:_placements", "add --device cpu, or choose another engine")
 @pytest.mark.advice("cli/pipeline/engines.py:_devices", "remove --device auto")
+@pytest.mark.advice("cli/pipeline/engines.py:checked_placements", "add, for example, --max-psnr-drop 0.02")
 @pytest.mark.advice("cli/pipeline/engines.py:_default_placements", "to see what this machine lacks: srdeploy doctor")
 def test_options_of_deploy(user: User) -> None:
     """The deployment above has the advised --device cpu."""
@@ -179,6 +184,8 @@ def test_options_of_deploy(user: User) -> None:
     user.refused(f"{fitting} --compute-capability 8.9 -o a.srd")
     user.refused(f"{fitting} --device cuda -o a.srd")
     user.refused(f"{fitting} --device auto --device cpu -o a.srd")
+    line = user.refused(f"{fitting} --compress -o a.srd")
+    user.runs(f"{fitting} --compress {line.rpartition('for example, ')[2]} -o small.srd")
     message = user.refused(f"{DEPLOY} --device cuda -o a.srd")
     user.runs(message.rpartition(": ")[2])
 

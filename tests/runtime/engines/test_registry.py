@@ -389,7 +389,7 @@ def test_a_gpu_session_does_not_fall_back_to_the_cpu(small_onnx: GraphFactory) -
 
 
 def test_unknown_engine_lists_the_known_ones(small_onnx: GraphFactory) -> None:
-    with pytest.raises(UsageError, match="one of onnxruntime, openvino, tensorrt-rtx"):
+    with pytest.raises(UsageError, match="one of onnxruntime, openvino, ncnn, tensorrt-rtx"):
         open_engine(small_onnx(), engine="tensorflow")
 
 
