@@ -1,7 +1,7 @@
-"""INT8 on OpenVINO: ours beside the defaults of NNCF and of ONNX Runtime's `quantize_static`.
+"""INT8 on OpenVINO: ours beside the defaults of NNCF, of ONNX Runtime's `quantize_static` and of ModelOpt's ONNX PTQ.
 
     python benchmarks/quantization.py --checkpoint srdensenet_x4.pth --checkpoint rcan_x2.pt \
-        --photos PHOTOS --hr SET5/HR [--latency-only rcan_x4] [--json results.json]
+        --photos PHOTOS --hr SET5/HR [--latency-only rcan_x4] [--modelopt PYTHON] [--keep DIR] [--json results.json]
 
 What is measured, for each checkpoint and each INT8 graph, all running in OpenVINO with FP32 hint (no BF16):
 
@@ -9,22 +9,28 @@ What is measured, for each checkpoint and each INT8 graph, all running in OpenVI
   was calibrated with (every fourth of --photos);
 - fidelity: PSNR against the FP32 output, mean over the --hr images;
 - share of the multiply-adds that OpenVINO's runtime model says it computes in 8 bits;
-- latency at --size, all graphs, FP32 and eager PyTorch taking turns, medians over five openings of every engine, as a
-  ratio to FP32.
+- latency at --size, all graphs, FP32 and eager PyTorch taking turns over five openings of every engine: medians, and
+  the median of the ratios of each turn to FP32 with its 95 % interval. FP32 is the graph as exported; "FP32, merged
+  end" is the FP32 engine that srdeploy makes of it.
 
 What limits it: all graphs share one machine; only ratios of one run are comparable, and only when nothing
-else runs. All methods see the same calibration crops. `--latency-only` names presets whose random weights make timings
-honest and decibels meaningless. Needs the `bench` extra.
+else runs: `conditions` of the result has load and clock before and after. All methods see the same calibration crops.
+`--latency-only` names presets whose random weights make timings honest and decibels meaningless. `--keep` keeps the
+graphs in a folder and takes those that are there, so that making and timing can be separate runs. Needs the `bench`
+extra. `--modelopt` names the interpreter of an environment with nvidia-modelopt, whose packages conflict; its autotune
+measures with TensorRT on a GPU and is not part of this.
 """
 
 import argparse
 import json
 import math
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import zip_longest
@@ -41,17 +47,21 @@ from srdeploy.calibration.quantize import quantize
 from srdeploy.calibration.search.evaluate import Evaluator
 from srdeploy.cli.console import RichProgress, markdown_table
 from srdeploy.core.contract import ModelContract
-from srdeploy.core.environment import machine, package_versions
 from srdeploy.core.imaging.read import find_images, network_input, rgb8
 from srdeploy.core.imaging.resize import imresize
 from srdeploy.core.precision import Precision, Target
 from srdeploy.core.runner import Runner, run_image
 from srdeploy.models.checkpoint.load import load_checkpoint
+from srdeploy.runtime.bench.conditions import conditions
+from srdeploy.runtime.bench.ratios import ratio_of_rounds
 from srdeploy.runtime.engines.eager import open_eager
 from srdeploy.runtime.engines.registry import open_engine
 
 OPENINGS = 5
 """Every engine is opened so often: where its buffers happen to lie makes it up to a quarter slower while it is open."""
+
+
+LABELS = {"nncf": "NNCF default PTQ", "onnxruntime": "ORT quantize_static", "modelopt": "ModelOpt ONNX PTQ"}
 
 
 @dataclass
@@ -60,12 +70,17 @@ class Entry:
 
     method: str
     path: Path
-    seconds: float = 0.0
+    seconds: float = float("nan")
     drop_hr: float = float("nan")
     drop_photos: float = float("nan")
     fidelity: float = float("nan")
     int8_macs: float = float("nan")
     ms: float = float("nan")
+    over_fp32: str = ""
+    ratio: float = float("nan")
+    ratio_low: float = float("nan")
+    ratio_high: float = float("nan")
+    as_exported: bool = False
 
 
 def main() -> None:
@@ -87,16 +102,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--peers", nargs="*", default=["nncf", "onnxruntime"])
+    parser.add_argument(
+        "--modelopt", type=Path, help="interpreter with nvidia-modelopt: adds its ONNX PTQ to the peers"
+    )
+    parser.add_argument("--keep", type=Path, help="folder that keeps the graphs, or holds those of an earlier run")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     document: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
         "command": ["python", *sys.argv],
-        "machine": machine(),
-        "versions": package_versions(["openvino", "onnxruntime", "nncf", "onnx", "torch"]),
+        "threads": arguments.threads,
+        "conditions": {"before": conditions()},
         "networks": {},
     }
-    with tempfile.TemporaryDirectory() as folder:
+    with nullcontext(arguments.keep) if arguments.keep else tempfile.TemporaryDirectory() as folder:
         for checkpoint, bound in zip_longest(arguments.checkpoint, arguments.min_fidelity, fillvalue=57.0):
             source = exported(checkpoint, Path(folder) / f"{checkpoint.stem}.onnx")
             document["networks"][checkpoint.stem] = compare(source, checkpoint, arguments, bound)
@@ -104,6 +123,7 @@ def main() -> None:
             checkpoint = random_checkpoint(preset, Path(folder))
             source = exported(checkpoint, Path(folder) / f"{preset}.onnx")
             document["networks"][preset] = compare(source, checkpoint, arguments, None)
+    document["conditions"]["after"] = conditions()
     if arguments.json:
         arguments.json.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -118,20 +138,22 @@ def compare(source: Path, checkpoint: Path, arguments: argparse.Namespace, bound
         arguments.photos, contract=contract, hr=True, count=crops, crop=48, whole=2 if has_quality else 0
     )
     opener = opener_for(arguments.threads)
-    entries = [Entry("FP32", source)]
+    entries = [Entry("FP32", source, as_exported=True), Entry("FP32, merged end", source)]
     methods: dict[str, Callable[[Path], None]] = {
         "ours": lambda path: ours(source, path, calibration, bound, arguments.cost, opener),
         "nncf": lambda path: by_nncf(source, path, calibration),
         "onnxruntime": lambda path: by_onnxruntime(source, path, calibration),
+        "modelopt": lambda path: by_modelopt(source, path, calibration, arguments.modelopt),
     }
-    for name in ("ours", *arguments.peers):
+    for name in ("ours", *arguments.peers, *(["modelopt"] if arguments.modelopt else [])):
         path = source.with_name(f"{source.stem}.{name}.onnx" if name != "nncf" else f"{source.stem}.nncf.xml")
-        start = time.perf_counter()
-        methods[name](path)
-        entries.append(Entry({"nncf": "NNCF default PTQ", "onnxruntime": "ORT quantize_static"}.get(name, name), path))
-        entries[-1].seconds = time.perf_counter() - start
-        progress.note(f"{source.stem}: {name} took {entries[-1].seconds:.0f} s")
-    runners = [opened(entry.path, contract, arguments.threads) for entry in entries]
+        entries.append(Entry(LABELS.get(name, name), path))
+        if not path.exists():
+            start = time.perf_counter()
+            methods[name](path)
+            entries[-1].seconds = time.perf_counter() - start
+            progress.note(f"{source.stem}: {name} took {entries[-1].seconds:.0f} s")
+    runners = [opened(entry, contract, arguments.threads) for entry in entries]
     if has_quality:
         hr = hr_samples(arguments.hr, contract)
         for evaluator, field in (
@@ -149,12 +171,15 @@ def compare(source: Path, checkpoint: Path, arguments: argparse.Namespace, bound
     times: list[list[float]] = [[] for _ in range(len(entries) + 1)]
     for opening in range(OPENINGS):
         if opening:
-            runners = [opened(entry.path, contract, arguments.threads) for entry in entries]
+            runners = [opened(entry, contract, arguments.threads) for entry in entries]
         for own, measured in zip(times, latencies([*runners, eager], shape, arguments.repeats), strict=True):
             own += measured
     entries.append(Entry("eager PyTorch FP32", checkpoint, int8_macs=0.0))
     for entry, own in zip(entries, times, strict=True):
         entry.ms = statistics.median(own)
+        ratio = ratio_of_rounds(times[0], own, visit=arguments.repeats)
+        entry.over_fp32 = ratio.label
+        entry.ratio, entry.ratio_low, entry.ratio_high = ratio.value, ratio.low, ratio.high
     show(source.stem, entries)
     return [
         {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in vars(entry).items()}
@@ -207,18 +232,36 @@ def by_onnxruntime(source: Path, output: Path, calibration: CalibrationSet) -> N
             return None if batch is None else {"input": batch}
 
     quantize_static(source, output, Reader())
-    model = onnx.load(output)  # it drops the metadata that tells what the graph is
-    if not any(entry.key.startswith("srdeploy.") for entry in model.metadata_props):
-        model.metadata_props.extend(onnx.load(source).metadata_props)
-        onnx.save(model, output)
+    with_metadata(output, source)
 
 
 def opener_for(threads: int | None) -> Callable[[Path], Runner]:
     return lambda path: open_engine(path, engine="openvino", threads=threads, parity=True)
 
 
-def opened(path: Path, contract: ModelContract, threads: int | None) -> Runner:
-    if path.suffix != ".xml":
+def by_modelopt(source: Path, output: Path, calibration: CalibrationSet, python: Path) -> None:
+    shape = next(iter(calibration)).shape
+    crops = np.concatenate([batch for batch in calibration if batch.shape == shape])
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(Path(folder) / "crops.npy", crops)
+        data = ["--calibration_data_path", f"{folder}/crops.npy", "--calibration_eps", "cpu"]
+        kinds = ["--quantize_mode", "int8", "--high_precision_dtype", "fp32"]
+        command = [python, "-m", "modelopt.onnx.quantization", "--onnx_path", source, "--output_path", output]
+        subprocess.run([*command, *kinds, *data], check=True, stdout=subprocess.DEVNULL)
+    with_metadata(output, source)
+
+
+def with_metadata(path: Path, source: Path) -> None:
+    """Give a graph the metadata that tells what it is, where its maker dropped it."""
+    model = onnx.load(path)
+    if not any(entry.key.startswith("srdeploy.") for entry in model.metadata_props):
+        model.metadata_props.extend(onnx.load(source).metadata_props)
+        onnx.save(model, path)
+
+
+def opened(entry: Entry, contract: ModelContract, threads: int | None) -> Runner:
+    path = entry.path
+    if path.suffix != ".xml" and not entry.as_exported:
         return opener_for(threads)(path)
     import openvino
 
@@ -228,7 +271,7 @@ def opened(path: Path, contract: ModelContract, threads: int | None) -> Runner:
     compiled = core.compile_model(core.read_model(path), "CPU", openvino_engine._configuration(threads))
     from srdeploy.core.onnx_file import read_graph
 
-    reference = read_graph(path.with_name(path.name.removesuffix(".nncf.xml") + ".onnx"))
+    reference = read_graph(path.with_name(path.name.replace(".nncf.xml", ".onnx")))
     built = openvino_engine._built(compiled, reference.layers, ())
     return openvino_engine.OpenVinoRunner(compiled, contract, reference.inputs, built, threads, None, True)
 
@@ -261,7 +304,8 @@ def latencies(runners: Sequence[Runner], shape: tuple[int, ...], repeats: int) -
 def exported(checkpoint: Path, output: Path) -> Path:
     from srdeploy.export.exporter import export_onnx
 
-    export_onnx(load_checkpoint(checkpoint), output)
+    if not output.exists():
+        export_onnx(load_checkpoint(checkpoint), output)
     return output
 
 
@@ -313,9 +357,9 @@ def show(name: str, entries: Sequence[Entry]) -> None:
             f"{entry.fidelity:.2f}",
             f"{100 * entry.int8_macs:.1f} %",
             f"{entry.ms:.1f}",
-            f"{entries[0].ms / entry.ms:.2f}x",
+            entry.over_fp32,
             f"{entries[-1].ms / entry.ms:.2f}x",
-            f"{entry.seconds:.0f}",
+            "" if math.isnan(entry.seconds) else f"{entry.seconds:.0f}",
         )
         for entry in entries
     ]
