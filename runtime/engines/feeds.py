@@ -52,8 +52,12 @@ def check_shape(shape: tuple[int, ...], spec: TensorSpec, *, engine: str) -> Non
         )
 
 
-def check_profile(shape: tuple[int, ...], profiles: Sequence[ShapeProfile], *, engine: str) -> int:
+def check_profile(
+    shape: tuple[int, ...], profiles: Sequence[ShapeProfile], *, engine: str, rebuilds: bool = True
+) -> int:
     """Return the index of the first profile that contains a shape.
+
+    `rebuilds` is True if the engine is a file that can be built for other shapes.
 
     Raises:
         UsageError: no profile contains it; names the profiles and the option to change.
@@ -69,5 +73,7 @@ def check_profile(shape: tuple[int, ...], profiles: Sequence[ShapeProfile], *, e
     raise UsageError(
         f"input shape {format_shape(shape)} is outside every profile of {engine}",
         expected=" or ".join(f"{format_shape(profile.min)} to {format_shape(profile.max)}" for profile in profiles),
-        next_step=f"use srdeploy upscale, which tiles and pads, or build again with {' and '.join(wider)}",
+        next_step=f"use srdeploy upscale, which tiles and pads, or build again with {' and '.join(wider)}"
+        if rebuilds
+        else "use srdeploy upscale, which tiles and pads",
     )

@@ -330,7 +330,7 @@ class OnnxRuntimeGpuRunner:
             )
         check_shape(tuple(image.shape), spec, engine=self._info.name)
         if self._info.profiles:
-            check_profile(tuple(image.shape), self._info.profiles, engine=self._info.name)
+            check_profile(tuple(image.shape), self._info.profiles, engine=self._info.name, rebuilds=False)
         image = image.contiguous()
         current = torch.cuda.current_stream(self._device)
         with self._lock:

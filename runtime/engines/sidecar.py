@@ -24,7 +24,7 @@ from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import InputError
 from srdeploy.core.manifest import Manifest, Source, manifest_path, read_verified
 from srdeploy.core.onnx_file import GraphFile
-from srdeploy.core.shapes import ShapeProfile, TensorSpec
+from srdeploy.core.shapes import ShapeProfile, TensorSpec, format_shape
 from srdeploy.runtime.engines.options import BuildOptions, BuiltEngine, profile_from_json, profile_to_json
 
 KIND = "engine"
@@ -77,6 +77,15 @@ class Engine:
     def target(self) -> dict[str, Any]:
         """The GPUs or instruction sets that it runs on."""
         return dict(self._detail("target"))
+
+    @property
+    def shape_options(self) -> str:
+        """The options of `srdeploy build` for its profiles."""
+        return " ".join(
+            f"--min-shape {format_shape(each.min)} --opt-shape {format_shape(each.opt)} "
+            f"--max-shape {format_shape(each.max)}"
+            for each in self.profiles
+        )
 
     def _detail(self, name: str) -> Any:
         try:

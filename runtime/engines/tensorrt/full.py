@@ -125,7 +125,8 @@ def check_engine(engine: Engine, here: str) -> None:
         raise CapabilityError(
             f"{engine.path} was built with TensorRT {built_with} for {engine.target.get('words')};"
             f" TensorRT {here} is installed here",
-            next_step=f"build it again: srdeploy build MODEL.onnx --engine tensorrt -o {engine.path} --force",
+            next_step=f"build it again: srdeploy build MODEL.onnx --engine tensorrt "
+            f"{engine.shape_options} -o {engine.path} --force",
         )
 
 

@@ -190,7 +190,7 @@ _TRANSLATIONS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
         (
             r"Compute capability (?P<sm>[\d.]+)[^\n]*not supported",
             "compute capability {sm} is not one that this release builds for",
-            "see srdeploy doctor for the list",
+            "use a CPU engine, or another release of TensorRT on this GPU",
         ),
         (
             r"libnvinfer_lean",

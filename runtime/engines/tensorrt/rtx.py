@@ -113,7 +113,8 @@ def check_engine(engine: Engine, here: str) -> None:
         raise CapabilityError(
             f"{engine.path} was built with TensorRT-RTX {header['version']} for {target_label(engine)};"
             f" TensorRT-RTX {here} is installed here",
-            next_step=f"build it again: srdeploy build MODEL.onnx --engine {RTX.name} -o {engine.path} --force",
+            next_step=f"build it again: srdeploy build MODEL.onnx --engine {RTX.name} "
+            f"{engine.shape_options} -o {engine.path} --force",
         )
 
 

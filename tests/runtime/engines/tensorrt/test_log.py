@@ -24,7 +24,7 @@ from srdeploy.runtime.engines.tensorrt.log import (
         ("no tactics to implement the operation within workspace limit.", "scratch memory", "--workspace"),
         ("Could not find any implementation for node {Conv_3}", "no kernel was found", "smaller --max-shape"),
         ("No importer registered for op: Mystery. Attempting", "no operation Mystery", "export"),
-        ("Compute capability 9.0 (SM90) not supported by this version", "9.0 is not one", "doctor"),
+        ("Compute capability 9.0 (SM90) not supported by this version", "9.0 is not one", "CPU engine"),
         ("Unable to load library: libnvinfer_lean.so.1", "lean runtime", "--version-compatible"),
         ("The engine plan file is not compatible: Version tag does not match", "another release", "build it again"),
         ("generated on an incompatible device, please rebuild", "another GPU", "build it again"),
