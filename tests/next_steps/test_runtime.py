@@ -7,6 +7,7 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -46,10 +47,16 @@ def edited(path: Path, change: Callable[[dict], object]) -> None:
     path.write_text(json.dumps(document))
 
 
+# A test that is skipped inside would miss its message; these skip it whole.
+needs_ncnn = pytest.mark.skipif(find_spec("ncnn") is None or find_spec("pnnx") is None, reason="ncnn is not installed")
+needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Engines
 
 
+@needs_ncnn
 @pytest.mark.advice("runtime/engines/ncnn.py:open_built", "open the ONNX file for that")
 @pytest.mark.advice("runtime/engines/onnxruntime_cpu.py:open_built", "open the ONNX file for that")
 @pytest.mark.advice("runtime/engines/openvino.py:open_built", "open the ONNX file for that")
@@ -60,7 +67,6 @@ def test_what_engines_are_asked_for(user: User) -> None:
     graph = read_graph(Path("good.onnx"))
     inner = graph.model.graph.node[0].output[0]
     for engine in ("onnxruntime", "openvino", "ncnn"):
-        pytest.importorskip(engine)
         user.runs(f"build good.onnx --engine {engine} -o {engine}.engine")
         with pytest.raises(UsageError):
             open_engine(Path(f"{engine}.engine"), outputs=[inner])
@@ -80,16 +86,18 @@ def test_what_engines_are_asked_for(user: User) -> None:
 @pytest.mark.parametrize(
     "engine",
     [
-        "ncnn",
+        pytest.param("ncnn", marks=needs_ncnn),
         pytest.param(
             "tensorrt-rtx",
-            marks=pytest.mark.advice("runtime/engines/registry.py:open_engine", " --profile-images IMAGES"),
+            marks=[
+                needs_rtx,
+                pytest.mark.advice("runtime/engines/registry.py:open_engine", " --profile-images IMAGES"),
+            ],
         ),
     ],
 )
 @pytest.mark.advice("runtime/engines/registry.py:open_engine", "build one with: srdeploy build ")
 def test_a_graph_where_an_engine_is_needed(user: User, engine: str) -> None:
-    pytest.importorskip("ncnn" if engine == "ncnn" else "tensorrt_rtx")
     message = user.refused(f"upscale good.onnx photo.png --engine {engine} -o a.png")
 
     user.runs(message[message.index("srdeploy build") :].replace("IMAGES", "photos"))
@@ -380,6 +388,7 @@ def test_reports_that_are_damaged(user: User) -> None:
 DEPLOY = "deploy good.pt --images photos --size 24x24 --threads 1 --device cpu"
 
 
+@needs_ncnn
 @pytest.mark.advice("runtime/bundle.py:Bundle.verify", "remove it, or deploy again")
 @pytest.mark.advice("runtime/bundle.py:Bundle._check", "copy the whole folder again")
 @pytest.mark.advice(
@@ -394,7 +403,6 @@ DEPLOY = "deploy good.pt --images photos --size 24x24 --threads 1 --device cpu"
     "runtime/package/triton.py:write_triton", "deploy again with --engine openvino or --engine tensorrt"
 )
 def test_bundles(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("ncnn")
     Path("empty.srd").mkdir()
     message = user.refused("package empty.srd --triton b") + str(_refused_bundle(Path("empty.srd")))
     assert "srdeploy deploy CHECKPOINT --images DIR -o NAME.srd" in message

@@ -36,7 +36,11 @@ ADA = Gpu("cuda:0", "NVIDIA L4", (8, 9), 24 * 2**30)
 
 
 def engine_for(**target: object) -> Engine:
-    details = {"target": {"words": "a GPU", **target}, "key": {"options": {"version_compatible": True}}}
+    details = {
+        "target": {"words": "a GPU", **target},
+        "key": {"options": {"version_compatible": True}},
+        "profiles": [{"min": [1, 3, 16, 16], "opt": [1, 3, 64, 64], "max": [4, 3, 128, 128]}],
+    }
     manifest = Manifest(kind="engine", sha256="0" * 64, details=details, versions={"tensorrt": "10.16.1.11"})
     return Engine(Path("e.plan"), b"", manifest)
 
