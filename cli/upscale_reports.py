@@ -31,10 +31,9 @@ def folder_document(report: "FolderReport", output: Path, progress: RichProgress
     """Print what happened to a folder, and return it as JSON values."""
     for name, error in report.failed.items():
         warning_line(f"{name}: {error}")
-    repaired: dict[str, int] = {}
+    repaired: Counter[str] = Counter()
     for made in report.made.values():
-        for fault, count in made.tally.repaired.items():
-            repaired[fault] = repaired.get(fault, 0) + count
+        repaired.update(made.tally.repaired)
     _warn_repaired(repaired)
     lost = Counter(note for made in report.made.values() for note in made.notes)
     for note, count in lost.items():

@@ -25,7 +25,7 @@ from srdeploy.core.imaging.read import Picture, read_image, unread_files
 from srdeploy.core.progress import SILENT, Advance, Progress
 from srdeploy.upscale.image_report import ImageReport
 from srdeploy.upscale.image_writer import check_quality, write_image
-from srdeploy.upscale.read_compute_write import Pipeline
+from srdeploy.upscale.read_compute_write import Pipeline, no_seconds
 from srdeploy.upscale.scale.folder_journal import FolderJournal, RunFacts
 from srdeploy.upscale.scale.shards import Shard
 from srdeploy.upscale.scale.targets import Target, find_targets
@@ -59,7 +59,7 @@ class FolderReport:
     failed: dict[str, SrdeployError] = field(default_factory=dict)
     unread: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
-    stage_seconds: dict[str, float] = field(default_factory=lambda: {"decode": 0.0, "compute": 0.0, "encode": 0.0})
+    stage_seconds: dict[str, float] = field(default_factory=no_seconds)
     workers: int = 0
 
     def add(self, other: "FolderReport") -> None:

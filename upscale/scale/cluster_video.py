@@ -163,8 +163,7 @@ class _Driver:
             return
         for name, seconds in outcome.stage_seconds.items():
             self.report.stage_seconds[name] += seconds
-        for fault, count in outcome.repaired.items():
-            self.report.repaired[fault] = self.report.repaired.get(fault, 0) + count
+        self.report.repaired.update(outcome.repaired)
         self.report.mode = outcome.mode
         if outcome.segment is not None:
             self.plan.parts.add(outcome.segment)

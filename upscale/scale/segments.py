@@ -3,18 +3,18 @@
 import contextlib
 import itertools
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from srdeploy.upscale.read_compute_write import Pipeline
+from srdeploy.upscale.read_compute_write import Pipeline, no_seconds
 from srdeploy.upscale.upscaler import Upscaler
 from srdeploy.upscale.video.encoding import Encoding
 from srdeploy.upscale.video.parts import Segment
 from srdeploy.upscale.video.reader import Frame, VideoReader
 from srdeploy.upscale.video.segment import OpenSegment, open_segment
+from srdeploy.upscale.video.stages import computed, decoded
 from srdeploy.upscale.video.survey import Survey
 
 
@@ -53,7 +53,7 @@ class SegmentOutcome:
     segment: Segment | None = None
     found: bool = True
     stage_seconds: dict[str, float] = field(default_factory=dict)
-    repaired: dict[str, int] = field(default_factory=dict)
+    repaired: Counter[str] = field(default_factory=Counter)
     mode: str = ""
 
 
@@ -87,12 +87,12 @@ class _Run:
     reader: VideoReader
     path: Path
     segment: OpenSegment | None = None
-    seconds: dict[str, float] = field(default_factory=lambda: {"decode": 0.0, "compute": 0.0, "encode": 0.0})
-    repaired: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=no_seconds)
+    repaired: Counter[str] = field(default_factory=Counter)
 
     def run(self, number: int) -> SegmentOutcome:
         info = self.reader.info
-        Pipeline(self._read(number), self._compute, self._write).run()
+        Pipeline(decoded(self._frames(number), self.seconds), self._compute, self._write).run()
         segment, self.segment = self.segment, None
         return SegmentOutcome(
             segment=None if segment is None else segment.finish(),
@@ -101,28 +101,15 @@ class _Run:
             mode=self.up.decide(info.height, info.width).reason,
         )
 
-    def _read(self, number: int) -> Iterator[Frame]:
+    def _frames(self, number: int) -> Iterator[Frame]:
         start = number * self.job.segment_frames
         stop = start + self.job.segment_frames
         if self.job.seek and start:
-            frames = self.reader.frames_between(start, stop)
-        else:
-            frames = itertools.islice(self.reader.frames(skip=start), stop - start)
-        while True:
-            started = time.monotonic()
-            frame = next(frames, None)
-            self.seconds["decode"] += time.monotonic() - started
-            if frame is None:
-                return
-            yield frame
+            return self.reader.frames_between(start, stop)
+        return itertools.islice(self.reader.frames(skip=start), stop - start)
 
     def _compute(self, frame: Frame) -> Frame:
-        started = time.monotonic()
-        pixels, report = self.up.upscale(frame.pixels)
-        for fault, count in report.tally.repaired.items():
-            self.repaired[fault] = self.repaired.get(fault, 0) + count
-        self.seconds["compute"] += time.monotonic() - started
-        return Frame(np.ascontiguousarray(pixels), frame.pts, frame.duration)
+        return computed(self.up, frame, self.seconds, self.repaired)
 
     def _write(self, frame: Frame) -> None:
         started = time.monotonic()

@@ -148,9 +148,7 @@ class Worker:
         """
 
         def run() -> ChunkOutcome:
-            up = self._opened(None)
-            if up is None:
-                raise CapabilityError(f"{platform.node()} does not have the model any more")
+            up = self._network()
             if self._journal is None:
                 run = replace(job.run, key=folder_key(up.identity, job.options), device=up.info.device)
                 self._journal = FolderJournal(job.output, run)
@@ -173,12 +171,16 @@ class Worker:
         """
 
         def run() -> SegmentOutcome:
-            up = self._opened(None)
-            if up is None:
-                raise CapabilityError(f"{platform.node()} does not have the model any more")
-            return upscale_segment(up, job, number, path)
+            return upscale_segment(self._network(), job, number, path)
 
         return _answer(run)
+
+    def _network(self) -> Upscaler:
+        """Return the network, which a worker that was started again has to open first."""
+        up = self._opened(None)
+        if up is None:
+            raise CapabilityError(f"{platform.node()} does not have the model any more")
+        return up
 
     def _opened(self, package: bytes | None) -> Upscaler | None:
         options = self._options

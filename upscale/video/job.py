@@ -7,23 +7,23 @@ the folder is removed. Memory does not grow with the length of the video.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from srdeploy.core.artifact import atomic_file
 from srdeploy.core.errors import InputError
 from srdeploy.core.progress import SILENT, Progress
-from srdeploy.upscale.read_compute_write import Pipeline
+from srdeploy.upscale.read_compute_write import Pipeline, no_seconds
 from srdeploy.upscale.upscaler import Upscaler
 from srdeploy.upscale.video.plan import VideoOptions as VideoOptions
 from srdeploy.upscale.video.plan import VideoPlan, check_video_output
 from srdeploy.upscale.video.reader import Frame, VideoReader
 from srdeploy.upscale.video.segment import OpenSegment, open_segment
+from srdeploy.upscale.video.stages import computed, decoded
 
 
 @dataclass
@@ -44,8 +44,8 @@ class VideoReport:
     frames: int = 0
     resumed: int = 0
     seconds: float = 0.0
-    stage_seconds: dict[str, float] = field(default_factory=lambda: {"decode": 0.0, "compute": 0.0, "encode": 0.0})
-    repaired: dict[str, int] = field(default_factory=dict)
+    stage_seconds: dict[str, float] = field(default_factory=no_seconds)
+    repaired: Counter[str] = field(default_factory=Counter)
     mode: str = ""
     encoding: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -63,7 +63,7 @@ class VideoReport:
             "seconds": round(self.seconds, 3),
             "frames_per_second": round(self.frames_per_second, 3),
             "stage_seconds": {name: round(value, 3) for name, value in self.stage_seconds.items()},
-            "tiles_run_again": self.repaired,
+            "tiles_run_again": dict(self.repaired),
             "mode": self.mode,
             "encoding": self.encoding,
             "notes": list(self.notes),
@@ -143,7 +143,8 @@ class _VideoJob:
             rate = _Rate(advance)
             with ThreadPoolExecutor(max_workers=1, thread_name_prefix="srdeploy-finish") as finisher:
                 try:
-                    Pipeline(self._read(), self._compute, lambda frame: self._write(frame, finisher, rate)).run()
+                    frames = decoded(self.plan.reader.frames(skip=self.parts.frames), self.report.stage_seconds)
+                    Pipeline(frames, self._compute, lambda frame: self._write(frame, finisher, rate)).run()
                     self._end_segment(finisher)
                     self._wait_for_finishing()
                 finally:
@@ -154,23 +155,8 @@ class _VideoJob:
         self.report.frames = self.parts.frames
         return self.report
 
-    def _read(self) -> Iterator[Frame]:
-        frames = self.plan.reader.frames(skip=self.parts.frames)
-        while True:
-            started = time.monotonic()
-            frame = next(frames, None)
-            self.report.stage_seconds["decode"] += time.monotonic() - started
-            if frame is None:
-                return
-            yield frame
-
     def _compute(self, frame: Frame) -> Frame:
-        started = time.monotonic()
-        pixels, report = self.up.upscale(frame.pixels)
-        for fault, count in report.tally.repaired.items():
-            self.report.repaired[fault] = self.report.repaired.get(fault, 0) + count
-        self.report.stage_seconds["compute"] += time.monotonic() - started
-        return Frame(np.ascontiguousarray(pixels), frame.pts, frame.duration)
+        return computed(self.up, frame, self.report.stage_seconds, self.report.repaired)
 
     def _write(self, frame: Frame, finisher: ThreadPoolExecutor, rate: "_Rate") -> None:
         started = time.monotonic()
