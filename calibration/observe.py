@@ -221,6 +221,9 @@ def run_outputs(
     threads: int | None = None,
 ) -> Iterator[dict[str, NDArray[np.float32]]]:
     """Run a graph over images and yield some of its tensors per image: only for few tensors or small images."""
+    if not tensors:
+        yield from ({} for _ in batches)
+        return
     session = cpu_session(up_to(model, tensors), threads=threads, arithmetic="float")
     for batch in batches:
         yield dict(zip(tensors, session.run(list(tensors), {INPUT: batch}), strict=True))

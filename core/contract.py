@@ -118,10 +118,10 @@ class ModelContract:
     form: GraphForm = PLAIN
 
     @property
-    def profile(self) -> ShapeProfile | None:
-        """The one shape that a static graph takes, as a profile; None for a graph of free sizes."""
+    def profiles(self) -> tuple[ShapeProfile, ...]:
+        """The one shape that a static graph takes, as a profile; empty for a graph of free sizes."""
         shape = self.form.shape
-        return None if shape is None else ShapeProfile(shape, shape, shape)
+        return () if shape is None else (ShapeProfile(shape, shape, shape),)
 
     @property
     def channels(self) -> int:

@@ -7,7 +7,7 @@ They are derived here, once, for float, typed and quantized graphs.
 
 import functools
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -203,14 +203,19 @@ def add_outputs(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelPro
     return copy
 
 
+def needed_nodes(nodes: Sequence[onnx.NodeProto], tensors: Iterable[str]) -> list[onnx.NodeProto]:
+    """Return the nodes that some tensors are computed by, in order."""
+    needed, found = set(tensors), []
+    for node in reversed(nodes):
+        if needed.intersection(node.output):
+            found.append(node)
+            needed.update(node.input)
+    return found[::-1]
+
+
 def up_to(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
     """Return the part of a model that computes some of its tensors, which become its only outputs."""
-    needed, nodes = set(tensors), []
-    for node in reversed(model.graph.node):
-        if needed.intersection(node.output):
-            nodes.append(node)
-            needed.update(node.input)
-    part = replace_nodes(model, reversed(nodes), [])
+    part = replace_nodes(model, needed_nodes(model.graph.node, tensors), [])
     del part.graph.output[:]
     part.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(tensors))
     return part

@@ -1,10 +1,9 @@
 """Means and covariances of what layers read on real images, in the original graph and in the compressed one."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from srdeploy.calibration.compress.factors import Array
@@ -66,8 +65,8 @@ def collect_moments(
     random = np.random.default_rng(seed)
     tensors = [name for name in dict.fromkeys(layer.input for layer in layers) if name != INPUT]
     sums: dict[str, _Sums] = {}
-    others = _maps(other.model, tensors, batches) if other is not None else None
-    for batch, maps in zip(batches, _maps(original.model, tensors, batches), strict=True):
+    others = run_outputs(other.model, tensors, batches) if other is not None else None
+    for batch, maps in zip(batches, run_outputs(original.model, tensors, batches), strict=True):
         changed = maps if others is None else next(others)
         for layer in layers:
             pair = [batch if layer.input == INPUT else found[layer.input] for found in (maps, changed)]
@@ -120,9 +119,3 @@ class _Sums:
             covariance=self.square / self.count - np.outer(z, z),
             windows=self.count,
         )
-
-
-def _maps(
-    model: onnx.ModelProto, tensors: Sequence[str], batches: Sequence[NDArray[np.float32]]
-) -> Iterator[Mapping[str, NDArray[np.float32]]]:
-    return run_outputs(model, tensors, batches) if tensors else iter([{}] * len(batches))

@@ -8,7 +8,7 @@ This is the method of Frantar et al., "GPTQ", ICLR 2023, and "Optimal Brain Comp
 is left to bias correction, so the covariance is about the mean.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -91,7 +91,7 @@ def collect_covariances(
             random = np.random.default_rng(seed)
             moments: dict[str, list[_Moments]] = {}
             tensors = [name for name in dict.fromkeys(layer.input for layer in members) if name != INPUT]
-            for batch, maps in zip(batches, _maps(graph, tensors, batches), strict=True):
+            for batch, maps in zip(batches, run_outputs(graph.model, tensors, batches), strict=True):
                 for layer in members:
                     values = batch if layer.input == INPUT else maps[layer.input]
                     height, width = graph.initializers[layer.weight].dims[2:]
@@ -229,9 +229,3 @@ def _passes(graph: Graph, layers: Sequence[Layer]) -> Iterator[list[Layer]]:
         held += size
     if members:
         yield members
-
-
-def _maps(
-    graph: Graph, tensors: Sequence[str], batches: Iterable[NDArray[np.float32]]
-) -> Iterator[Mapping[str, NDArray[np.float32]]]:
-    return run_outputs(graph.model, tensors, batches) if tensors else ({} for _ in batches)

@@ -128,7 +128,7 @@ class NcnnRunner:
             contract=contract,
             numeric_mode="FP32",
             threads=threads,
-            profiles=() if contract.profile is None else (contract.profile,),
+            profiles=contract.profiles,
             versions=versions(),
             built=engine.built,
         )

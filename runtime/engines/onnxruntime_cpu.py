@@ -173,7 +173,7 @@ class OnnxRuntimeRunner:
             contract=contract,
             numeric_mode=_numeric_mode(contract, built),
             threads=threads or cpu_count(),
-            profiles=() if contract.profile is None else (contract.profile,),
+            profiles=contract.profiles,
             versions=versions(),
             built=built,
         )

@@ -107,7 +107,7 @@ class Provider:
 
         runtime = import_extra("onnxruntime", "gpu")
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        profile = graph.contract.profile
+        profile = next(iter(graph.contract.profiles), None)
         if profile is None and self is TENSORRT:
             profile = _profile(graph, device)
         options = provider_options(self, device, stream.cuda_stream, profile)

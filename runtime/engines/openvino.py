@@ -189,7 +189,7 @@ class OpenVinoRunner:
             contract=contract,
             numeric_mode=_numeric_mode(compiled, contract, built, native),
             threads=threads or cpu_count(),
-            profiles=() if contract.profile is None else (contract.profile,),
+            profiles=contract.profiles,
             versions=versions(),
             built=built,
         )

@@ -118,8 +118,8 @@ def build_engine(
     started = time.perf_counter()
     with atomic_files(output, manifest_path(output), force=force) as (engine_file, sidecar_file):
         graph = read_graph(onnx)
-        if graph.contract.profile is not None and not options.profiles and "profiles" not in module.REFUSED_OPTIONS:
-            options = replace(options, profiles=(graph.contract.profile,))  # a static graph has no other
+        if not options.profiles and "profiles" not in module.REFUSED_OPTIONS:
+            options = replace(options, profiles=graph.contract.profiles)  # a static graph has no other
         key = engine_key(graph, engine, options)
         data, manifest, lookup = _cached_or_built(chosen, module, graph, options, key, progress)
         engine_file.write_bytes(data)

@@ -90,10 +90,10 @@ def _check_profiles(graph: GraphFile, profiles: tuple[ShapeProfile, ...]) -> Non
             "the engine needs shapes",
             expected="--min-shape, --opt-shape and --max-shape, or --profile-images FOLDER",
         )
-    channels, static = graph.contract.channels, graph.contract.profile
+    channels, static = graph.contract.channels, graph.contract.profiles
     for profile in profiles:
-        if static not in (None, profile):
-            raise UsageError(f"profile {profile} of a static graph", expected=f"{format_shape(static.max)} alone")
+        if static and profile not in static:
+            raise UsageError(f"profile {profile} of a static graph", expected=f"{format_shape(static[0].max)} alone")
         if profile.min[1] != channels:
             raise UsageError(f"profile {profile} has {profile.min[1]} channels", expected=f"{channels}, as the graph")
         if min(profile.min[2:]) < graph.contract.min_size:

@@ -11,14 +11,14 @@ it is two kernels for images of any size: one with a thread block per row and hi
 same up to the order of the FP32 sums, and the means are not rounded to FP16 in between.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from srdeploy.core.onnx_graph import GLOBAL_POOLS, attribute, opset_of, replace_nodes
+from srdeploy.core.onnx_graph import GLOBAL_POOLS, attribute, needed_nodes, opset_of, replace_nodes
 
 MAX_PRODUCTS = 1024
 """Maps times hidden values: 64 maps and 16 values. Every value reads all maps again, and the kernels count their
@@ -51,7 +51,7 @@ def weight_rows(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
         changed += 1
     if not changed:
         return model, 0
-    read = _without_unread(nodes, {entry.name for entry in model.graph.output})
+    read = needed_nodes(nodes, [entry.name for entry in model.graph.output])
     return replace_nodes(model, read, constants), changed
 
 
@@ -121,14 +121,3 @@ def _sums(
     add("Reshape", [result, constant("shape", np.array([0, hidden, 1, 1]))], "hidden")
     nodes[-1].output[0] = node.output[0]
     return nodes, constants
-
-
-def _without_unread(nodes: Iterable[onnx.NodeProto], outputs: set[str]) -> list[onnx.NodeProto]:
-    """Return the nodes, without those whose values nothing reads, in order."""
-    read = set(outputs)
-    kept = []
-    for node in reversed(list(nodes)):
-        if read & set(node.output):
-            kept.append(node)
-            read.update(node.input)
-    return kept[::-1]
