@@ -3,7 +3,7 @@
 import shutil
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +45,27 @@ def srdeploy(capsys: pytest.CaptureFixture[str]) -> Command:
         return Outcome(code, captured.out, captured.err)
 
     return command
+
+
+@pytest.fixture(scope="module")
+def module_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Share an empty engine cache between the fixtures and tests of a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SRDEPLOY_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def write_waves(folder: Path, height: int, width: int, *, dark_corner: bool = False) -> Path:
+    """Write eight smooth, colorful pictures: waves of several directions, with an edge."""
+    y, x = np.mgrid[0:height, 0:width] / 16.0
+    for index in range(8):
+        waves = [np.sin(x * (0.3 + index * 0.2) + c) + np.cos(y * (0.5 + 0.3 * c) - index) for c in range(3)]
+        pixels = 127 + 55 * np.stack(waves, axis=-1)
+        pixels[:, 48 + index :] *= 0.6
+        if dark_corner:
+            pixels[:8, :8] = 0
+        Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(folder / f"photo{index}.png")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,8 @@
 """compress, and deploy --compress: another network, said so everywhere, within one bound."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,6 +17,8 @@ from srdeploy.runtime.bench.turns import Effort
 from srdeploy.runtime.bundle import read_bundle
 from srdeploy.runtime.report.write import read_report
 
+from .conftest import write_waves
+
 CHECKPOINTS = Path(__file__).parents[1] / "data" / "checkpoints"
 SRDENSENET = CHECKPOINTS / "yjn870_srdensenet_x4" / "srdensenet_x4.pth"
 BRIEF = Effort(warmup_runs=1, warmup_seconds=0.0, min_runs=5, max_runs=5, seconds=0.01)
@@ -26,24 +26,13 @@ DROP = "0.2"
 OTHER_BLOCKS = [f"dense_blocks.{index}" for index in range(1, 8)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SRDEPLOY_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("module_cache")
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight smooth pictures of 128x96 pixels with an edge."""
-    folder = tmp_path_factory.mktemp("photos")
-    y, x = np.mgrid[0:96, 0:128] / 16.0
-    for index in range(8):
-        waves = [np.sin(x * (0.3 + index * 0.2) + c) + np.cos(y * (0.5 + 0.3 * c) - index) for c in range(3)]
-        pixels = 127 + 55 * np.stack(waves, axis=-1)
-        pixels[:, 48 + index :] *= 0.6
-        Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(folder / f"photo{index}.png")
-    return folder
+    return write_waves(tmp_path_factory.mktemp("photos"), 96, 128)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from srdeploy.cli.console import RichProgress
 from srdeploy.cli.main import run
@@ -27,30 +26,20 @@ from srdeploy.runtime.bundle import Bundle, choose_engine, read_bundle
 from srdeploy.runtime.report.write import read_report
 from srdeploy.upscale.upscaler import Upscaler
 
+from .conftest import write_waves
+
 CHECKPOINTS = Path(__file__).parents[1] / "data" / "checkpoints"
 RCAN = CHECKPOINTS / "yulunzhang_rcan_x2" / "RCAN_BIX2.pt"
 SMALL = ("--size", "24x32", "--threads", "1")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_engine_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SRDEPLOY_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("module_cache")
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight smooth, colourful pictures of 96x80 pixels: waves of several directions, with an edge and a dark corner."""
-    folder = tmp_path_factory.mktemp("photos")
-    y, x = np.mgrid[0:80, 0:96] / 16.0
-    for index in range(8):
-        waves = [np.sin(x * (0.3 + index * 0.2) + c) + np.cos(y * (0.5 + 0.3 * c) - index) for c in range(3)]
-        pixels = 127 + 55 * np.stack(waves, axis=-1)
-        pixels[:, 48 + index :] *= 0.6
-        pixels[:8, :8] = 0
-        Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(folder / f"photo{index}.png")
-    return folder
+    """Eight smooth, colorful pictures of 96x80 pixels: waves of several directions, with an edge and a dark corner."""
+    return write_waves(tmp_path_factory.mktemp("photos"), 80, 96, dark_corner=True)
 
 
 @pytest.fixture(scope="module")

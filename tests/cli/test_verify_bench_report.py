@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,7 @@ RCAN = CHECKPOINTS / "yulunzhang_rcan_x2" / "RCAN_BIX2.pt"
 THREADS = ("--threads", "1")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_engine_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SRDEPLOY_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("module_cache")
 
 
 @pytest.fixture(scope="module")

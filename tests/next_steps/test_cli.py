@@ -88,18 +88,32 @@ def test_the_next_command_after_a_build_for_other_machines(user: User) -> None:
 
 
 @pytest.mark.advice("cli/compress.py:_next", "next: srdeploy quantize")
-@pytest.mark.advice("cli/inspect.py:_compression", "more layers; all of them with --json")
-def test_the_next_command_after_compression(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_command_after_compression(user: User) -> None:
     thin_network()
     command = user.next("compress thin.onnx --images photos --target tensorrt --max-psnr-drop 3 --threads 1 -o a.onnx")
-    monkeypatch.setattr("srdeploy.cli.inspect._LAYERS_SHOWN", 0)
 
     user.runs(command)
-    user.runs("inspect a.onnx")
-    assert '"error_share"' in user.runs("inspect a.onnx --json")
 
 
 DEPLOY = "deploy good.pt --images photos --size 24x24 --threads 1"
+
+
+@pytest.mark.advice("cli/inspect.py:_compression", " more layers; all of them with --json")
+@pytest.mark.advice("cli/pipeline/engines.py:checked_placements", "add, for example, --max-psnr-drop 0.02")
+def test_compressed_graphs(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
+    thin_network()
+    user.runs("compress thin.onnx --images photos --target tensorrt --max-psnr-drop 3 --time-budget 5 --threads 1 "
+              "-o small.onnx")  # fmt: skip
+    monkeypatch.setattr("srdeploy.cli.inspect._LAYERS_SHOWN", 0)  # the network has few layers
+
+    printed = user.runs("inspect small.onnx")
+    more = re.search(r"and (\d+) more layers", printed)
+    assert more is not None
+    document = user.runs("inspect small.onnx --json")
+    assert document.count('"error_share"') == int(more[1])
+    line = user.refused(f"{DEPLOY} --device cpu --engine onnxruntime --compress -o a.srd")
+    bound = line.rpartition("for example, ")[2]
+    user.runs(f"{DEPLOY} --device cpu --engine onnxruntime --compress {bound} -o a.srd")
 
 
 @pytest.mark.advice("cli/deploy.py:command", "next: srdeploy upscale")
@@ -174,7 +188,6 @@ def test_options_that_do_not_apply(user: User) -> None:
 )
 @pytest.mark.advice("cli/pipeline/engines.py:_placements", "add --device cpu, or choose another engine")
 @pytest.mark.advice("cli/pipeline/engines.py:_devices", "remove --device auto")
-@pytest.mark.advice("cli/pipeline/engines.py:checked_placements", "add, for example, --max-psnr-drop 0.02")
 @pytest.mark.advice("cli/pipeline/engines.py:_default_placements", "to see what this machine lacks: srdeploy doctor")
 def test_options_of_deploy(user: User) -> None:
     """The deployment above has the advised --device cpu."""
@@ -184,8 +197,6 @@ def test_options_of_deploy(user: User) -> None:
     user.refused(f"{fitting} --compute-capability 8.9 -o a.srd")
     user.refused(f"{fitting} --device cuda -o a.srd")
     user.refused(f"{fitting} --device auto --device cpu -o a.srd")
-    line = user.refused(f"{fitting} --compress -o a.srd")
-    user.runs(f"{fitting} --compress {line.rpartition('for example, ')[2]} -o small.srd")
     message = user.refused(f"{DEPLOY} --device cuda -o a.srd")
     user.runs(message.rpartition(": ")[2])
 
@@ -195,7 +206,7 @@ def test_options_of_deploy(user: User) -> None:
 def test_no_engine_is_installed(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
     """tests/test_extras.py runs pip on the extra."""
     with monkeypatch.context() as patch:
-        for module in ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"):
+        for module in ("onnxruntime", "openvino", "ncnn", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"):
             patch.setitem(sys.modules, module, None)
         user.refused(f"{DEPLOY} -o a.srd")
         user.types("doctor")

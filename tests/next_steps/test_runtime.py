@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 from next_steps.conftest import SMALL, User
 from next_steps.inventory import ROOT
-from next_steps.test_calibration import changed_weights, thin_network
+from next_steps.test_calibration import changed_weights
 
-from srdeploy.cli import inspect as inspect_verb
 from srdeploy.cli.verify import _refuse_failures
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import (
@@ -454,24 +453,3 @@ def test_a_graph_of_a_newer_opset(user: User) -> None:
     assert advised is not None
     user.runs(f"export good.pt {advised[0]} -o older.onnx")
     assert flat_model(read_graph(Path("older.onnx"))).opset_import[0].version <= 20
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Compression
-
-
-@pytest.mark.advice("cli/inspect.py:_compression", " more layers; all of them with --json")
-@pytest.mark.advice("cli/pipeline/engines.py:checked_placements", "add, for example, --max-psnr-drop 0.02")
-def test_compressed_graphs(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
-    thin_network()
-    user.runs("compress thin.onnx --images photos --target tensorrt --max-psnr-drop 3 --time-budget 5 --threads 1 "
-              "-o small.onnx")  # fmt: skip
-    monkeypatch.setattr(inspect_verb, "_LAYERS_SHOWN", 0)  # the network has few layers
-
-    printed = user.runs("inspect small.onnx")
-    more = re.search(r"and (\d+) more layers", printed)
-    assert more is not None
-    document = user.runs("inspect small.onnx --json")
-    assert document.count('"error_share"') == int(more[1])
-    user.refused(f"{DEPLOY} --engine onnxruntime --compress -o a.srd")
-    user.runs(f"{DEPLOY} --engine onnxruntime --compress --max-psnr-drop 0.02 -o a.srd")
