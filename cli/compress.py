@@ -9,7 +9,9 @@ from srdeploy.cli.options import (
     BYTES,
     EXISTING,
     FORCE,
+    HR,
     JSON,
+    MAX_WORST_DROP,
     MEMORY,
     OUTPUT_PATH,
     POSITIVE,
@@ -46,9 +48,7 @@ class CompressVerbOptions:
     max_psnr_drop: float = option(
         "--max-psnr-drop", type=float, help="Maximum loss of Y PSNR in dB, the mean of held-out images."
     )
-    max_worst_drop: float | None = option(
-        "--max-worst-drop", type=float, default=None, help="Maximum loss of Y PSNR in dB of the worst held-out image."
-    )
+    max_worst_drop: float | None = option("--max-worst-drop", type=float, default=None, help=MAX_WORST_DROP)
     target: Target = option(
         "--target",
         type=EnumChoice(list(Target)),
@@ -60,7 +60,7 @@ class CompressVerbOptions:
     hr: bool = option(
         "--hr",
         default=False,
-        help="The images are high resolution: inputs are made from them, and they are the ground truth.",
+        help=HR,
     )
     seed: int = option("--seed", type=int, default=0, show_default=True, help="Seed of the choice of crops.")
     skip_bad: bool = option("--skip-bad", default=False, help="Use the rest when some images cannot be used.")

@@ -32,6 +32,8 @@ JSON = "Print one JSON document on stdout."
 FORCE = "Replace an existing output."
 DEVICE = "auto, cpu, cuda or cuda:N."
 THREADS = "CPU threads; default: all."
+HR = "The images are high resolution: inputs are made from them, and they are the ground truth."
+MAX_WORST_DROP = "Maximum loss of Y PSNR in dB of the worst held-out image."
 MEMORY = "Memory that the work may take, such as 8GiB; default: half of what is free."
 
 _KEY = "command line"

@@ -11,7 +11,9 @@ from srdeploy.cli.options import (
     BYTES,
     EXISTING,
     FORCE,
+    HR,
     JSON,
+    MAX_WORST_DROP,
     MEMORY,
     OUTPUT_PATH,
     POSITIVE,
@@ -68,7 +70,7 @@ class QuantizeVerbOptions:
     hr: bool = option(
         "--hr",
         default=False,
-        help="The images are high resolution: inputs are made from them, and they are the ground truth.",
+        help=HR,
     )
     crops: int | None = option(
         "--crops",
@@ -88,9 +90,7 @@ class QuantizeVerbOptions:
         default=None,
         help="Maximum loss of Y PSNR in dB; layers leave INT8 until it is kept.",
     )
-    max_worst_drop: float | None = option(
-        "--max-worst-drop", type=float, default=None, help="Maximum loss of Y PSNR in dB of the worst held-out image."
-    )
+    max_worst_drop: float | None = option("--max-worst-drop", type=float, default=None, help=MAX_WORST_DROP)
     reference: Path | None = option(
         "--reference",
         type=EXISTING,

@@ -76,7 +76,7 @@ def finish(
         fp16=(work.folder / FP16_ONNX).exists(),
         compression=work.compression,
     )
-    document = _write_report(work, kept, checkpoint, calibration, verdicts, benches, lines)
+    document = _write_report(work, kept, contract, checkpoint, calibration, verdicts, benches, lines)
     (work.folder / CARD).write_text(model_card(document), encoding="utf-8")
     write_reproduce_script(work.folder / "reproduce.sh", lines, versions=versions)
     left_out = tuple(entry for entry, _, _ in work.left_out)
@@ -174,6 +174,7 @@ def _rank(candidate: Candidate, benches: Sequence[BenchResult]) -> tuple[bool, f
 def _write_report(
     work: Work,
     kept: Sequence[Candidate],
+    contract: ModelContract,
     checkpoint: LoadedCheckpoint,
     calibration: CalibrationSet,
     verdicts: Verdicts,
@@ -182,7 +183,7 @@ def _write_report(
 ) -> dict[str, Any]:
     document = report_document(
         title=work.options.output.name,
-        contract=_contract(work, checkpoint),
+        contract=contract,
         engines=_entries(work, kept, verdicts),
         bench=benches,
         checkpoint=checkpoint_entry(checkpoint),
@@ -197,7 +198,7 @@ def _write_report(
 
 
 def _entries(work: Work, kept: Sequence[Candidate], verdicts: Verdicts) -> list[EngineEntry]:
-    """Return the report's lines: engines, graphs that were verified in place of one, and what was left out."""
+    """Return the report's lines: engines, graphs that were verified in place of one, and what was excluded."""
     entries = [_entry(work.folder, candidate, verdicts) for candidate in kept]
     for name, onnx in verdicts.graphs.items():
         path, verdict = work.folder / onnx, verdicts.by_name[name]

@@ -117,7 +117,7 @@ def quantize_all(
     calibration: CalibrationSet,
     report: list[str],
 ) -> list[Candidate]:
-    """Make the graph of every precision that some engine needs; one that misses its gate is left out."""
+    """Make the graph of every precision that some engine needs; one that misses its gate is excluded."""
     candidates = candidates_for(placements)
     refused: dict[str, SrdeployError] = {}
     graphs = graphs_to_quantize(candidates, fp16=True)
@@ -206,7 +206,7 @@ def _search(onnx: str, bound_db: float, choice: Choice) -> dict[str, Any]:
 def build_all(
     work: Work, candidates: Sequence[Candidate], checkpoint: LoadedCheckpoint, report: list[str]
 ) -> list[Candidate]:
-    """Build every candidate's engine; one that fails is left out."""
+    """Build every candidate's engine; one that fails is excluded."""
     (work.folder / "engines").mkdir()
     profile = work.options.profile(checkpoint.contract())
     built = []

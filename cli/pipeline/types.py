@@ -13,6 +13,7 @@ from srdeploy.cli.options import (
     BYTES,
     EXISTING,
     FORCE,
+    HR,
     JSON,
     MEMORY,
     OUTPUT_PATH,
@@ -61,7 +62,7 @@ class DeployOptions:
     hr: bool = option(
         "--hr",
         default=False,
-        help="The images are high resolution: inputs are made from them, and they are the ground truth.",
+        help=HR,
     )
     evaluate: Path | None = option(
         "--evaluate",
@@ -199,7 +200,7 @@ class Outcome:
         verdicts: by candidate or graph name, of what ran here.
         benches: latencies, one result per device; empty when no engine can run here.
         seconds: wall time by stage.
-        exit_code: 0, or the code of the first engine that was left out and is not optional.
+        exit_code: 0, or the code of the first engine that was excluded and is not optional.
     """
 
     bundle: Path
@@ -249,7 +250,7 @@ class Work:
 
     @property
     def exit_code(self) -> int:
-        """0, or the code of the first engine that was left out and is not optional."""
+        """0, or the code of the first engine that was excluded and is not optional."""
         return next((code for entry, _, code in self.left_out if entry.precision not in OPTIONAL), 0)
 
     def leave_out(self, candidate: Candidate, stage: str, reason: str, exit_code: int) -> None:

@@ -158,7 +158,7 @@ def _tuned_shape(bundle: Bundle, profiles: Sequence[ShapeProfile]) -> Shape:
 def _copy_plans(bundle: Bundle, model: _Served, folder: Path) -> tuple[dict[str, Engine], list[str]]:
     """Copy the plans of a model, one per compute capability; return them by file name, with notes.
 
-    Triton has one configuration for all plans of a model, so plans of other profiles than the first's are left out.
+    Triton has one configuration for all plans of a model, so plans of other profiles than the first's are excluded.
     """
     plans: dict[str, Engine] = {}
     notes: list[str] = []
