@@ -222,7 +222,7 @@ def _zipped(entries: list[tuple[str, bytes]], compression: int = zipfile.ZIP_STO
         warnings.simplefilter("ignore")  # two entries of one name are the point
         with zipfile.ZipFile(stream, "w", compression) as archive:
             for name, content in entries:
-                archive.writestr(name, content)
+                archive.writestr(zipfile.ZipInfo(name), content, compression)  # without the time of day
     return stream.getvalue()
 
 

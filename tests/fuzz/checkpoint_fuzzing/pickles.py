@@ -154,12 +154,12 @@ def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 def zip_file(root: Any, storages: tuple[Values, ...] = (), *, compression: int = zipfile.ZIP_STORED) -> bytes:
     """Return what torch.save has written since 1.6."""
     stream = io.BytesIO()
+    entries: dict[str, str | bytes] = {"archive/data.pkl": pickled(root), "archive/byteorder": "little"}
+    entries |= {f"archive/data/{storage.key}": storage.data() for storage in storages}
+    entries["archive/version"] = "3\n"
     with zipfile.ZipFile(stream, "w", compression) as archive:
-        archive.writestr("archive/data.pkl", pickled(root))
-        archive.writestr("archive/byteorder", "little")
-        for storage in storages:
-            archive.writestr(f"archive/data/{storage.key}", storage.data())
-        archive.writestr("archive/version", "3\n")
+        for name, content in entries.items():
+            archive.writestr(zipfile.ZipInfo(name), content, compression)  # without the time of day
     return stream.getvalue()
 
 
