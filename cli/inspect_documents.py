@@ -24,6 +24,7 @@ def document_of(path: Path, options: CheckpointOptions, progress: Progress) -> d
         UsageError: options that do not fit the checkpoint.
     """
     from srdeploy.models.checkpoint import is_distributed
+    from srdeploy.models.checkpoint.filebytes import step_into
     from srdeploy.runtime.bundle import is_bundle
     from srdeploy.runtime.engines.registry import is_engine
 
@@ -32,7 +33,9 @@ def document_of(path: Path, options: CheckpointOptions, progress: Progress) -> d
     if path.is_dir():
         if not is_bundle(path):
             raise InputError(
-                f"{path} is a folder without a manifest.json", expected="a file, a bundle or a distributed checkpoint"
+                f"{path} is a folder without a manifest.json",
+                expected="a file, a bundle or a distributed checkpoint",
+                next_step=step_into(path),
             )
         return bundle_document(path)
     if not path.exists():

@@ -70,6 +70,9 @@ def _open_npz(archive: Archive) -> Container:
 _OTHER_FILES: tuple[tuple[bytes, str, str], ...] = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the file itself", "run: git lfs pull"),
     (b"\x1f\x8b", "is a gzip file", "unpack it first"),
+    (b"\xfd7zXZ", "is an xz file", "unpack it first"),
+    (b"BZh", "is a bzip2 file", "unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "is a Zstandard file", "unpack it first"),
     (
         b"\x93NUMPY",
         "is a NumPy file of one array",
@@ -81,6 +84,7 @@ _OTHER_FILES: tuple[tuple[bytes, str, str], ...] = (
     (b"\xff\xd8\xff", "is a JPEG image", "pass the checkpoint first and images with their own option"),
     (b"7z\xbc\xaf", "is a 7-Zip archive", "unpack it first"),
     (b"Rar!", "is a RAR archive", "unpack it first"),
+    (b"MATLAB 5.0", "is a MATLAB file", "convert its weights to a PyTorch state_dict first"),
 )
 
 

@@ -111,13 +111,19 @@ class FileBytes:
             )
 
 
-def _step_into(folder: Path) -> str:
+def step_into(folder: Path) -> str:
     """Return what to pass instead of a folder."""
     names = sorted(entry.name for entry in folder.iterdir())
     if "zero_to_fp32.py" in names:  # DeepSpeed puts it beside its shards
         return "run the zero_to_fp32.py inside and pass its result"
     if any(name.endswith(".distcp") for name in names):
         return "copy the whole folder again: its .metadata is missing"
+    if any(name.endswith(".safetensors.index.json") for name in names):  # Hugging Face's libraries write it
+        return (
+            "join the shards first: python -c 'import pathlib, sys; from safetensors.torch import load_file, "
+            'save_file; save_file({name: value for part in pathlib.Path(sys.argv[1]).glob("*.safetensors") '
+            "for name, value in load_file(part).items()}, sys.argv[2])' FOLDER weights.safetensors"
+        )
     inside = [name for name in names if name.endswith((".pth", ".pt", ".ckpt", ".tar", ".safetensors", ".npz"))]
     return f"pass the file {shown(folder / inside[0], 200)}" if inside else "pass the checkpoint file itself"
 
@@ -183,7 +189,7 @@ def open_file_bytes(path: Path) -> Iterator[FileBytes]:
     try:
         status = os.fstat(descriptor)
         if stat.S_ISDIR(status.st_mode):
-            raise InputError(f"{path} is a folder", expected="a checkpoint file", next_step=_step_into(path))
+            raise InputError(f"{path} is a folder", expected="a checkpoint file", next_step=step_into(path))
         if not stat.S_ISREG(status.st_mode):
             raise InputError(f"{path} is not a regular file", expected="a checkpoint file")
         if status.st_size == 0:

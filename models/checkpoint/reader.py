@@ -5,6 +5,7 @@
 Nothing here knows RCAN or SRDenseNet; `srdeploy.models.checkpoint.load` passes a function that recognises them.
 """
 
+import contextlib
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -170,7 +171,7 @@ def _metadata(container: Container, found: Found) -> dict[str, Any]:
     """Return the constructor arguments: a dict beside the weights, or JSON text in the safetensors header."""
     text = container.metadata.get("metadata")
     if text is None:
-        return found.metadata or plain_dict(container.metadata)
+        return found.metadata or plain_dict({name: _number(text) for name, text in container.metadata.items()})
     if len(text) > _MAX_METADATA:
         raise RefusedError(f"has {len(text)} characters of metadata", expected=f"at most {_MAX_METADATA}")
     try:
@@ -180,3 +181,11 @@ def _metadata(container: Container, found: Found) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise RefusedError("has metadata that is not a JSON object", next_step="save the weights without it")
     return plain_dict(document)
+
+
+def _number(text: str) -> str | int | float:
+    """Return the number that a text writes, else the text: a safetensors header can hold nothing but texts."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text

@@ -204,12 +204,15 @@ class Survey:
         return shape[axis]
 
     def count(self, name: str, key: Callable[[int], str]) -> int:
-        """Return how many of key(0), key(1), ... are present without a gap.
+        """Return how many of key(0), key(1), ... are present.
 
         Raises:
-            InputError: not even the first is.
+            InputError: one is missing that others follow, or not even the first is there.
         """
         number = self.steps(key)
+        later = next((key(index) for index in range(number + 1, len(self.tensors)) if key(index) in self.tensors), None)
+        if later is not None:
+            raise InputError(f"looks like {self._title}, but {key(number)} is missing and {later} is there")
         if number == 0:
             raise InputError(f"looks like {self._title}, but {key(0)} is missing")
         self.sources[name] = key(0) if number == 1 else f"{key(0)} to {key(number - 1)}"

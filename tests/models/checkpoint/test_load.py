@@ -182,6 +182,15 @@ def test_safetensors_metadata_is_believed_and_checked(tmp_path: Path) -> None:
         load_checkpoint(honest, Choices(activation="relu"))
 
 
+def test_numbers_that_a_safetensors_header_holds_as_texts_are_numbers(tmp_path: Path) -> None:
+    state = {name: tensor.contiguous() for name, tensor in state_of().items()}
+    save_file(state, tmp_path / "net.safetensors", metadata={"format": "pt", "scale": "2", "rgb_range": "1.0"})
+
+    loaded = load_checkpoint(tmp_path / "net.safetensors")
+
+    assert loaded.spec.value_range == 1.0
+
+
 def test_metadata_of_a_strange_kind_is_refused(tmp_path: Path) -> None:
     state = {name: tensor.contiguous() for name, tensor in state_of(replace(CONFIG, mean_shift="none")).items()}
     path = tmp_path / "strange.safetensors"

@@ -57,12 +57,24 @@ def _safetensors(path: Path, step: str) -> tuple[Path, Choices]:
 
 
 def _command(path: Path, step: str) -> tuple[Path, Choices]:
-    """Run the printed command with the file in place of FILE."""
-    matched = re.search(r"python (-c '.*') FILE (\S+)", step)
+    """Run the printed command with the path in place of FILE or FOLDER."""
+    matched = re.search(r"python (-c '.*') (?:FILE|FOLDER) (\S+)", step)
     assert matched is not None
     command = f"{sys.executable} {matched[1]} {path} {matched[2]}"
     subprocess.run(command, shell=True, check=True, cwd=path.parent)
     return path.parent / matched[2], Choices()
+
+
+def _shards(path: Path) -> Path:
+    """Return a folder as Hugging Face's libraries write it: parts, and an index of which tensor is where."""
+    path.mkdir()
+    names = list(STATE)
+    parts = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
+    for part, inside in parts.items():
+        (path / part).write_bytes(save_safetensors({name: STATE[name] for name in inside}))
+    index = {"metadata": {}, "weight_map": {name: part for part, inside in parts.items() for name in inside}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return path
 
 
 def _passed(path: Path, step: str) -> tuple[Path, Choices]:
@@ -274,6 +286,7 @@ CASES: dict[str, tuple[Callable[[Path], Path], str, Step]] = {
     "folder": (lambda path: _folder(path, model__pth=GOOD), "pass the file", _passed),
     "folder of something": (lambda path: _folder(path, notes__txt=b""), "pass the checkpoint file itself", _good),
     "folder of DeepSpeed": (lambda path: _folder(path, zero_to_fp32__py=b""), "run the zero_to_fp32.py inside", _good),
+    "folder of shards": (_shards, "join the shards first: python -c", _command),
     "several programs": (_file(_two_programs), "save the one that you want with torch.export.save", _one_program),
     "big-endian": (
         _file(lambda: GOOD.replace(b"little", b"biggg!")),

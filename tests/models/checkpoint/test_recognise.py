@@ -55,6 +55,11 @@ def renamed(old: str, new: str) -> Callable[[State], None]:
             id="one missing",
         ),
         pytest.param(
+            without("body.0.body.0.body.0.weight"),
+            "body.0.body.0.body.0.weight is missing and body.1.body.0.body.0.weight is there$",
+            id="missing amid a sequence",
+        ),
+        pytest.param(
             with_("body.7.stray.weight", 3),
             r"looks like the official RCAN layout, but 1 key \(body.7.stray.weight\) is left over",
             id="one left over",
