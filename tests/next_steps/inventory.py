@@ -11,7 +11,7 @@ from pathlib import Path
 from srdeploy.cli.main import VERBS
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("core", "export", "calibration", "cli", "runtime")
+ROOMS = ("core", "export", "calibration", "cli", "runtime", "upscale/video")
 """models/ has a table of its own: tests/models/checkpoint/test_next_steps.py."""
 
 _ADVICE = re.compile(

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from srdeploy.core.errors import UsageError
 from srdeploy.upscale.video.color import BT709
-from srdeploy.upscale.video.media import containers_of, pyav
+from srdeploy.upscale.video.media import CannotHoldError, containers_of, pyav
 from srdeploy.upscale.video.probe import VideoInfo, has_alpha
 from srdeploy.upscale.video.side_data import Mastering
 
 _DEFAULT_CODECS = {".webm": "libvpx-vp9"}
-_DEFAULT_QUALITY = {"libx264": 16, "libx265": 18, "libvpx-vp9": 24, "libsvtav1": 24, "libaom-av1": 24}
+DEFAULT_QUALITY = {"libx264": 16, "libx265": 18, "libvpx-vp9": 24, "libsvtav1": 24, "libaom-av1": 24}
 """Constant-quality numbers (CRF) that are transparent on ordinary material; the scales differ between codecs."""
 _DEPTHS = {8: "", 10: "10le", 12: "12le", 16: "16le"}
 
@@ -55,28 +55,25 @@ def choose_encoding(
         output: its suffix names the container.
         size: (height, width) of the output frames.
         codec: the user's choice; None for libx264 (libvpx-vp9 in .webm).
-        quality: CRF; None for the codec's own in `_DEFAULT_QUALITY`, lossless codecs have none.
+        quality: CRF; None for the codec's own in `DEFAULT_QUALITY`, lossless codecs have none.
 
     Raises:
-        UsageError: no such encoder, or it cannot store the frames. Bits, chroma and alpha are never reduced.
+        UsageError: no such encoder, or it has no CRF.
+        CannotHoldError: it cannot store the frames, or the container cannot hold it. Bits, chroma and alpha are never
+            reduced.
     """
     name = codec or _DEFAULT_CODECS.get(output.suffix.lower(), "libx264")
     formats = _formats_of(name)
-    if quality is not None and name not in _DEFAULT_QUALITY:
+    if quality is not None and name not in DEFAULT_QUALITY:
         raise UsageError(
-            f"--quality {quality} for {name}", expected="a codec with a CRF: " + ", ".join(_DEFAULT_QUALITY)
+            f"--quality {quality} for {name}", expected="a codec with a CRF: " + ", ".join(DEFAULT_QUALITY)
         )
     if info.alpha and not any(has_alpha(pyav().VideoFormat(form)) for form in formats):
-        raise UsageError(
-            f"the input has an alpha channel ({info.pix_fmt}), and {name} stores none",
-            next_step="pass --codec ffv1 with an .mkv output, --codec prores_ks with .mov, or write a .webm (VP9)",
-        )
+        raise CannotHoldError(f"the input has an alpha channel ({info.pix_fmt}), and {name} stores none", by_codec=True)
     wanted = list(dict.fromkeys(_wanted_formats(info, odd=bool(size[0] % 2 or size[1] % 2))))
     stored = next((form for form in wanted if form in formats), None)
     if stored is None:
-        raise UsageError(
-            f"{name} stores none of {', '.join(wanted)}", next_step="pass --codec ffv1 with an .mkv output"
-        )
+        raise CannotHoldError(f"{name} stores none of {', '.join(wanted)}", by_codec=True)
     notes = []
     if stored != info.pix_fmt:
         notes.append(f"pixels are stored as {stored}; the input has {info.pix_fmt}")
@@ -86,10 +83,7 @@ def choose_encoding(
     notes += [f"not kept: {name}" for name in info.not_kept]
     containers = containers_of(name)
     if output.suffix.lower() not in containers:
-        raise UsageError(
-            f"{output.suffix} cannot hold {name}",
-            expected=f"an output ending in {' or '.join(containers)}" if containers else "another --codec",
-        )
+        raise CannotHoldError(f"{output.suffix} cannot hold {name}")
     suffix = ".mkv" if ".mkv" in containers else output.suffix
     options = _options(name, quality, info.mastering, alpha=info.alpha)
     return Encoding(name, stored, options, tuple(notes), suffix)
@@ -107,8 +101,8 @@ def _formats_of(codec: str) -> list[str]:
 
 def _options(codec: str, quality: int | None, mastering: Mastering | None, *, alpha: bool) -> dict[str, str]:
     options: dict[str, str] = {}
-    if codec in _DEFAULT_QUALITY:
-        options["crf"] = str(_DEFAULT_QUALITY[codec] if quality is None else quality)
+    if codec in DEFAULT_QUALITY:
+        options["crf"] = str(DEFAULT_QUALITY[codec] if quality is None else quality)
     if codec in ("libvpx-vp9", "libaom-av1"):
         options |= {"b": "0", "row-mt": "1"}
     if codec == "libvpx-vp9" and alpha:

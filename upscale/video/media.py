@@ -16,6 +16,18 @@ CONTAINERS = tuple(_FORMATS)
 """Suffixes of the outputs that can be written."""
 
 
+class CannotHoldError(Exception):
+    """A container or an encoder does not take what a video has; the message says which and what.
+
+    Attributes:
+        by_codec: the encoder does not take it, in any container.
+    """
+
+    def __init__(self, message: str, *, by_codec: bool = False) -> None:
+        super().__init__(message)
+        self.by_codec = by_codec
+
+
 def pyav() -> Any:
     """Return the module `av`.
 

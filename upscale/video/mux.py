@@ -8,7 +8,15 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from srdeploy.upscale.video.media import copied_streams, create_media, is_cover, open_media, open_video, pyav
+from srdeploy.upscale.video.media import (
+    CannotHoldError,
+    copied_streams,
+    create_media,
+    is_cover,
+    open_media,
+    open_video,
+    pyav,
+)
 from srdeploy.upscale.video.parts import Segment
 from srdeploy.upscale.video.probe import VideoInfo
 from srdeploy.upscale.video.side_data import scaled_matrix
@@ -16,10 +24,6 @@ from srdeploy.upscale.video.timestamps import PacketClock, container_tick, place
 
 _PREROLL = Fraction(1, 10)
 """Seconds of hidden sound in front of the shown part that are kept: encoders of sound state a delay that way."""
-
-
-class CannotHoldError(Exception):
-    """A container does not take a stream; the message says which."""
 
 
 def join_segments(
@@ -37,8 +41,7 @@ def join_segments(
         source_packets: read only so many packets of the source, for a rehearsal; None reads all.
 
     Raises:
-        UsageError: the output's container cannot hold the timestamps.
-        CannotHoldError: it cannot hold a stream of the source.
+        CannotHoldError: the output's container cannot hold a stream of the source, or the timestamps.
         OSError: the file cannot be written.
     """
     original, video = open_video(source)
@@ -103,14 +106,17 @@ def _attachments(original: Any, source: Path) -> Iterator[tuple[str, str, bytes]
 
 def _write(joined: Any, packets: Iterator[tuple[Fraction, Any]]) -> None:
     av = pyav()
+    kind = ""
     try:
         for _, packet in packets:
+            kind = packet.stream.type
             joined.mux_one(packet)
+        joined.close()  # packets that wait for those of other streams are written here
     except av.FFmpegError as error:
         known = isinstance(error, OSError) and error.errno and not isinstance(error, av.InvalidDataError | ValueError)
         if known:
             raise OSError(error.errno, error.strerror) from error
-        raise CannotHoldError(str(error.strerror)) from error
+        raise _refused(joined, f"a packet of the input's {kind} stream ({error.strerror})") from error
 
 
 def _film(joined: Any, encoded: Any, original: Any, info: VideoInfo, tick: Fraction) -> Any:
@@ -118,7 +124,7 @@ def _film(joined: Any, encoded: Any, original: Any, info: VideoInfo, tick: Fract
     try:
         film = joined.add_stream_from_template(encoded, opaque=True)
     except (pyav().FFmpegError, ValueError) as error:
-        raise CannotHoldError(f"the video stream ({encoded.codec_context.name})") from error
+        raise _refused(joined, f"the video stream ({encoded.codec_context.name})") from error
     film.time_base = tick
     film.codec_context.framerate = info.frame_rate
     if encoded.codec_context.name == "hevc" and joined.format.name in ("mp4", "mov", "ipod"):
@@ -144,10 +150,14 @@ def _copied_stream(joined: Any, stream: Any) -> Any:
     try:
         copy = joined.add_stream_from_template(stream)
     except (av.FFmpegError, av.codec.codec.UnknownCodecError, ValueError) as error:
-        raise CannotHoldError(describe(stream)) from error
+        raise _refused(joined, describe(stream)) from error
     copy.metadata.update(stream.metadata)
     copy.disposition = stream.disposition
     return copy
+
+
+def _refused(joined: Any, what: str) -> CannotHoldError:
+    return CannotHoldError(f"{Path(joined.name).suffix} cannot hold {what}")
 
 
 def describe(stream: Any) -> str:

@@ -1,5 +1,6 @@
 """What is decided about a video before its first frame is computed: encoding, size, and where its segments are."""
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import UsageError
 from srdeploy.core.progress import Progress
 from srdeploy.upscale.single_image import refuse_folder, refuse_same
+from srdeploy.upscale.video.alternatives import refusal
 from srdeploy.upscale.video.encoding import choose_encoding
-from srdeploy.upscale.video.media import CONTAINERS
-from srdeploy.upscale.video.mux import CannotHoldError, join_segments, lost_streams
+from srdeploy.upscale.video.media import CONTAINERS, CannotHoldError
+from srdeploy.upscale.video.mux import join_segments, lost_streams
 from srdeploy.upscale.video.parts import Parts, adopt_parts
 from srdeploy.upscale.video.reader import VideoReader
 from srdeploy.upscale.video.rehearsal import rehearse
@@ -86,7 +88,9 @@ class VideoPlan:
         self.reader = reader
         self.output = output
         self.size = (size[0], size[1])
-        self.encoding = choose_encoding(info, output, size=self.size, codec=options.codec, quality=options.quality)
+        self._options = options
+        with self._refusing():
+            self.encoding = choose_encoding(info, output, size=self.size, codec=options.codec, quality=options.quality)
         facts = [sha256_of_file(reader.path), identity, self.encoding.codec, self.encoding.pix_fmt]
         key = sha256_of_bytes(json.dumps([*facts, self.encoding.options, options.segment_frames]).encode())
         folder, *others = (output.with_name(f"{output.stem}{suffix}.parts") for suffix in (output.suffix, *CONTAINERS))
@@ -102,9 +106,10 @@ class VideoPlan:
         """Return what the output will lack, one line each, and print it, before anything is computed.
 
         Raises:
-            UsageError: see `srdeploy.upscale.video.rehearsal.rehearse`.
+            UsageError: the container or codec cannot hold the result.
         """
-        notes = rehearse(self.reader, self.encoding, self.size, self.output, self.parts.folder)
+        with self._refusing():
+            notes = rehearse(self.reader, self.encoding, self.size, self.output, self.parts.folder)
         lost = lost_streams(self.reader.path, self.output)
         lines = (
             *_notes_about(self.reader.survey),
@@ -115,6 +120,15 @@ class VideoPlan:
         for line in lines:
             progress.note(line)
         return lines
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Turn what the container or codec cannot hold into an error that names others."""
+        try:
+            yield
+        except CannotHoldError as error:
+            codec, quality = self._options.codec, self._options.quality
+            raise refusal(error, self.reader, self.size, codec=codec, quality=quality) from error
 
     def keep_or_remove_parts(self, error: BaseException, progress: Progress) -> None:
         """After an error: remove the folder of the segments if it is empty, else say that they are kept."""
@@ -133,10 +147,9 @@ class VideoPlan:
             try:
                 join_segments(self.parts.segments, self.reader.path, temporary, self.reader.info)
             except CannotHoldError as error:
-                raise UsageError(
-                    f"{self.output.suffix} cannot hold {error}",
-                    next_step="write an .mkv; the finished frames are reused",
-                ) from error
+                reused = "write an .mkv; the finished frames are reused"
+                step = None if self.output.suffix.lower() == ".mkv" else reused
+                raise UsageError(str(error), next_step=step) from error
 
 
 def _notes_about(survey: Survey) -> Iterator[str]:

@@ -12,8 +12,8 @@ import numpy as np
 
 from srdeploy.core.errors import InputError, UsageError
 from srdeploy.upscale.video.encoding import Encoding
-from srdeploy.upscale.video.media import CONTAINERS, copied_streams, open_video, pyav
-from srdeploy.upscale.video.mux import CannotHoldError, join_segments
+from srdeploy.upscale.video.media import CannotHoldError, copied_streams, open_video, pyav
+from srdeploy.upscale.video.mux import join_segments
 from srdeploy.upscale.video.parts import Segment
 from srdeploy.upscale.video.probe import VideoInfo, info_of
 from srdeploy.upscale.video.reader import Frame, VideoReader, decoder_of
@@ -50,14 +50,14 @@ def rehearse(
         A line for each thing that the output will lack.
 
     Raises:
-        UsageError: the encoder does not take the frames; or the container cannot hold a stream, the timestamps, the
-            orientation or the alpha channel. The message names a container that can.
+        CannotHoldError: the encoder does not take the frames; or the container cannot hold a stream, the timestamps,
+            the orientation or the alpha channel.
     """
     blank = folder / f"rehearsal{encoding.segment_suffix}"
     made = folder / f"joined{output.suffix}"
     try:
         segment = _encode_blank(blank, reader, encoding, size)
-        _join(segment, reader, made, output)
+        join_segments([segment], reader.path, made, reader.info, source_packets=_SOURCE_PACKETS)
         place_on_ticks(
             reader.survey.times, reader.info.time_base, container_tick(output, reader.info.time_base), output
         )
@@ -75,50 +75,25 @@ def _encode_blank(path: Path, reader: VideoReader, encoding: Encoding, size: tup
     try:
         writer.write(Frame(pixels, pts))
         writer.close()
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError, pyav().FFmpegError):
             writer.abort()
+        if isinstance(error, UsageError):
+            raise CannotHoldError(error.found, by_codec=True) from error
         raise
     return Segment(path, (pts,), 0)
-
-
-def _join(segment: Segment, reader: VideoReader, made: Path, output: Path) -> None:
-    try:
-        join_segments([segment], reader.path, made, reader.info, source_packets=_SOURCE_PACKETS)
-    except CannotHoldError as error:
-        able = [suffix for suffix in CONTAINERS if _can_join(segment, reader, made.with_name(f"other{suffix}"))]
-        raise UsageError(
-            f"{output.suffix} cannot hold {error}",
-            expected=f"an output ending in {' or '.join(able)}" if able else "fewer streams",
-            next_step=None
-            if able
-            else "copy the source without that stream first; no container here holds all of them",
-        ) from error
-
-
-def _can_join(segment: Segment, reader: VideoReader, made: Path) -> bool:
-    try:
-        join_segments([segment], reader.path, made, reader.info, source_packets=_SOURCE_PACKETS)
-    except (CannotHoldError, UsageError):
-        return False
-    finally:
-        made.unlink(missing_ok=True)
-    return True
 
 
 def _differences(reader: VideoReader, made: Path, output: Path, encoding: Encoding) -> tuple[str, ...]:
     before, after = _read_back(reader.path, reader.info), _read_back(made, None)
     if before.info.alpha and not after.info.alpha:
-        raise UsageError(
-            f"the alpha channel is lost with {encoding.codec} in {output.suffix}",
-            next_step="pass --codec ffv1 with an .mkv output, --codec prores_ks with .mov, or write a .webm (VP9)",
-        )
+        raise CannotHoldError(f"the alpha channel is lost with {encoding.codec} in {output.suffix}", by_codec=True)
     if not same_orientation(before.info.display_matrix, after.info.display_matrix):
-        raise UsageError(f"{output.suffix} cannot hold the input's display matrix", expected="an output .mp4 or .mov")
+        raise CannotHoldError(f"{output.suffix} cannot hold the input's display matrix")
     if before.info.aspect != after.info.aspect:
-        raise UsageError(
+        raise CannotHoldError(
             f"{output.suffix} with {encoding.codec} cannot hold the input's pixel aspect {before.info.aspect}",
-            expected="an output .mp4 or .mov, or --codec libx264 or libx265",
+            by_codec=True,
         )
     notes = []
     if before.info.mastering is not None and not before.info.mastering.equals(after.info.mastering):

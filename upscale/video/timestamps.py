@@ -13,7 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from srdeploy.core.errors import UsageError
+from srdeploy.upscale.video.media import CannotHoldError
 
 _TS_DISCONT = 0x0200  # AVFMT_TS_DISCONT: the format allows its clock to jump (transport and program streams)
 _BACK = Fraction(1, 10)
@@ -160,7 +160,7 @@ def place_on_ticks(times: Sequence[int], time_base: Fraction, tick: Fraction, ou
         output: for the message.
 
     Raises:
-        UsageError: frames follow each other faster than the output counts.
+        CannotHoldError: frames follow each other faster than the output counts.
     """
     if tick == time_base:
         return times
@@ -171,10 +171,9 @@ def place_on_ticks(times: Sequence[int], time_base: Fraction, tick: Fraction, ou
         rounded = round(time * ratio)
         place = rounded if last is None else max(rounded, last + 1)
         if place - rounded > 1:
-            raise UsageError(
+            raise CannotHoldError(
                 f"{output.suffix} counts time in steps of {float(tick * 1000):g} ms, and frames of the input follow"
-                " each other faster",
-                expected="an output .mov or .mp4",
+                " each other faster"
             )
         placed.append(place)
         last = place

@@ -100,7 +100,7 @@ class TestAlpha:
     def test_refused_by_an_encoder_without(self, name: str, up: Upscaler, clips: Any, tmp_path: Path) -> None:
         source = _transparent(name, clips, tmp_path)
 
-        with pytest.raises(UsageError, match="alpha channel .* and libx264 stores none; pass --codec ffv1"):
+        with pytest.raises(UsageError, match="alpha channel .* and libx264 stores none; .*pass --codec ffv1"):
             upscale_video(up, source, tmp_path / "out.mkv")
 
         assert list(tmp_path.iterdir()) == [source]
@@ -315,7 +315,9 @@ def test_pixel_aspect_is_refused_where_it_would_be_lost(
 ) -> None:
     source = clips.make(tmp_path / "a.mp4", range(2), prepare=_anamorphic)
 
-    with pytest.raises(UsageError, match=r"cannot hold the input's pixel aspect 32/27; expected an output .mp4"):
+    with pytest.raises(
+        UsageError, match=r"cannot hold the input's pixel aspect 32/27; expected an output ending in .mp4"
+    ):
         upscale_video(up, source, tmp_path / output, VideoOptions(codec=codec))
 
     assert list(tmp_path.iterdir()) == [source]

@@ -94,7 +94,7 @@ def test_container_that_can_is_named_and_takes_it(
     ("codec", "output", "message"),
     [
         ("prores_ks", "out.webm", r"\.webm cannot hold prores_ks; expected an output ending in \.mkv or \.mov"),
-        ("utvideo", "out.mov", r"\.mov cannot hold utvideo; expected another --codec"),
+        ("utvideo", "out.mov", r"\.mov cannot hold utvideo; pass --codec ffv1 with an \.mkv output"),
         ("mpeg4", "out.mp4", "mpeg4 does not encode .* clock of 1/90000"),
     ],
     ids=["codec in container", "codec in none", "clock"],

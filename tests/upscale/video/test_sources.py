@@ -240,7 +240,7 @@ class TestTimesOfTheContainer:
         source = clips.make(tmp_path / "a.mp4", pts=range(10), time_base=Fraction(1, 4000))
         monkeypatch.setattr(Upscaler, "upscale", _must_not_run)
 
-        with pytest.raises(UsageError, match=r"steps of 1 ms.*expected an output .mov or .mp4"):
+        with pytest.raises(UsageError, match=r"steps of 1 ms.*expected an output ending in .mp4 or .m4v or .mov"):
             upscale_video(up, source, tmp_path / "out.mkv")
 
         monkeypatch.undo()
