@@ -45,6 +45,8 @@ def folder_document(report: "FolderReport", output: Path, progress: RichProgress
         f"{output}: {len(report.made)} made, {len(report.skipped)} existed already, {len(report.failed)} failed "
         f"in {report.seconds:.1f} s"
     )
+    if not report.workers and (advice := report.advice()):  # a cluster prints it early
+        progress.note(advice)
     return {"output": str(output), **report.to_json(), "failures": report}
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from srdeploy.core.artifact import atomic_file, refuse_existing, sha256_of_bytes, sha256_of_file
@@ -24,7 +25,7 @@ from srdeploy.core.errors import CapabilityError, InputError, OutputError, Srdep
 from srdeploy.core.imaging.read import Picture, read_image, unread_files
 from srdeploy.core.progress import SILENT, Advance, Progress
 from srdeploy.upscale.image_report import ImageReport
-from srdeploy.upscale.image_writer import check_quality, write_image
+from srdeploy.upscale.image_writer import FORMATS, check_quality, write_image
 from srdeploy.upscale.read_compute_write import Pipeline, no_seconds
 from srdeploy.upscale.scale.folder_journal import FolderJournal, RunFacts
 from srdeploy.upscale.scale.shards import Shard
@@ -51,6 +52,7 @@ class FolderReport:
         unread: number of files that are not read as images, by suffix.
         seconds: wall time.
         stage_seconds: time that decoding, computing and encoding took each, of all devices; they overlap.
+        lossless: number of outputs of 8 bits in PNG or lossless WebP, whose encoding is slow.
         workers: processes of a cluster that took part, 0 without one.
     """
 
@@ -60,6 +62,7 @@ class FolderReport:
     unread: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     stage_seconds: dict[str, float] = field(default_factory=no_seconds)
+    lossless: int = 0
     workers: int = 0
 
     def add(self, other: "FolderReport") -> None:
@@ -67,19 +70,19 @@ class FolderReport:
         self.made.update(other.made)
         self.skipped += other.skipped
         self.failed.update(other.failed)
+        self.lossless += other.lossless
         for name, seconds in other.stage_seconds.items():
             self.stage_seconds[name] += seconds
 
     def advice(self) -> str | None:
         """Return one line if encoding limits the speed, and how to encode faster; None otherwise."""
         spent = self.stage_seconds
-        slow = [name for name in self.made if Path(name).suffix.lower() not in (".jpg", ".jpeg", ".jfif")]
-        if not slow or spent["encode"] <= max(spent["compute"], spent["decode"]):
+        if not self.lossless or spent["encode"] <= max(spent["compute"], spent["decode"]):
             return None
         times = spent["encode"] / max(spent["compute"], 1e-9)
         return (
             f"encoding takes {times:.1f} times as long as the network and limits the speed: "
-            "--format jpg, or --format webp --quality 95, encodes faster than PNG"
+            "--format webp --quality 95 encodes faster, and so does --format jpg for pictures without alpha"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -335,8 +338,15 @@ class _FolderJob:
         elif item.report is not None:
             self._journal.done(target.output, **facts)
             self._report.made[target.source] = item.report
+            self._report.lossless += self._is_slow_to_encode(item)
         self._spent("encode", started)
         self._advance(note=target.source)
+
+    def _is_slow_to_encode(self, item: _Item) -> bool:
+        """Return True for PNG and lossless WebP of 8 bits, which lossy formats could hold too."""
+        name = FORMATS.get(item.output.suffix.lower())
+        lossless = name == "PNG" or (name == "WEBP" and self._options.quality is None)
+        return lossless and item.pixels is not None and item.pixels.dtype == np.uint8
 
     def _spent(self, stage: str, started: float) -> None:
         with self._report_lock:

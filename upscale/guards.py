@@ -11,12 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srdeploy.core.errors import GateError, InputError
+from srdeploy.core.precision import Precision
+from srdeploy.core.runner import RunnerInfo
 from srdeploy.upscale.tiles import Planes
 
 MIN_INPUT_RANGE = 16 / 255
 """Minimum range of values for an input tile to count as not flat."""
 MAX_COLLAPSED_RANGE = 1e-6
 """Maximum range of values, clamped to 0..1, for an output tile to count as one color."""
+_VERIFY = (
+    "nothing was written; check the checkpoint with: srdeploy verify MODEL.onnx --against CHECKPOINT --images IMAGES"
+)
+"""No other precision helps if FP32 fails."""
 
 Run = Callable[[Planes], Planes]
 
@@ -45,13 +51,13 @@ class Guard:
 
     Attributes:
         run: the engine: (N, C, h, w) to (N, C, h', w').
-        engine: its name, for messages.
+        info: the engine's name and precision, for messages.
         fallback: returns the `run` of the FP32 runner when first needed; None if there is none.
         tally: counts.
     """
 
     run: Run
-    engine: str
+    info: RunnerInfo
     fallback: Callable[[], Run] | None
     tally: Tally
 
@@ -75,16 +81,18 @@ class Guard:
     def _again(self, tile: Planes, fault: str) -> Planes:
         if self.fallback is None:
             raise GateError(
-                f"{self.engine} returned {fault} for a tile",
+                f"{self.info.name} returned {fault} for a tile",
                 expected="a picture",
-                next_step="nothing was written; use a bundle or --fallback model.fp32.onnx, or an FP32 engine",
+                next_step=_VERIFY
+                if self.info.contract.precision is Precision.FP32
+                else "nothing was written; use a bundle or --fallback model.fp32.onnx, or an FP32 engine",
             )
         output = self.fallback()(tile)
         if remaining := fault_of(tile[0], output[0]):
             raise GateError(
-                f"{self.engine} returned {fault} for a tile, and the FP32 fallback {remaining}",
+                f"{self.info.name} returned {fault} for a tile, and the FP32 fallback {remaining}",
                 expected="a picture",
-                next_step="nothing was written; check the checkpoint with: srdeploy verify",
+                next_step=_VERIFY,
             )
         self.tally.repaired[fault] = self.tally.repaired.get(fault, 0) + 1
         return output
@@ -109,7 +117,7 @@ def fault_of(tile: NDArray[np.float32], output: NDArray[np.float32]) -> str | No
     return "a single colour"
 
 
-def check_rows(rows: Planes, output: Planes, engine: str) -> None:
+def check_rows(rows: Planes, output: Planes, info: RunnerInfo) -> None:
     """Check finished rows of a picture run in lock-step, which cannot run single tiles again.
 
     Raises:
@@ -118,9 +126,11 @@ def check_rows(rows: Planes, output: Planes, engine: str) -> None:
     for group, made in zip(rows, output, strict=True):
         if fault := fault_of(group, made):
             raise GateError(
-                f"{engine} gave {fault}",
+                f"{info.name} returned {fault}",
                 expected="a picture",
-                next_step="nothing was written; use --tiles overlapped with --fallback, or the FP32 model",
+                next_step=_VERIFY
+                if info.contract.precision is Precision.FP32
+                else "nothing was written; use --tiles overlapped with --fallback, or the FP32 model",
             )
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from srdeploy.core.errors import CapabilityError, InputError
 from srdeploy.core.extras import import_extra
+from srdeploy.core.imaging.decoders import open_with_libvips
 from srdeploy.core.imaging.read import full_page, opened, picture_metadata
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.upscale.alpha import REACH
@@ -54,7 +55,7 @@ class StreamedSource:
         self._path = path
         try:
             page = {"page": number} if (number := full_page(path)) else {}
-            image = vips.Image.new_from_file(str(path), access="sequential", fail_on="error", **page)
+            image = open_with_libvips(path, access="sequential", fail_on="error", **page)
         except vips.Error as error:
             raise InputError(f"{path} cannot be streamed ({_first_line(error)})") from error
         if image.get_typeof("interlaced") and image.get("interlaced"):
@@ -129,7 +130,7 @@ def check_header(path: Path) -> tuple[int, int]:
         raise InputError(
             f"{path} declares {width}x{height} pixels in {size:,} bytes",
             expected=f"at most {MAX_STREAMED_PIXELS:,} pixels and {MAX_EXPANSION:,} per byte",
-            next_step="the header is damaged, or the file is a decompression bomb",
+            next_step="download or copy it again: the header is damaged, or the file is a decompression bomb",
         )
     return height, width
 

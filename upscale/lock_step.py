@@ -323,7 +323,7 @@ class _StageRows:
         strips: Arrays = {}
         for name in stage.maps_in:
             if name == INPUT:
-                # Only the first stage reads the picture, top to bottom, and stores it for stages that need it later.
+                # Only the first stage can read the picture, whose rows come once, from top to bottom.
                 strips[name] = self._input(start, last)
             else:
                 strips[name] = self.maps.read(name, start, last)

@@ -278,7 +278,7 @@ class Upscaler:
             InputError, GateError: as calling the upscaler.
         """
         check_input(planes)
-        return Guard(self._run, self.info.name, self._fallback_run(), Tally())(planes)
+        return Guard(self._run, self.info, self._fallback_run(), Tally())(planes)
 
     def run_tensors(self, feeds: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
         """Run tensors on the engine's device without checks, for engines that accept them."""
@@ -344,7 +344,7 @@ class Upscaler:
     ) -> Iterator[Floats]:
         chroma = Chroma(source, conversion)
         plan = report.decision.plan
-        guard = Guard(self._run, self.info.name, self._fallback_run(), report.tally)
+        guard = Guard(self._run, self.info, self._fallback_run(), report.tally)
         probe = None
         padded = plan.rows.padding or plan.columns.padding
         if not (report.decision.exact or plan.whole or padded or report.decision.fill_batches):
@@ -374,7 +374,7 @@ class Upscaler:
                 begin += planes.shape[2]
                 yield conversion.pixels(planes, chroma)
         if probe is not None:
-            report.fidelity_db = probe.fidelity_db(Guard(self._run, self.info.name, self._fallback_run(), Tally()))
+            report.fidelity_db = probe.fidelity_db(Guard(self._run, self.info, self._fallback_run(), Tally()))
 
     def _lock_step_bands(
         self, source: PixelSource, conversion: Conversion, report: ImageReport, progress: Progress
@@ -399,7 +399,7 @@ class Upscaler:
                 planes = np.concatenate(bands)
                 end = begin + planes.shape[2] // conversion.scale
                 report.tally.tiles += len(plan.columns.starts) * conversion.groups
-                check_rows(conversion.planes(source.rows(begin, end)), planes, self.info.name)
+                check_rows(conversion.planes(source.rows(begin, end)), planes, self.info)
                 begin = end
                 yield conversion.pixels(planes, chroma)
 

@@ -115,7 +115,7 @@ def is_gray_alpha_tiff(path: Path) -> bool:
         return False
     vips: Any = import_extra("pyvips", "huge")
     try:
-        image = vips.Image.new_from_file(str(path))
+        image = open_with_libvips(path)
         return image.bands == 2 and (image.format == "ushort" or (image.format == "uchar" and _is_unknown(path)))
     except vips.Error:
         return False
@@ -145,7 +145,7 @@ def check_tiff(path: Path) -> None:
     if is_installed("pyvips"):
         vips: Any = import_extra("pyvips", "huge")
         with contextlib.suppress(vips.Error):
-            bands = vips.Image.new_from_file(str(path)).bands
+            bands = open_with_libvips(path).bands
             if bands > 4:
                 raise _too_many_samples(path, bands)
 
@@ -159,12 +159,28 @@ def _is_unknown(path: Path) -> bool:
         return True
 
 
+def open_with_libvips(path: Path, **options: Any) -> Any:
+    """Open an image file with libvips as it is now.
+
+    Args:
+        path: the file.
+        options: of libvips' loader.
+
+    Raises:
+        pyvips.Error: libvips does not read it.
+        MissingExtraError: pyvips is not installed.
+    """
+    vips: Any = import_extra("pyvips", "huge")
+    # By default libvips answers with what it read from this path before, also if the file has changed since.
+    return vips.Image.new_from_file(str(path), revalidate=True, **options)
+
+
 def vips_pixels(path: Path, *, page: int = 0) -> Pixels:
     """Decode through libvips: (H, W, C) uint8 or uint16."""
     vips: Any = import_extra("pyvips", "huge")
     options: dict[str, Any] = {"page": page} if page else {}
     try:
-        image = vips.Image.new_from_file(str(path), access="sequential", fail_on="error", **options)
+        image = open_with_libvips(path, access="sequential", fail_on="error", **options)
         if image.format not in ("uchar", "ushort"):
             raise InputError(f"{path} has samples of type {image.format}", expected="gray or RGB of 8 or 16 bits")
         if image.interpretation == "cmyk":

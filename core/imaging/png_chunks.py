@@ -4,11 +4,14 @@ Pillow decodes them, and writes only what it is told; passed on raw, they come o
 """
 
 import struct
+import zlib
 from pathlib import Path
 
 TEXT = (b"tEXt", b"zTXt", b"iTXt")
 COLOR = (b"cICP", b"sRGB", b"gAMA", b"cHRM")
 """Color chunks from the strongest to the weakest; a reader takes the first that it knows (PNG 3rd edition, 4.3)."""
+_METADATA = (*TEXT, b"eXIf", b"iCCP", b"pHYs")
+"""Chunks that decoders turn into EXIF, XMP, ICC profile and resolution."""
 MAX_BYTES = 64 << 20
 """Bytes of text that are read and passed on; a picture's settings and workflow take kilobytes."""
 
@@ -42,6 +45,35 @@ def read_chunks(path: Path) -> tuple[Chunk, ...]:
             if len(data) == length and not (kind in TEXT and data.startswith(_ELSEWHERE)):
                 found.append((kind, data))
     return tuple(found)
+
+
+def metadata_only(path: Path) -> bytes:
+    """Return a PNG of one pixel with the metadata of a PNG file, which may follow the pixels.
+
+    Decoders find what follows the pixels only after decoding all of them.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    kept, total = [], 0
+    with path.open("rb") as stream:
+        stream.seek(8)
+        while len(head := stream.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            total += length if kind in _METADATA else 0
+            if kind not in _METADATA or total > MAX_BYTES:
+                stream.seek(length + 4, 1)
+                continue
+            rest = stream.read(length + 4)
+            if len(rest) == length + 4:
+                kept.append(head + rest)
+    gray = struct.pack(">2I5B", 1, 1, 8, 0, 0, 0, 0)
+    begin, pixel, end = _chunk(b"IHDR", gray), _chunk(b"IDAT", zlib.compress(bytes(2))), _chunk(b"IEND", b"")
+    return b"".join([_SIGNATURE, begin, *kept, pixel, end])
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def keywords(chunks: tuple[Chunk, ...]) -> list[str]:

@@ -11,6 +11,7 @@ copies inside a TIFF excepted; CMYK, Lab and floating point; pictures above MAX_
 The content decides about the format, not the name.
 """
 
+import io
 import os
 import threading
 import warnings
@@ -26,7 +27,6 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from srdeploy.core.errors import GateError, InputError
-from srdeploy.core.extras import import_extra
 from srdeploy.core.imaging import png_chunks
 from srdeploy.core.imaging.decoders import (
     FORMATS,
@@ -35,6 +35,7 @@ from srdeploy.core.imaging.decoders import (
     check_tiff,
     is_gray_alpha_tiff,
     needs_libvips,
+    open_with_libvips,
     pillow_pixels,
     ppm_header,
     vips_pixels,
@@ -214,7 +215,16 @@ def picture_metadata(path: Path) -> Picture:
         InputError: as `read_image`, but no image is too large.
     """
     with opened(path, max_pixels=None) as image:
-        return _picture(path, image, np.empty((0, 0, len(image.getbands())), np.uint8), _exif(image))
+        exif = _png_exif(path, image) if image.format == "PNG" else _exif(image)
+        return _picture(path, image, np.empty((0, 0, len(image.getbands())), np.uint8), exif)
+
+
+def _png_exif(path: Path, image: Image.Image) -> bytes | None:
+    """Return the EXIF block of a PNG, and complete its `info`, without decoding it: Pillow decodes it to find them."""
+    with Image.open(io.BytesIO(png_chunks.metadata_only(path))) as small:
+        small.load()
+        image.info |= small.info
+        return _exif(small)
 
 
 def full_page(path: Path) -> int:
@@ -427,8 +437,7 @@ def _too_large(path: Path, size: str, max_pixels: int) -> InputError:
 
 
 def _picture_from_vips(path: Path, max_pixels: int) -> Picture:
-    vips: Any = import_extra("pyvips", "huge")
-    image = vips.Image.new_from_file(str(path))
+    image = open_with_libvips(path)
     if image.width * image.height > max_pixels:
         raise _too_large(path, f"{image.width}x{image.height}, {image.width * image.height:,}", max_pixels)
 

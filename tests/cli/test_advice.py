@@ -1,20 +1,18 @@
-"""What messages advise leads somewhere: commands parse, options, extras and pages exist, and next steps are taken."""
+"""What messages advise exists: commands parse, and options, extras and pages are there.
+
+tests/next_steps takes every next step.
+"""
 
 import ast
 import re
-import shlex
 import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
-import onnx
-import pytest
 
 from srdeploy.cli.main import VERBS, cli
-
-from .conftest import Command
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("core", "models", "export", "calibration", "runtime", "upscale", "cli")
@@ -148,153 +146,6 @@ def test_the_checks_would_notice() -> None:
     assert any("--bisect" in text for text in texts)
     assert "--no-such-option" not in options_of("verify")
     assert len([text for text in texts if COMMAND.search(text)]) > 30
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Taken
-
-
-def next_line(stderr: str) -> list[str]:
-    """Return the words of the command that a verb printed as the next one."""
-    (line,) = [line for line in stderr.splitlines() if line.startswith("next: ")]
-    return shlex.split(line.removeprefix("next: "))
-
-
-@pytest.fixture
-def here(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with links to the workshop's files, as the working folder."""
-    for path in workshop.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    monkeypatch.setenv("SRDEPLOY_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-FILLED = {"CHECKPOINT": "good.pt", "IMAGES": "photos", "DIR": "photos", "IMAGE": "photo.png", "MODEL.onnx": "good.onnx"}
-"""What a user writes for the words in capitals."""
-BRIEF = {
-    "bench": ["--seconds", "0.05", "--min-runs", "5", "--no-baselines", "--allow-unstable"],
-    "verify": ["--limit", "1"],
-}
-
-
-def taken(srdeploy: Command, words: list[str]) -> str:
-    """Run an advised command, its placeholders filled in, and return what it printed on stderr."""
-    words = [FILLED.get(word, word) for word in words]
-    done = srdeploy(*words[1:], *BRIEF.get(words[1], []))
-    assert done.code == 0, f"{shlex.join(words)}\n{done.stderr}"
-    return done.stderr
-
-
-def test_following_the_next_commands_leads_from_a_checkpoint_to_its_latency(here: Path, srdeploy: Command) -> None:
-    words = ["srdeploy", "inspect", "good.pt"]
-    verbs = []
-    for _ in range(5):
-        verbs.append(words[1])
-        words = next_line(taken(srdeploy, words))
-
-    assert verbs == ["inspect", "export", "verify", "bench", "verify"]
-
-
-@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
-def test_following_the_next_commands_leads_from_a_graph_to_an_engine(
-    here: Path, srdeploy: Command, engine: str
-) -> None:
-    words = ["srdeploy", "quantize", "good.onnx", "--precision", "fp16", "--target", engine, "-o", "fp16.onnx"]
-    verbs = []
-    for _ in range(3):
-        verbs.append(words[1])
-        words = next_line(taken(srdeploy, words))
-
-    assert verbs == ["quantize", "build", "verify"]
-
-
-ADVICE = {
-    # A command that is refused, and what its message advises, written as a user would.
-    "an ONNX file of others": (
-        ["upscale", "plain.onnx", "photo.png", "-o", "out.png"],
-        "srdeploy export CHECKPOINT -o model.onnx",
-    ),
-    "a checkpoint to upscale with": (
-        ["upscale", "good.pt", "photo.png", "-o", "out.png"],
-        "srdeploy export good.pt -o model.onnx",
-    ),
-    "the machine's lacks": (
-        ["deploy", "good.pt", "--images", "photos", "--device", "cuda", "-o", "a.srd"],
-        "srdeploy doctor",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", ADVICE)
-def test_the_advised_command_is_printed_and_runs(here: Path, srdeploy: Command, name: str) -> None:
-    refused, advised = ADVICE[name]
-    plain = onnx.load("good.onnx")
-    del plain.metadata_props[:]
-    onnx.save(plain, "plain.onnx")
-
-    done = srdeploy(*refused)
-
-    assert done.code != 0
-    assert advised in done.stderr
-    taken(srdeploy, shlex.split(advised))
-
-
-def test_an_engine_for_onnx_files_can_be_built_as_advised(here: Path, srdeploy: Command) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-
-    done = srdeploy("upscale", "good.onnx", "photo.png", "--engine", "tensorrt-rtx", "-o", "out.png")
-
-    advised = shlex.split(done.stderr[done.stderr.index("srdeploy build") :])
-    taken(srdeploy, advised)
-
-
-@pytest.mark.parametrize(
-    ("refused", "added", "words"),
-    [
-        (["export", "good.pt", "-o", "there.onnx"], ["--force"], "--force"),
-        (["quantize", "good.onnx", "--precision", "int8", "-o", "a.onnx"], ["--images", "photos"], "--images"),
-        (["verify", "good.onnx", "--against", "good.pt"], ["--images", "photos"], "--images, --hr or both"),
-        (["verify", "good.onnx", "--against", "good.pt"], ["--hr", "photos"], "--images, --hr or both"),
-        (
-            ["verify", "good.onnx", "--against", "good.pt", "--images", "photos", "--max-psnr-drop", "1"],
-            None,
-            "use --min-fidelity",
-        ),
-        (
-            ["upscale", "good.onnx", "photos", "-o", "out", "--codec", "ffv1"],
-            None,
-            "remove --codec",
-        ),
-    ],
-    ids=["exists", "calibration", "images", "ground truth", "bound", "option"],
-)
-def test_the_advised_option_makes_the_command_work(
-    here: Path, srdeploy: Command, refused: list[str], added: list[str] | None, words: str
-) -> None:
-    (here / "there.onnx").write_text("older")
-
-    done = srdeploy(*refused)
-
-    assert done.code == 2
-    assert words in done.stderr
-    better = [*refused, *added] if added is not None else refused[:-2]
-    taken(srdeploy, ["srdeploy", *better])
-
-
-def test_damaged_engines_in_the_cache_are_removed_as_advised(here: Path, srdeploy: Command) -> None:
-    assert srdeploy("build", "good.onnx", "--engine", "onnxruntime", "-o", "a.ort.onnx").code == 0
-    cached = [path for path in (here / "cache").rglob("*") if path.is_file() and path.suffix not in (".json", ".lock")]
-    for path in cached:
-        path.chmod(0o600)
-        path.write_bytes(b"damaged")
-
-    done = srdeploy("cache", "verify")
-
-    assert done.code == 3
-    assert "srdeploy cache gc" in done.stderr
-    assert srdeploy("cache", "gc").code == 0
-    assert srdeploy("cache", "verify").code == 0
 
 
 def test_pip_understands_the_advised_extras() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from srdeploy.core.errors import GateError, InputError
 from srdeploy.core.imaging.colour import y_from_rgb
@@ -92,6 +92,42 @@ def test_sixteen_bits_per_channel_survive(channels: int, tmp_path: Path) -> None
 
     assert picture.pixels.dtype == np.uint16
     np.testing.assert_array_equal(picture.pixels, pixels)
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["before the pixels", "behind the pixels"])
+def test_metadata_of_a_png_is_read_without_its_pixels(behind: bool, tmp_path: Path) -> None:
+    """The pixels here cannot be decoded, so the metadata was read without them."""
+    exif = Image.Exif()
+    exif[0x010E] = "a description"
+    xmp = b"<x:xmpmeta xmlns:x='adobe:ns:meta/'/>"
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", xmp.decode())
+    path = saved(tmp_path / "a.png", RGB, exif=exif, icc_profile=b"profile", dpi=(300, 300), pnginfo=text)
+    data = path.read_bytes()
+    begin, pixels, end = data.index(b"IHDR") + 21, data.index(b"IDAT") - 4, data.index(b"IEND") - 4
+    damaged = (
+        data[pixels : pixels + 8] + bytes(end - pixels - 12) + zlib.crc32(data[pixels + 4 : pixels + 8]).to_bytes(4)
+    )
+    middle = [data[begin:pixels], damaged]
+    path.write_bytes(data[:begin] + b"".join(reversed(middle) if behind else middle) + data[end:])
+
+    picture = picture_metadata(path)
+
+    with pytest.raises(InputError):
+        read_image(path)
+    assert (picture.exif, picture.icc, picture.xmp) == (exif.tobytes(), b"profile", xmp)
+    assert picture.dpi == pytest.approx((300, 300), rel=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"interlace": True}, {}])
+def test_a_file_that_changed_is_read_again(options: dict[str, bool], tmp_path: Path) -> None:
+    """libvips keeps what it read from a path, unless it is told not to."""
+    vips = pytest.importorskip("pyvips")
+    path = tmp_path / "wide.png"
+
+    for pixels in RANDOM.integers(0, 65536, (3, 64, 48, 3), dtype=np.uint16):
+        vips.Image.new_from_array(pixels).copy(interpretation="rgb16").pngsave(str(path), **options)
+        np.testing.assert_array_equal(read_image(path).pixels, pixels)
 
 
 def test_palette_becomes_colour_and_its_transparency_alpha(tmp_path: Path) -> None:
