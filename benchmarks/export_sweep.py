@@ -2,7 +2,8 @@
 
 Nothing valid may be refused: each checkpoint is written under its family's own keys, loaded, its convolutions scaled by
 a random factor, exported, and checked against the network in float64. Printed is how large the graphs' errors are
-beside the eager FP32 networks' own, which is what `srdeploy.export.checks.MULTIPLE` bounds.
+beside the eager FP32 networks' own, which is what `srdeploy.export.checks.MULTIPLE` bounds. Each graph is
+also put into a static form, whose largest difference from the plain graph is printed.
 
     python benchmarks/export_sweep.py --count 300 -o benchmarks/results/export_sweep.json
 
@@ -24,9 +25,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "fuzz"))
 from checkpoint_fuzzing.references import CASES, random_sizes, write_checkpoint
 
+from srdeploy.core.contract import GraphForm
 from srdeploy.core.errors import ExportError
 from srdeploy.export import checks
-from srdeploy.export.exporter import export_onnx
+from srdeploy.export.exporter import export_form, export_onnx
 from srdeploy.models.checkpoint.load import Choices, LoadedCheckpoint, load_checkpoint
 
 
@@ -61,6 +63,7 @@ def one(seed: int) -> dict[str, Any]:
         except ExportError as error:
             finite = "the network gives values that are not finite" not in error.found
             return {**row, "outcome": "refused" if finite else "not finite in FP32", "error": str(error)}
+        row["form_difference"] = form_difference(Path(name), checkpoint)
     row |= {"outcome": "exported", "network_error": check.network_error, "ratio": ratio(check)}
     return row if check.merged is None else row | {"merged_end_ratio": ratio(check.merged)}
 
@@ -69,6 +72,19 @@ def ratio(check: checks.GridCheck) -> float:
     """Return the largest error of a graph over the FP32 network's own."""
     used = max(entry.max_abs / entry.tolerance if entry.tolerance else 0.0 for entry in check.deviations)
     return checks.MULTIPLE * used
+
+
+def form_difference(folder: Path, checkpoint: LoadedCheckpoint) -> float | str:
+    """Return the largest absolute difference of a static graph from the plain one, or the refusal."""
+    contract = checkpoint.contract()
+    side = max(12, contract.min_size)
+    form = GraphForm((1, contract.channels, side, side + 3))
+    try:
+        result = export_form(folder / "model.onnx", folder / "static.onnx", form=form)
+    except ExportError as error:
+        return str(error)
+    assert result.form_check is not None
+    return max(result.form_check.max_abs.values())
 
 
 def scale_weights(checkpoint: LoadedCheckpoint, factor: float) -> None:

@@ -154,6 +154,8 @@ def command(options: BenchOptions) -> None:
         devices = {"devices": [result.to_json() for result in results]} if len(results) > 1 else {}
         emit_json({**results[0].to_json(), "studies": studies, **devices})
     for result in results:
+        if result.exchange is not None and result.exchange.changed:
+            warning_line(result.exchange.sentence)
         if not options.allow_unstable:
             result.require_stable()
         for row in result.unstable:

@@ -56,6 +56,8 @@ def show(outcome: "Outcome") -> None:
     for result in outcome.benches:
         if (fastest := result.fastest(names)) is not None:
             console.print(fastest.sentence, markup=False)
+        if result.exchange is not None and result.exchange.changed:
+            warning_line(result.exchange.sentence)
     for left in outcome.left_out:
         warning_line(f"{outcome.name_of(left)} was left out ({left.stage}): {left.reason}")
     console.print(f"report: {outcome.bundle / 'report' / 'report.html'}", soft_wrap=True, markup=False)

@@ -11,6 +11,7 @@ whose confidence interval is wide, or that moves from the first half to the seco
 describe the machine as much as the engine.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,6 +27,7 @@ from srdeploy.core.errors import CapabilityError, UnstableError, UsageError
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.core.runner import MeteredRunner, Runner, RunnerInfo, TimedRunner
 from srdeploy.core.shapes import Shape, format_shape
+from srdeploy.runtime.bench.exchange import Exchange, exchange_cost
 from srdeploy.runtime.bench.floor import Cost, Floor, Rates, floor_of, measure_rates
 from srdeploy.runtime.bench.inputs import bench_image
 from srdeploy.runtime.bench.memory import ALLOCATOR, LOWER_BOUND, ON_CPU, Memory, process_memory, run_memory
@@ -36,6 +38,8 @@ from srdeploy.runtime.engines.timer import timed
 
 Kind = Literal["compute", "end-to-end"]
 
+LOOK_SECONDS = 0.25
+"""Minimum time between two looks at how fast the processors exchange data: they stay where they are for a second."""
 NOT_MEASURED = Memory(None, "not measured", None, "not measured")
 
 
@@ -110,6 +114,11 @@ class BenchResult:
     openings: Mapping[str, int] = field(default_factory=dict)
     floors: Mapping[str, Floor] = field(default_factory=dict)
     rates: Rates | None = None
+
+    @property
+    def exchange(self) -> Exchange | None:
+        """How fast the processors exchanged data meanwhile; None on a GPU and where it cannot be measured."""
+        return Exchange.of_environment(self.environment)
 
     @property
     def unstable(self) -> tuple[Row, ...]:
@@ -227,7 +236,7 @@ def bench(
         shape: (N, C, H, W) of the input.
         effort: how long to measure; None for the defaults.
         image: the input to compute on, of `shape`; None for smooth random data, made by a fixed seed.
-        environment: recorded in the result.
+        environment: recorded in the result; on a CPU with how fast its processors exchange data.
         progress: advanced after every round.
 
     Returns:
@@ -254,8 +263,19 @@ def bench(
         subjects += [(runner, "compute")] if isinstance(runner, TimedRunner) else []
         subjects.append((runner, "end-to-end"))
     functions = [_function(runner, kind, feeds) for runner, kind in subjects]
+    costs: list[float] = []
+    looked = -math.inf
+
+    def look_at_processors() -> None:
+        nonlocal looked
+        if runners[0].info.device != "cpu" or time.perf_counter() - looked < LOOK_SECONDS:
+            return
+        if (cost := exchange_cost()) is not None:
+            costs.append(cost)
+        looked = time.perf_counter()
 
     def before_visit(seconds: float) -> None:
+        look_at_processors()
         for runner in runners:
             if isinstance(runner, ReopenedRunner):
                 started = time.perf_counter()
@@ -270,14 +290,18 @@ def bench(
                     warm_up(functions[index], replace(effort, warmup_seconds=0.0))
                 seconds -= time.perf_counter() - started
 
+    look_at_processors()
     durations = measure(functions, effort, before_visit=before_visit, progress=progress)
+    look_at_processors()
+    exchange = Exchange.of_costs(costs)
+    recorded = dict(environment or {}) | ({"processor_exchange": exchange.to_json()} if exchange else {})
     rows = []
     for (runner, kind), times in zip(subjects, durations, strict=True):
         statistics = statistics_of(times)
         reason = why_unstable(statistics, effort)
         rows.append(Row(runner.info, kind, statistics, reason is None, reason, tuple(times)))
     openings = {runner.info.name: runner.openings for runner in runners if isinstance(runner, ReopenedRunner)}
-    return BenchResult(shape, effort, tuple(rows), memory, environment or {}, first_run_ms, openings)
+    return BenchResult(shape, effort, tuple(rows), memory, recorded, first_run_ms, openings)
 
 
 def with_floors(result: BenchResult, cost: Cost) -> BenchResult:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from srdeploy.core.sizes import format_bytes
+from srdeploy.runtime.bench.exchange import Exchange
 from srdeploy.runtime.bench.ratios import ratio_label
 
 Document = Mapping[str, Any]
@@ -84,6 +85,11 @@ def compare(before: Document, after: Document, tolerances: Tolerances | None = N
         if before["bench"] and after["bench"] and of(before) != of(after):
             comparable = False
             changes.append(Change("(all)", what, of(before), of(after), "latency not compared", False))
+    state, other = _exchange(before), _exchange(after)
+    if state and other and state.differs_from(other):
+        comparable = False
+        what = "exchange between processors"
+        changes.append(Change("(all)", what, state.label, other.label, "latency not compared", False))
     for name, line in old.items():
         if name not in new:
             changes.append(Change(name, "engine", line["status"], "missing", "", line["status"] == "passed"))
@@ -174,6 +180,10 @@ def _machine(document: Document) -> str:
     gpus = [str(gpu.get("name")) for gpu in recorded.get("gpus") or ()]
     cores = [f"{recorded['cpus']} cores"] if "cpus" in recorded else []
     return ", ".join([str(recorded.get("processor", "not stated")), *cores, *gpus])
+
+
+def _exchange(document: Document) -> Exchange | None:
+    return Exchange.of_environment(document["bench"][0]["environment"]) if document["bench"] else None
 
 
 def _db(value: float | str, digits: int = 1) -> str:

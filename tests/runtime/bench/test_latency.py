@@ -75,6 +75,19 @@ def test_a_known_sleep_is_measured_to_five_percent() -> None:
     assert runner.shapes == [SHAPE] * 18  # one for memory, two for warm-up, fifteen measured
 
 
+def test_a_result_records_how_fast_the_processors_exchange_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = iter([1.1, 2.2] * 20)
+    monkeypatch.setattr("srdeploy.runtime.bench.latency.exchange_cost", lambda: next(costs))
+    monkeypatch.setattr("srdeploy.runtime.bench.latency.LOOK_SECONDS", 0.0)
+
+    result = bench([SleepingRunner("sleep", 0.001)], shape=SHAPE, effort=SHORT, environment={"cpus": 2})
+
+    assert result.environment["cpus"] == 2
+    assert result.exchange is not None
+    assert result.exchange.changed
+    assert "1.1x to 2.2x" in result.exchange.sentence
+
+
 def test_compute_and_end_to_end_are_two_rows_with_their_own_ratios() -> None:
     result = bench(
         [PreparedRunner("a", 0.02), PreparedRunner("b", 0.01), SleepingRunner("c", 0.01)], shape=SHAPE, effort=SHORT

@@ -538,6 +538,26 @@ def test_latency_of_another_machine_is_not_compared(document: dict[str, Any]) ->
     assert (machine.before, machine.after) == ("a processor", "another, 8 cores, a GPU")
 
 
+def test_latency_with_processors_in_another_state_is_not_compared(document: dict[str, Any]) -> None:
+    near, far = (
+        {"processor_exchange": {"lowest": 0.9 * median, "median": median, "highest": 1.1 * median}}
+        for median in (1.1, 2.1)
+    )
+    before, after = copy.deepcopy(document), copy.deepcopy(document)
+    before["bench"][0]["environment"] |= near
+    after["bench"][0]["environment"] |= far
+    _slower(after["engines"][1])
+
+    comparison = compare(before, after)
+
+    assert comparison.regressions == ()
+    assert [(change.before, change.after) for change in comparison.changes if "processors" in change.what] == [
+        ("1.1x", "2.1x")
+    ]
+    after["bench"][0]["environment"] |= near
+    assert compare(before, after).regressions
+
+
 @pytest.mark.parametrize(
     ("write", "value", "words"),
     [
