@@ -1,7 +1,12 @@
-"""Means and covariances of what layers read on real images, in the original graph and in the compressed one."""
+"""Means and covariances of what layers read on real images, in the original graph and in the compressed one.
+
+Those of convolutions are about the mean, since the bias takes up what the mean changes. Those of deconvolutions are
+about zero: an output pixel sees one phase of the taps, so a change of the mean differs from phase to phase, which no
+bias corrects.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +31,7 @@ class Moments:
     """Of x, which a layer reads in the original graph, and z, which it reads in the other one.
 
     Attributes:
-        mean_x, mean_z: (d,), (e,).
+        mean_x, mean_z: (d,), (e,); zeros where the moments are about zero.
         cross: (d, e), covariance of x with z.
         covariance: (e, e), of z.
         windows: how many were seen; fewer than e leave directions that were never seen.
@@ -41,7 +46,17 @@ class Moments:
     @property
     def same(self) -> bool:
         """Whether z is x: both were taken from the original graph."""
-        return self.mean_x.shape == self.mean_z.shape and bool(np.array_equal(self.mean_x, self.mean_z))
+        return bool(np.array_equal(self.cross, self.covariance))
+
+    def about_zero(self) -> "Moments":
+        """Return the same moments about zero instead of the mean."""
+        return replace(
+            self,
+            mean_x=np.zeros_like(self.mean_x),
+            mean_z=np.zeros_like(self.mean_z),
+            cross=self.cross + np.outer(self.mean_x, self.mean_z),
+            covariance=self.covariance + np.outer(self.mean_z, self.mean_z),
+        )
 
 
 def is_channelwise(graph: Graph, layer: Layer) -> bool:
@@ -78,7 +93,8 @@ def collect_moments(
             x = windows_at(pair[0][0], kernel, places)
             z = x if others is None else windows_at(pair[1][0], kernel, places)
             sums.setdefault(layer.name, _Sums.for_first(x, z)).add(x, z)
-    return {name: entry.moments() for name, entry in sums.items()}
+    found = {name: entry.moments() for name, entry in sums.items()}
+    return found | {layer.name: found[layer.name].about_zero() for layer in layers if layer.op == "ConvTranspose"}
 
 
 @dataclass

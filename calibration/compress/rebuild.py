@@ -11,7 +11,7 @@ from onnx import helper, numpy_helper
 from srdeploy.calibration.compress.factors import DAMPING, FIT_DAMPING, Array, reduce_inputs, reduce_outputs, refit
 from srdeploy.calibration.compress.layers import POINTWISE, Change, channel_view, matrix
 from srdeploy.calibration.compress.moments import Moments, is_channelwise
-from srdeploy.core.onnx_graph import Graph, Layer, attribute, replace_nodes
+from srdeploy.core.onnx_graph import Graph, Layer, replace_nodes
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ def _fit(
     else:
         first, second = _factor_inputs(fitted, covariance, change.rank, taps, single)
     if moments is not None:
-        bias = bias + _bias_change(target, moments.mean_x, _whole(first, second, change, taps, single), mean_z, layer,
-                                   graph, per_output)  # fmt: skip
+        made = _whole(first, second, change, taps, single)
+        bias = bias + (target @ moments.mean_x - made @ mean_z).reshape(-1, per_output).sum(axis=1)
     return _in_layout(first, second, bias, change, layer, (height, width), single)
 
 
@@ -140,18 +140,6 @@ def _whole(first: Array | None, second: Array, change: Change | None, taps: int,
     if change.form == "outputs" or single:
         return second @ first
     return second @ _at_every_tap(first, taps)
-
-
-def _bias_change(
-    target: Array, mean_x: Array, made: Array, mean_z: Array, layer: Layer, graph: Graph, per_output: int
-) -> Array:
-    """Return by how much the mean of each output channel fell."""
-    missing = (target @ mean_x - made @ mean_z).reshape(-1, per_output).sum(axis=1)
-    if layer.op == "ConvTranspose":  # an output pixel sees one phase of the taps: on average a stride-squared-th part
-        strides = attribute(graph.producer[layer.output], "strides", [1, 1])
-        assert isinstance(strides, list)
-        missing = missing / (int(strides[0]) * int(strides[1]))
-    return np.asarray(missing)
 
 
 def _in_layout(

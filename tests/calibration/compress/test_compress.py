@@ -103,6 +103,24 @@ def test_factors_behind_a_layer_whose_outputs_repeat_reproduce_the_graph(
     np.testing.assert_allclose(output(made, batches[0]), output(graph.model, batches[0]), atol=1e-3)
 
 
+def test_a_deconvolution_keeps_what_its_mean_input_gives_to_each_phase(
+    networks: dict[str, Callable[..., onnx.ModelProto]],
+) -> None:
+    def constant(name: str, values: np.ndarray) -> np.ndarray:
+        """Let one channel that the deconvolution reads vary; the others are constants."""
+        if name == "bottleneck.weight":
+            values[1:] = 0
+        return np.abs(values) + 0.5 if name == "bottleneck.bias" else values
+
+    graph = Graph(with_weights(networks["dense"](), constant))
+    layer = next(layer for layer in graph.layers if layer.name == "deconv")
+    batches = images(1)
+
+    made = apply_changes(graph, [Change("deconv", "inputs", 8, 0.0)], collect_moments(graph, None, [layer], batches))
+
+    np.testing.assert_allclose(output(made, batches[0]), output(graph.model, batches[0]), atol=1e-3)
+
+
 @pytest.mark.parametrize("activation", ["Relu", "PRelu"])
 def test_channels_that_repeat_others_are_removed_without_loss(
     activation: str, networks: dict[str, Callable[..., onnx.ModelProto]]
