@@ -98,7 +98,7 @@ class GraphBuilder:
         self._progress = progress
         self.stored = stored
         self._journal = journal
-        self._measurements = measurements or Measurements()
+        self.measurements = measurements or Measurements()
         self.key = key
         self._equalized: dict[float, tuple[Graph, dict[str, NDArray[np.float64]]]] = {}
         self._ranges: dict[tuple[float, Method], dict[str, tuple[float, float]]] = {}
@@ -115,7 +115,7 @@ class GraphBuilder:
         """What was observed of `tensors` in the graph as it was given: one pass over the images."""
         if self.stored is not None:
             return self._remembered()
-        return self._measurements.observations(
+        return self.measurements.observations(
             self.key,
             self.graph,
             self.tensors,
@@ -259,7 +259,7 @@ class GraphBuilder:
         macs = sum(layer.macs for layer in graph.layers)
         batches = [sample.image for sample in select_rounding_windows(self._calibration.samples, macs)]
         top = WEIGHT_TOPS[self.recipe.weight_bits]
-        covariances = self._measurements.covariances(self.key, self.graph, layers, batches, progress=self._progress)
+        covariances = self.measurements.covariances(self.key, self.graph, layers, batches, progress=self._progress)
         factors = self.equalized(decisions.strength)[1]
         for layer in layers:
             # The activation's own rounding is noise that no weight can compensate.

@@ -164,7 +164,13 @@ def choose(
     """
     deadline = Deadline(options.time_budget_s)
     _check_kept(builder, options)
-    tuning = Evaluator(builder.graph.model, select_tuning_windows(samples, contract.macs_per_pixel), contract)
+    tuning = Evaluator(
+        builder.graph.model,
+        select_tuning_windows(samples, contract.macs_per_pixel),
+        contract,
+        measurements=builder.measurements,
+        key=builder.key,
+    )
     decisions, trials = _tune(builder, tuning, options, deadline, journal, progress)
     first = _measure_point(builder, evaluator, decisions, open_engine, check=True)
     if options.bound.is_satisfied_by(first.quality):

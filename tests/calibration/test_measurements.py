@@ -36,7 +36,12 @@ def test_one_pass_serves_two_targets_and_changes_no_graph(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     passes: list[int] = []
+    references: list[object] = []
     original = measurements.observe
+    session = measurements.cpu_session
+    monkeypatch.setattr(
+        measurements, "cpu_session", lambda *args, **kwargs: references.append(args) or session(*args, **kwargs)
+    )
 
     def counted(graph: Graph, tensors: list[str], *args: object, **kwargs: object) -> object:
         passes.append(len(tensors))
@@ -61,9 +66,10 @@ def test_one_pass_serves_two_targets_and_changes_no_graph(
     shared = Measurements(TARGETS)
     together = [run(target, "together", shared) for target in TARGETS]
     assert len(passes) == 1
+    assert len(references) == 2, "the FP32 graph on the windows to compare ways on, and on the held-out images"
     alone = [run(target, "alone", None) for target in TARGETS]
 
-    assert len(passes) == 3
+    assert (len(passes), len(references)) == (3, 6)
     for one, other in zip(together, alone, strict=True):
         assert [node.name for node in one.node] == [node.name for node in other.node]
         scales = [
