@@ -44,7 +44,7 @@ def save_deep(path: str) -> None:
 @pytest.mark.advice("upscale/budget.py:_whole", "leave out --tiles whole")
 @pytest.mark.advice("upscale/budget.py:_window", "choose a --tile within the engine's shapes")
 def test_tiles_of_a_graph_with_one_shape(user: User) -> None:
-    user.runs("export good.pt --static 1x3x48x48 -o static.onnx")
+    user.runs("export good.onnx --static 1x3x48x48 -o static.onnx")
 
     user.refused(f"upscale static.onnx {LARGE} --tiles whole -o a.png")
     user.runs(f"upscale static.onnx {LARGE} -o a.png")
@@ -157,7 +157,7 @@ def test_a_checkpoint_is_exported_first(user: User) -> None:
 @pytest.mark.advice("upscale/lock_step.py:lock_step_of", "use --tiles overlapped, or the graph that it was made from")
 @pytest.mark.advice("upscale/lock_step.py:lock_step_of", "use --tiles overlapped, or the bundle's model.fp32.onnx")
 def test_what_cannot_be_cut_into_stages(user: User) -> None:
-    user.runs("export good.pt --io uint8 -o levels.onnx")
+    user.runs("export good.onnx --io uint8 -o levels.onnx")
     user.runs("build good.onnx --engine onnxruntime -o good.engine")
     exact = f"{LARGE} --tiles exact --tile 48"
 
@@ -236,13 +236,14 @@ def test_networks_without_exact_tiles(user: User, operation: str) -> None:
 )
 def test_pixels_that_a_graph_of_8_bit_levels_does_not_take(user: User) -> None:
     save_deep("deep.png")
-    user.runs("export good.pt --io uint8 -o levels.onnx")
-    user.runs("export luma.pt --io uint8 -o luma_levels.onnx")
+    user.runs("export good.onnx --io uint8 -o levels.onnx")
+    user.runs("export luma.pt -o luma.onnx")
+    user.runs("export luma.onnx --io uint8 -o luma_levels.onnx")
 
     user.refused("upscale levels.onnx deep.png -o a.png")
     user.runs("upscale good.onnx deep.png -o a.png")
     user.refused("upscale luma_levels.onnx photo.png -o b.png")
-    user.runs("export luma.pt --color-wrapper --io uint8 -o colors.onnx")
+    user.runs("export luma.onnx --color-wrapper --io uint8 -o colors.onnx")
     user.runs("upscale colors.onnx photo.png -o b.png")
 
 
