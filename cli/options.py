@@ -217,9 +217,27 @@ class OutputPath(click.ParamType[Path]):
         if not text.strip() or "\0" in text:
             self.fail("the output has no name", param, ctx)
         path = Path(value)
-        if any(len(os.fsencode(part)) > 255 for part in path.parts):
-            self.fail(f"{path.name[:40]}… is longer than the 255 bytes of a file name", param, ctx)
+        if too_long := _too_long(path):
+            self.fail(too_long, param, ctx)
         return path if path.name not in ("", "..") else path.resolve()
+
+
+class InputPath(click.Path):
+    """The name of a file or folder to read."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Refuse a name that no file can have."""
+        if too_long := _too_long(Path(value)):
+            self.fail(too_long, param, ctx)
+        return super().convert(value, param, ctx)
+
+
+def _too_long(path: Path) -> str | None:
+    """Return what is wrong with a path that the system would refuse to look up; None for others."""
+    part = max(path.parts, key=lambda part: len(os.fsencode(part)), default="")
+    if len(os.fsencode(part)) > 255:
+        return f"{part[:40]}… is longer than the 255 bytes of a file name"
+    return f"{str(path)[:40]}… is longer than the 4095 bytes of a path" if len(os.fsencode(path)) > 4095 else None
 
 
 class _Tuple(click.ParamType[tuple[Any, ...]]):
@@ -341,7 +359,7 @@ class EnumChoice(click.Choice[Any]):
 
 
 EXISTING = click.Path(exists=True, path_type=Path)
-ANY_PATH = click.Path(path_type=Path)
+ANY_PATH = InputPath(path_type=Path)
 OUTPUT_PATH = OutputPath()
 SHAPE = ShapeType()
 SIZE = SizeType()

@@ -46,6 +46,8 @@ def command(options: UpscaleOptions) -> None:
     model, source, output = _paths(options)
     if not source.exists():
         raise InputError(f"{source} does not exist", expected="an image, a folder of images or a video")
+    if not source.is_dir() and not source.is_file():
+        raise InputError(f"{source} is a pipe or a device", expected="a file or a folder: it is read more than once")
     refuse_same(source, output)
     progress = RichProgress()
     kind = _kind(source)

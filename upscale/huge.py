@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from srdeploy.core.errors import CapabilityError, InputError
 from srdeploy.core.extras import import_extra
 from srdeploy.core.imaging.decoders import open_with_libvips
-from srdeploy.core.imaging.read import full_page, opened, picture_metadata
+from srdeploy.core.imaging.read import full_page, image_size, picture_metadata
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.upscale.alpha import REACH
 from srdeploy.upscale.image_report import ImageReport
@@ -122,8 +122,7 @@ def check_header(path: Path) -> tuple[int, int]:
     Raises:
         InputError: not an image, or larger than is plausible or can be streamed.
     """
-    with opened(path, max_pixels=None) as image:
-        width, height = image.size
+    height, width = image_size(path)
     pixels = width * height
     size = path.stat().st_size
     if pixels > MAX_STREAMED_PIXELS or (pixels > 1 << 24 and pixels > MAX_EXPANSION * size):

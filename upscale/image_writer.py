@@ -153,7 +153,9 @@ def _pillow_metadata(like: Picture, name: str) -> dict[str, Any]:
         if like.xmp:
             chunks.add_itxt(_XMP_KEYWORD, like.xmp.decode("utf-8", "surrogateescape"))
         options["pnginfo"] = chunks
-    elif like.xmp:
+    if name == "JPEG" and like.segments:
+        options["extra"] = b"".join(like.segments)
+    if name != "PNG" and like.xmp:
         if name == "TIFF":
             options["tiffinfo"] = {700: like.xmp}
         else:

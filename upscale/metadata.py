@@ -17,6 +17,8 @@ _SRGB_GAMMA = struct.pack(">I", 45455)
 JPEG_SEGMENT = 65_533
 """Bytes that a JPEG segment holds behind its length (ITU-T T.81, B.1.1.4). ICC profiles are split; EXIF and XMP are
 not, since readers differ in how they put the parts together."""
+_JPEG_PROFILE = 255 * (JPEG_SEGMENT - 14)
+"""Bytes of an ICC profile in at most 255 segments (ICC.1:2022, B.4)."""
 _XMP_HEADER = b"http://ns.adobe.com/xap/1.0/\0"
 _LONG_VALUE = 4096  # bytes: maker notes, previews and user comments are above it, descriptions below
 
@@ -41,6 +43,11 @@ def kept_metadata(
     if icc is not None and (space := _wrong_space(icc, name, channels)) is not None:
         icc = None
         notes.append(f"the color profile is for {space} pixels and the output's are not: not kept")
+    if name == "JPEG" and icc is not None and len(icc) > _JPEG_PROFILE:
+        notes.append(f"a color profile of {len(icc):,} bytes is longer than JPEG holds ({_JPEG_PROFILE:,}): not kept")
+        icc = None
+    if name != "JPEG" and like.segments:
+        notes.append(f"the JPEG's comments and IPTC are not kept in {name}")
     if name == "JPEG" and exif is not None and len(exif) > JPEG_SEGMENT:
         exif = _short_exif(exif)
         notes.append(f"EXIF is longer than a JPEG segment ({JPEG_SEGMENT:,} bytes): only its short values are kept")
@@ -70,9 +77,12 @@ def resized_exif(exif: bytes, *, width: int, height: int) -> bytes:
         return exif
     values = {0x0100: width, 0x0101: height, 0xA002: width, 0xA003: height}
     try:
-        pending = [struct.unpack_from(order + "I", block, 4)[0]]
+        pending, seen = [struct.unpack_from(order + "I", block, 4)[0]], set[int]()
         while pending:
             start = pending.pop()
+            if start in seen:  # a damaged directory that points to itself
+                continue
+            seen.add(start)
             for entry in range(struct.unpack_from(order + "H", block, start)[0]):
                 at = start + 2 + 12 * entry
                 tag, kind, count = struct.unpack_from(order + "HHI", block, at)

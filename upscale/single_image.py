@@ -8,7 +8,7 @@ import numpy as np
 
 from srdeploy.core.artifact import atomic_file
 from srdeploy.core.errors import UsageError
-from srdeploy.core.imaging.read import MAX_PIXELS, Picture, opened, read_image
+from srdeploy.core.imaging.read import MAX_PIXELS, Picture, image_size, read_image
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.upscale.huge import check_header, upscale_streamed
 from srdeploy.upscale.image_report import ImageReport
@@ -100,8 +100,8 @@ def is_streamed(source: Path, up: Upscaler) -> bool:
     Raises:
         InputError: not an image, or its header is implausible.
     """
-    with opened(source, max_pixels=None) as image:
-        pixels = image.size[0] * image.size[1]
+    height, width = image_size(source)
+    pixels = height * width
     if pixels <= MAX_PIXELS and pixels * up.contract.scale**2 <= 4 * MAX_PIXELS:
         return False
     check_header(source)

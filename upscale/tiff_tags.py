@@ -86,13 +86,14 @@ def _read_block(block: bytes, order: str) -> list[_Entry]:
     source = "<" if block[:2] == b"II" else ">"
     try:
         (start,) = struct.unpack_from(source + "I", block, 4)
-        first = _directory(block, start, source, order)
+        first = _directory(block, start, source, order, {start})
     except struct.error:
         return []
     return [entry for entry in first if entry.tag in _ABOUT_THE_PICTURE or entry.tag in _FOLDERS]
 
 
-def _directory(block: bytes, start: int, source: str, order: str) -> list[_Entry]:
+def _directory(block: bytes, start: int, source: str, order: str, seen: set[int]) -> list[_Entry]:
+    """Return the entries of a directory; `seen` holds the offsets of those around it, which it may not point to."""
     entries = []
     (count,) = struct.unpack_from(source + "H", block, start)
     for index in range(count):
@@ -102,7 +103,8 @@ def _directory(block: bytes, start: int, source: str, order: str) -> list[_Entry
         (offset,) = struct.unpack_from(source + "I", block, at + 8)
         begin = at + 8 if size <= 4 else offset
         if tag in _FOLDERS:
-            inner = _directory(block, offset, source, order) if 0 < offset < len(block) else []
+            sound = 0 < offset < len(block) and offset not in seen
+            inner = _directory(block, offset, source, order, seen | {offset}) if sound else []
             entries.append(_Entry(tag, 0, 0, _packed(inner)))
         elif 0 < size <= len(block) - begin:
             data = block[begin : begin + size]

@@ -25,7 +25,8 @@ Pixels = NDArray[np.uint8] | NDArray[np.uint16]
 _MODES = {"1": "L", "L": "L", "LA": "LA", "La": "LA", "RGB": "RGB", "RGBX": "RGB", "YCbCr": "RGB"} | dict.fromkeys(
     ("RGBA", "RGBa", "PA"), "RGBA"
 )
-_BITS, _PHOTOMETRIC, _SAMPLES, _EXTRA_SAMPLES = 258, 262, 277, 338  # TIFF tags
+_BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES, _EXTRA_SAMPLES = 258, 259, 262, 277, 338  # TIFF tags
+_UNREAD_COMPRESSIONS = {50001: "WebP", 32809: "ThunderScan", 34676: "SGILog", 34677: "SGILog24"}
 
 
 def pillow_pixels(path: Path, image: Image.Image) -> Pixels:
@@ -86,10 +87,10 @@ def as_stored(pixels: NDArray[Any], image: Image.Image, exif: bytes | None) -> N
 
 
 def needs_libvips(path: Path, image: Any) -> bool:
-    """Return True if Pillow would lose something: color above 8 bits, or extra samples that nothing describes.
+    """Return True for what Pillow cannot decode whole: color above 8 bits, extra samples that nothing describes.
 
     Raises:
-        InputError: a TIFF of more than four samples per pixel.
+        InputError: a TIFF of more than four samples per pixel, or of a compression that nothing here reads.
     """
     if image.format == "PNG":
         with path.open("rb") as stream:
@@ -100,12 +101,14 @@ def needs_libvips(path: Path, image: Any) -> bool:
     samples = image.tag_v2.get(_SAMPLES, 1)
     if samples > 4:
         raise _too_many_samples(path, samples)
+    if image.tag_v2.get(_COMPRESSION) in _UNREAD_COMPRESSIONS:
+        raise _unread_compression(path, _UNREAD_COMPRESSIONS[image.tag_v2[_COMPRESSION]])
     bits = image.tag_v2.get(_BITS, (1,))
     return (len(bits) > 1 and max(bits) > 8) or 0 in image.tag_v2.get(_EXTRA_SAMPLES, ())
 
 
 def is_gray_alpha_tiff(path: Path) -> bool:
-    """Return True for the kinds of TIFF that libvips decodes and Pillow does not even identify."""
+    """Return True for the kinds of TIFF with gray and alpha that libvips decodes and Pillow does not."""
     try:
         with path.open("rb") as stream:
             start = stream.read(4)
@@ -116,7 +119,7 @@ def is_gray_alpha_tiff(path: Path) -> bool:
     vips: Any = import_extra("pyvips", "huge")
     try:
         image = open_with_libvips(path)
-        return image.bands == 2 and (image.format == "ushort" or (image.format == "uchar" and _is_unknown(path)))
+        return image.bands == 2 and (image.format == "ushort" or (image.format == "uchar" and _is_unread(path)))
     except vips.Error:
         return False
 
@@ -150,11 +153,11 @@ def check_tiff(path: Path) -> None:
                 raise _too_many_samples(path, bands)
 
 
-def _is_unknown(path: Path) -> bool:
-    """Return True if Pillow does not know the kind of picture."""
+def _is_unread(path: Path) -> bool:
+    """Return True if Pillow does not know the kind of picture, or does not convert it (gray times alpha)."""
     try:
-        with Image.open(path, formats=FORMATS):
-            return False
+        with Image.open(path, formats=FORMATS) as image:
+            return image.mode == "La"
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
         return True
 
@@ -189,8 +192,19 @@ def vips_pixels(path: Path, *, page: int = 0) -> Pixels:
             raise _too_many_samples(path, image.bands)
         pixels: Pixels = image.numpy()
     except vips.Error as error:
-        raise InputError(f"{path} is damaged or truncated ({error})", next_step="download or copy it again") from error
+        cause = "".join(str(error).strip().splitlines()[-1:])  # earlier lines may be about other files
+        if unread := re.search(r"(\S+) compression support is not configured", cause):
+            raise _unread_compression(path, unread[1]) from error
+        raise InputError(f"{path} is damaged or truncated ({cause})", next_step="download or copy it again") from error
     return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def _unread_compression(path: Path, name: str) -> InputError:
+    return InputError(
+        f"{path} is TIFF compressed with {name}, which is not read at this depth",
+        expected="no compression, LZW, deflate or PackBits",
+        next_step="save it with one of these first",
+    )
 
 
 def _too_many_samples(path: Path, samples: int) -> InputError:

@@ -18,13 +18,13 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
 
 from srdeploy.core.errors import GateError, InputError
 from srdeploy.core.imaging import png_chunks
@@ -43,7 +43,21 @@ from srdeploy.core.imaging.decoders import (
 )
 from srdeploy.core.imaging.gain_map import announces_gain_map, without_gain_map
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".gif")
+EXTENSIONS = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".jfif",
+    ".webp",
+    ".tif",
+    ".tiff",
+    ".bmp",
+    ".ppm",
+    ".pgm",
+    ".pbm",
+    ".pnm",
+    ".gif",
+)
 """Names that count as images when a folder is searched."""
 
 MAX_PIXELS = 89_478_485
@@ -66,6 +80,10 @@ PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, png_chunks.MA
 # Pillow's own limit of 1 MiB refuses pictures whose settings, workflow or color profile are larger, as "damaged".
 _EXIF_HEADER = b"Exif\0\0"
 _XMP_KEYWORD = "XML:com.adobe.xmp"
+_SEGMENTS = {"COM": 0xFE, "APP13": 0xED}
+_PHOTOSHOP = b"Photoshop 3.0\0"
+"""Beginning of the segments that hold IPTC: captions and keywords of agencies and archives."""
+_EXTENDED_XMP = b"http://ns.adobe.com/xmp/extension/\0"
 _open_lock = threading.Lock()
 
 Kind = Literal["gray", "gray+alpha", "rgb", "rgb+alpha"]
@@ -93,6 +111,7 @@ class Picture:
         xmp: the XMP packet; without the announcement of a gain map, which is not read.
         dpi: pixels per inch, horizontal and vertical.
         chunks: text and color chunks of a PNG file, (type, data) each; XMP and EXIF are not among them.
+        segments: comments and IPTC of a JPEG file, whole segments.
         notes: what the file holds and this picture does not, one line each.
     """
 
@@ -104,6 +123,7 @@ class Picture:
     xmp: bytes | None = None
     dpi: tuple[float, float] | None = None
     chunks: tuple[png_chunks.Chunk, ...] = ()
+    segments: tuple[bytes, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -131,7 +151,7 @@ class Picture:
 def find_images(source: Path) -> list[Path]:
     """Return the image files of a folder and everything below it, sorted by path; a file is returned as it is.
 
-    Hidden files and folders are passed over. Links to folders are not followed.
+    Hidden files and folders are passed over, and pipes and devices. Links to folders are not followed.
 
     Raises:
         InputError: `source` does not exist, cannot be read, or holds no image.
@@ -143,24 +163,29 @@ def find_images(source: Path) -> list[Path]:
     found = []
     for folder, folders, files in os.walk(source, onerror=_refuse_unreadable):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            Path(folder) / name
-            for name in files
-            if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS
-        ]
+        paths = (Path(folder) / name for name in files if not name.startswith("."))
+        found += [path for path in paths if path.suffix.lower() in EXTENSIONS and not _is_special(path)]
     if not found:
         raise InputError(f"{source} holds no image", expected=f"files named {', '.join(EXTENSIONS)}")
     return sorted(found, key=lambda path: path.relative_to(source).parts)
 
 
 def unread_files(source: Path) -> dict[str, int]:
-    """Return how many files below a folder `find_images` ignores, by suffix such as ".mp4"."""
+    """Return how many files below a folder `find_images` ignores, by suffix such as ".mp4", or "pipe or device"."""
     found: Counter[str] = Counter()
-    for _, folders, files in os.walk(source):
+    for folder, folders, files in os.walk(source):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        suffixes = (Path(name).suffix.lower() for name in files if not name.startswith("."))
-        found.update(suffix for suffix in suffixes if suffix not in EXTENSIONS)
+        for path in (Path(folder) / name for name in files if not name.startswith(".")):
+            if (suffix := path.suffix.lower()) not in EXTENSIONS:
+                found[suffix] += 1
+            elif _is_special(path):
+                found["pipe or device"] += 1
     return dict(sorted(found.items()))
+
+
+def _is_special(path: Path) -> bool:
+    """Return True for a pipe, socket or device; reading one can wait forever. A broken link is an error of its own."""
+    return path.exists() and not path.is_file()
 
 
 def is_picture(path: Path) -> bool:
@@ -214,6 +239,8 @@ def picture_metadata(path: Path) -> Picture:
     Raises:
         InputError: as `read_image`, but no image is too large.
     """
+    if is_gray_alpha_tiff(path):
+        return _metadata_from_vips(open_with_libvips(path))
     with opened(path, max_pixels=None) as image:
         exif = _png_exif(path, image) if image.format == "PNG" else _exif(image)
         return _picture(path, image, np.empty((0, 0, len(image.getbands())), np.uint8), exif)
@@ -233,8 +260,23 @@ def full_page(path: Path) -> int:
     Raises:
         InputError: as `picture_metadata`.
     """
+    if is_gray_alpha_tiff(path):
+        return 0
     with opened(path, max_pixels=None) as image:
         return image.tell() if image.format == "TIFF" else 0
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Return (height, width) of an image of any size, from its header.
+
+    Raises:
+        InputError: as `picture_metadata`.
+    """
+    if is_gray_alpha_tiff(path):
+        tiff = open_with_libvips(path)
+        return tiff.height, tiff.width
+    with opened(path, max_pixels=None) as image:
+        return image.size[1], image.size[0]
 
 
 def _picture(path: Path, image: Image.Image, pixels: Pixels, exif: bytes | None) -> Picture:
@@ -248,6 +290,11 @@ def _picture(path: Path, image: Image.Image, pixels: Pixels, exif: bytes | None)
     if xmp is not None and announces_gain_map(xmp):
         xmp = without_gain_map(xmp)
         notes.append("the gain map (HDR) is not passed on, nor what announces it in the XMP")
+    elif image.format == "MPO":
+        notes.append("further pictures in the file (previews, depth or gain maps) are not passed on")
+    applied = image.applist if isinstance(image, JpegImagePlugin.JpegImageFile) else []
+    if any(name == "APP1" and data.startswith(_EXTENDED_XMP) for name, data in applied):
+        notes.append("the extended part of the XMP is not passed on")
     return Picture(
         pixels=pixels,
         format="jpeg" if image.format == "MPO" else str(image.format).lower(),
@@ -257,6 +304,11 @@ def _picture(path: Path, image: Image.Image, pixels: Pixels, exif: bytes | None)
         xmp=xmp,
         dpi=(float(dpi[0]), float(dpi[1])) if dpi and all(0 < float(value) < 1e6 for value in dpi) else None,
         chunks=png_chunks.read_chunks(path) if image.format == "PNG" else (),
+        segments=tuple(
+            b"\xff" + bytes([_SEGMENTS[name]]) + (len(data) + 2).to_bytes(2) + data
+            for name, data in applied
+            if name == "COM" or (name == "APP13" and data.startswith(_PHOTOSHOP))
+        ),
         notes=tuple(notes),
     )
 
@@ -440,7 +492,10 @@ def _picture_from_vips(path: Path, max_pixels: int) -> Picture:
     image = open_with_libvips(path)
     if image.width * image.height > max_pixels:
         raise _too_large(path, f"{image.width}x{image.height}, {image.width * image.height:,}", max_pixels)
+    return replace(_metadata_from_vips(image), pixels=vips_pixels(path))
 
+
+def _metadata_from_vips(image: Any) -> Picture:
     def blob(name: str) -> bytes | None:
         return bytes(image.get(name)) if image.get_typeof(name) else None
 
@@ -448,7 +503,7 @@ def _picture_from_vips(path: Path, max_pixels: int) -> Picture:
     if image.get_typeof("orientation"):
         exif[274] = image.get("orientation")
     return Picture(
-        pixels=vips_pixels(path),
+        pixels=np.empty((0, 0, image.bands), np.uint8),
         format="tiff",
         icc=blob("icc-profile-data"),
         exif=exif.tobytes() if len(exif) else None,

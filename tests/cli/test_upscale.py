@@ -1,6 +1,7 @@
 """srdeploy upscale: images, folders and videos from the command line."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -120,6 +121,9 @@ def test_broken_engine_is_exit_6_without_output_and_repaired_by_a_fallback(
     [
         (["missing.onnx", "photo.png", "-o", "out.png"], 3, "missing.onnx does not exist"),
         (["model.onnx", "missing.png", "-o", "out.png"], 3, "missing.png does not exist"),
+        (["model.onnx", "pipe", "-o", "out.png"], 3, "is a pipe or a device"),
+        (["model.onnx", "y" * 256, "-o", "out.png"], 2, "longer than the 255 bytes of a file name"),
+        (["model.onnx", "y/" * 2048 + "z", "-o", "out.png"], 2, "longer than the 4095 bytes of a path"),
         (["model.onnx", "photo.png", "-o", "photo.png"], 2, "is the input itself"),
         (["model.onnx", "photo.png", "-o", "out.xyz"], 2, "a name ending in"),
         (["model.onnx", "photo.png", "-o", "out.png", "--memory", "lots"], 2, "size 'lots'"),
@@ -134,7 +138,8 @@ def test_broken_engine_is_exit_6_without_output_and_repaired_by_a_fallback(
         (["model.onnx", "photo.png", "-o", "out.png", "--quality", "9"], 2, "PNG, which is lossless"),
     ],
     ids=[
-        "no model", "no source", "same path", "format", "memory", "precision", "engine", "device", "tiles", "empty",
+        "no model", "no source", "pipe", "long name", "long path",
+        "same path", "format", "memory", "precision", "engine", "device", "tiles", "empty",
         "folder format", "model is a picture", "codec of a picture", "quality of a PNG",
     ],
 )  # fmt: skip
@@ -149,6 +154,7 @@ def test_refusals_have_their_code_and_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     monkeypatch.chdir(tmp_path)
 
     result = run(["upscale", *words])

@@ -17,6 +17,8 @@ from srdeploy.core.imaging.colour import y_from_rgb
 from srdeploy.core.imaging.read import (
     MAX_PIXELS,
     find_images,
+    full_page,
+    image_size,
     is_picture,
     network_input,
     picture_metadata,
@@ -392,6 +394,36 @@ def test_tiff_with_an_extra_sample_that_nothing_describes_keeps_it(bits: int, ch
     )  # fmt: skip
 
     np.testing.assert_array_equal(read_image(tmp_path / "a.tif").pixels, stored)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_gray_times_alpha_in_a_tiff_is_divided_again(bits: int, tmp_path: Path) -> None:
+    peak = 2**bits - 1
+    gray, alpha = (WIDE >> (16 - bits)).astype(np.float64), np.full(WIDE.shape, peak // 2)
+    stored = np.dstack([np.rint(gray * alpha / peak), alpha]).astype(f"u{bits // 8}")
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, stored, photometric="minisblack", planarconfig="contig", extrasamples=["assocalpha"])
+
+    pixels = read_image(path).pixels
+
+    assert np.abs(pixels[..., 0] - gray).max() <= 2
+    assert np.all(pixels[..., 1] == peak // 2)
+    assert image_size(path) == WIDE.shape
+    assert (picture_metadata(path).kind, full_page(path)) == ("gray+alpha", 0)
+
+
+@pytest.mark.parametrize(("code", "name"), [(50000, "ZSTD"), (50001, "WebP"), (34925, "LZMA")])
+def test_a_tiff_of_an_unread_compression_is_not_called_damaged(code: int, name: str, tmp_path: Path) -> None:
+    """The wheel of libvips has none of these, and Pillow does not read 16-bit color."""
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, RGB.astype(np.uint16), photometric="rgb", compression="deflate")
+    data = bytearray(path.read_bytes())
+    at = data.index(struct.pack("<HHI", 259, 3, 1))
+    data[at + 8 : at + 10] = struct.pack("<H", code)
+    path.write_bytes(data)
+
+    with pytest.raises(InputError, match=f"compressed with {name}, which is not read"):
+        read_image(path)
 
 
 def test_tiff_of_five_samples_is_refused(tmp_path: Path) -> None:

@@ -159,6 +159,22 @@ def test_a_picture_of_six_channels(user: User) -> None:
     user.runs(UPSCALE.format("six.tif"))
 
 
+@pytest.mark.advice("core/imaging/decoders.py:_unread_compression", "save it with one of these first")
+def test_a_tiff_of_an_unread_compression(user: User) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    pixels = np.asarray(photo(20, 24, 0))
+    tifffile.imwrite("a.tif", pixels, photometric="rgb")
+    intact = Path("a.tif").read_bytes()
+    at = intact.index(b"\x03\x01\x03\x00\x01\x00\x00\x00")
+    Path("a.tif").write_bytes(intact[: at + 8] + (50001).to_bytes(2, "little") + intact[at + 10 :])
+
+    message = user.refused(UPSCALE.format("a.tif"))
+    for name, compression in (("LZW", "tiff_lzw"), ("deflate", "tiff_adobe_deflate"), ("PackBits", "packbits")):
+        assert name in message
+        photo(20, 24, 0).save("b.tif", compression=compression)
+        user.runs(UPSCALE.format("b.tif") + " --force")
+
+
 @pytest.mark.advice("core/imaging/read.py:opened", "convert it to PNG or TIFF first")
 def test_a_picture_in_another_format(user: User) -> None:
     photo(20, 24, 0).save("a.png")

@@ -359,6 +359,7 @@ def test_huge_images(user: User, streamed: None) -> None:
     "upscale/folders.py:FolderReport.raise_failures", "fix these and run the same command again, it skips"
 )
 @pytest.mark.advice("upscale/scale/targets.py:find_targets", "rename one of them")
+@pytest.mark.advice("upscale/scale/targets.py:find_targets", "rename it")
 @pytest.mark.advice("upscale/scale/status.py:folder_status", "the output folder of srdeploy upscale FOLDER -o OUT")
 def test_folders_with_failures(user: User) -> None:
     whole = Path("photos/0.png").read_bytes()
@@ -376,6 +377,11 @@ def test_folders_with_failures(user: User) -> None:
     user.refused(command)
     Path("photos/1.jpg").rename("photos/one.jpg")
     user.runs(command)
+    longest = Path("photos", "y" * 251 + ".jpg")
+    shutil.copy("photos/one.jpg", longest)
+    user.refused(command.replace("png", "webp").replace("out", "webp"))
+    longest.rename("photos/two.jpg")
+    user.runs(command.replace("png", "webp").replace("out", "webp"))
 
 
 @pytest.mark.advice("upscale/folders.py:FolderReport.advice", "--format webp --quality 95 encodes faster, and so does ")

@@ -151,6 +151,27 @@ def test_files_that_are_no_pictures_are_counted_by_suffix(source: Path, up: Upsc
     assert report.to_json()["unread"] == report.unread
 
 
+def test_a_pipe_named_like_an_image_is_not_waited_for(source: Path, up: Upscaler, tmp_path: Path) -> None:
+    os.mkfifo(source / "pipe.png")
+
+    report = upscale_folder(up, source, tmp_path / "out")
+
+    assert report.unread == {"pipe or device": 1}
+    assert not report.failed
+
+
+def test_a_name_that_becomes_too_long_is_listed_and_the_rest_is_made(
+    source: Path, up: Upscaler, tmp_path: Path
+) -> None:
+    longest = "é" * 125 + "e" + ".png"
+    write_image(source / longest, RANDOM.integers(0, 256, (3, 3, 3), dtype=np.uint8))
+
+    report = upscale_folder(up, source, tmp_path / "out", suffix=".tiff")
+
+    assert list(report.failed) == [longest]
+    assert len(report.made) == 4
+
+
 def test_output_inside_the_input_is_refused(source: Path, up: Upscaler) -> None:
     with pytest.raises(UsageError, match="is inside the input folder"):
         upscale_folder(up, source, source / "out")

@@ -151,3 +151,50 @@ def test_a_gain_map_that_is_gone_takes_its_announcement_with_it(tmp_path: Path) 
     assert b"GainMap" not in xmp
     assert b'dc:format="image/jpeg"' in xmp  # the rest stays
     assert any("gain map" in note for note in notes)
+
+
+def test_comments_and_captions_of_a_jpeg_stay_in_jpegs(tmp_path: Path) -> None:
+    """IPTC is what agencies and archives write; it is in Photoshop's segment."""
+    caption = b"Photoshop 3.0\x008BIM\x04\x04\0\0" + struct.pack(">I", 12) + b"\x1c\x02\x78\0\x07caption"
+    segment = b"\xff\xed" + struct.pack(">H", len(caption) + 2) + caption
+    Image.fromarray(RGB).save(tmp_path / "a.jpg", comment=b"a comment", extra=segment)
+    like = read_image(tmp_path / "a.jpg")
+
+    assert write_image(tmp_path / "b.jpg", RGB, like=like) == ()
+    with Image.open(tmp_path / "b.jpg") as back:
+        assert ("APP13", caption) in back.applist  # type: ignore[attr-defined]
+        assert back.info["comment"] == b"a comment"
+    (note,) = write_image(tmp_path / "b.png", RGB, like=like)
+    assert "comments and IPTC" in note
+
+
+def test_parts_of_a_jpeg_that_are_not_read_are_named(tmp_path: Path) -> None:
+    extension = b"http://ns.adobe.com/xmp/extension/\0" + b"A" * 32 + struct.pack(">II", 4, 0) + b"<x/>"
+    segment = b"\xff\xe1" + struct.pack(">H", len(extension) + 2) + extension
+    Image.fromarray(RGB).save(tmp_path / "long.jpg", extra=segment)
+    Image.fromarray(RGB).save(tmp_path / "two.jpg", "MPO", save_all=True, append_images=[Image.fromarray(RGB)])
+
+    notes = [note for name in ("long.jpg", "two.jpg") for note in read_image(tmp_path / name).notes]
+
+    assert ["extended part of the XMP" in notes[0], "further pictures" in notes[1]] == [True, True]
+    assert len(notes) == 2
+
+
+def test_a_profile_longer_than_a_jpeg_holds_is_named(tmp_path: Path) -> None:
+    like = Picture(RGB, "png", icc=profile("RGB ") + bytes(255 * 65_519))
+
+    (note,) = write_image(tmp_path / "a.jpg", RGB, like=like)
+
+    assert "longer than JPEG holds" in note
+    with Image.open(tmp_path / "a.jpg") as back:
+        assert "icc_profile" not in back.info
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif"])
+def test_an_exif_directory_that_points_to_itself_ends(suffix: str, tmp_path: Path) -> None:
+    pointer = struct.pack("<HHHII", 1, 0x8769, 4, 1, 8) + struct.pack("<I", 0)
+    exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + pointer
+
+    write_image(tmp_path / f"a{suffix}", RGB, like=Picture(RGB, "jpeg", exif=exif))
+
+    np.testing.assert_allclose(read_image(tmp_path / f"a{suffix}").pixels, RGB, atol=60)

@@ -8,7 +8,7 @@ from types import ModuleType
 from PIL import Image
 
 from srdeploy.core.errors import InputError
-from srdeploy.core.imaging.read import opened, unread_files
+from srdeploy.core.imaging.read import image_size, unread_files
 from srdeploy.core.progress import SILENT, Advance, Progress
 from srdeploy.upscale.folders import FolderReport, folder_key
 from srdeploy.upscale.image_writer import check_quality
@@ -165,7 +165,7 @@ class _Driver:
 
     def _pixels(self, target: Target) -> int:
         try:
-            with opened(self.source / target.source, max_pixels=None) as image:
-                return int(image.size[0] * image.size[1])
+            height, width = image_size(self.source / target.source)
+            return height * width
         except (InputError, OSError, Image.DecompressionBombError):
             return _UNKNOWN_PIXELS

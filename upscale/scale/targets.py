@@ -1,5 +1,6 @@
 """Which output each picture of a folder becomes."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +25,7 @@ class Targets:
     Attributes:
         total: number of pictures in the whole folder.
         items: the pictures, in order.
-        collisions: an error for each picture whose output another one already has.
+        collisions: an error for each picture whose output another one already has, or cannot be named.
     """
 
     total: int
@@ -53,6 +54,13 @@ def find_targets(source: Path, output: Path, suffix: str | None, shard: Shard | 
         name = path.relative_to(source)
         kept = path.suffix if path.suffix.lower() in FORMATS else ".png"
         target = Target(name.as_posix(), name.with_suffix(suffix or kept).as_posix())
+        made = Path(target.output).name
+        if len(os.fsencode(made)) > 255:
+            found.collisions[target.source] = UsageError(
+                f"{path} would become {made[:40]}…, which is longer than the 255 bytes of a file name",
+                next_step="rename it",
+            )
+            continue
         first = origins.setdefault(target.output, target.source)
         if shard is not None and not shard.holds(target.source):
             continue
