@@ -31,8 +31,9 @@ from srdeploy.calibration.measurements import Measurements
 from srdeploy.calibration.observe import Observation
 from srdeploy.calibration.rewrites.equalize import equalize_channels
 from srdeploy.calibration.rewrites.streams import fold_reader_scales
+from srdeploy.core.blas import map_small
 from srdeploy.core.contract import INPUT
-from srdeploy.core.onnx_graph import Graph
+from srdeploy.core.onnx_graph import Graph, Layer
 from srdeploy.core.precision import Precision
 from srdeploy.core.progress import SILENT, Progress
 
@@ -261,7 +262,8 @@ class GraphBuilder:
         top = WEIGHT_TOPS[self.recipe.weight_bits]
         covariances = self.measurements.covariances(self.key, self.graph, layers, batches, progress=self._progress)
         factors = self.equalized(decisions.strength)[1]
-        for layer in layers:
+
+        def rounded(layer: Layer) -> tuple[str, QuantWeight]:
             # The activation's own rounding is noise that no weight can compensate.
             step = params_for_range(*self._range(layer.input, decisions), self.recipe.kind).scale
             scaled = scale_covariances(covariances[layer.name], factors.get(layer.input, np.ones(1)))
@@ -269,7 +271,9 @@ class GraphBuilder:
             weights = graph.array(layer.weight)
             scales = weight_scales(weights, layer.axis, self.recipe.weight_bits)
             codes, scales = round_with_compensation(weights, scales, noisy, top, self._representable)
-            yield layer.weight, QuantWeight(codes, scales, layer.axis)
+            return layer.weight, QuantWeight(codes, scales, layer.axis)
+
+        yield from map_small(rounded, layers)
 
     def _representable(self, scales: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return scales as the graph can hold them, before anything is computed with them."""
