@@ -130,14 +130,20 @@ def _show(result: "CompressResult", progress: RichProgress) -> None:
             f"{point.quality.fidelity_db:.2f}",
             f"{point.quality.drop_db:.4f}",
             "" if point.quality.worst_drop_db is None else f"{point.quality.worst_drop_db:.4f}",
+            f"{point.quality.other_kinds_drop_db:.4f}",
+            "test" if point.quality.tested else "held-out",
         )
         for point in result.points
     ]
-    table("", ("fewer MACs", "layers changed", "fidelity dB", "drop dB", "worst image dB"), rows)
+    table(
+        "",
+        ("fewer MACs", "layers changed", "fidelity dB", "drop dB", "worst image dB", "other kinds dB", "images"),
+        rows,
+    )
     quality = result.quality
     progress.note(
         f"{result.macs_before / result.macs_after:.2f}x fewer multiply-adds, fidelity {quality.fidelity_db:.2f} dB, "
-        f"drop {quality.drop_db:.4f} dB on {quality.images} held-out images"
+        f"drop {quality.drop_db:.4f} dB on {quality.images} {'test' if quality.tested else 'held-out'} images"
     )
     if result.latency_ms is not None:
         ours, original = result.latency_ms

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -13,13 +14,12 @@ from srdeploy.calibration.compress.layers import Change, candidates, channel_cha
 from srdeploy.calibration.compress.moments import Moments, collect_moments
 from srdeploy.calibration.compress.rebuild import apply_changes
 from srdeploy.calibration.compress.result import CompressOptions, Point
-from srdeploy.calibration.images.dataset import CalibrationSet
+from srdeploy.calibration.images.dataset import MIN_FOR_TEST, CalibrationSet
 from srdeploy.calibration.images.effort import select_rounding_windows
 from srdeploy.calibration.journal import Journal
 from srdeploy.calibration.search.bound import Deadline
-from srdeploy.calibration.search.evaluate import Evaluator
+from srdeploy.calibration.search.evaluate import Evaluator, other_kinds_drop
 from srdeploy.core.errors import GateError
-from srdeploy.core.imaging.psnr import drop_for_fidelity
 from srdeploy.core.onnx_file import GraphFile
 from srdeploy.core.onnx_graph import Graph
 from srdeploy.core.precision import Target
@@ -53,6 +53,7 @@ class CompressionSearch:
         macs_before: its multiply-adds per LR pixel.
         bound: what a graph may lose.
         evaluator: evaluates on the held-out images.
+        test: evaluates on the images that choose nothing; None with too few images.
         points: all graphs that were measured.
         notes: what a user should know.
     """
@@ -68,7 +69,7 @@ class CompressionSearch:
         self.graph = Graph(source.model)
         self.costs = Costs(self.graph)
         self.macs_before = sum(layer.macs for layer in self.graph.layers)
-        self.bound = options.bound
+        self.bound = replace(options.bound, other_kinds=True)
         self.points: list[Point] = []
         self.notes: list[str] = []
         self._options = options
@@ -80,12 +81,22 @@ class CompressionSearch:
         probes = windows_of(windows, PROBE_IMAGES, PROBE_SIDE)
         self._probe_macs = self.macs_before * sum(sample.image[0, 0].size for sample in probes)
         self._probing = Evaluator(source.model, probes, source.contract)
-        self.evaluator = Evaluator(source.model, calibration.held_out, source.contract, truth=calibration.truth or "hr")
+        truth = calibration.truth or "hr"
+        self.evaluator = Evaluator(source.model, calibration.held_out, source.contract, truth=truth)
+        self.test: Evaluator | None = None
+        if calibration.test:
+            self.test = Evaluator(source.model, calibration.test, source.contract, truth=truth, tested=True)
+        else:
+            self.notes.append(
+                f"fewer than {MIN_FOR_TEST} images: the loss is that of the {len(calibration.held_out)} that chose the "
+                "graph; more images would test it on others"
+            )
+        self._staged: dict[Point, onnx.ModelProto] = {}
         self._moments = self._collect()
         self._options_by_slot = self._measure_layers()
 
     def run(self) -> tuple[Point, onnx.ModelProto]:
-        """Find the graph of the lowest cost that keeps the bound.
+        """Find the graph of the lowest cost that keeps the bound on the held-out images, and on the test images.
 
         Raises:
             GateError: there is none with `MIN_GAIN` fewer multiply-adds.
@@ -107,8 +118,39 @@ class CompressionSearch:
                 late = self._deadline.passed and best is not None  # what keeps the bound is looked for in any case
                 if late or (low and high < 1.1 * low) or not self._options_by_slot:
                     break
-                budget = self._next_budget(budget, low, high, self.bound.used_by(point.quality))
-        return self._refine(best, low)
+                # Ranks are coarse: a budget that leads to a known graph is followed by a much smaller one.
+                used = self.bound.used_by(point.quality) if known is None else math.inf
+                budget = self._next_budget(budget, low, high, used)
+        if best is None or not self.is_worthwhile(best):
+            raise self.nothing_found("nothing to gain here")
+        return self.confirmed([*self._refine(low), best])
+
+    def confirmed(self, points: Sequence[Point]) -> tuple[Point, onnx.ModelProto]:
+        """Return the graph of the lowest cost, with its quality on the test images, that keeps the bound there.
+
+        The best of many graphs looks better on the images that chose it than it is.
+
+        Args:
+            points: graphs that keep the bound on the held-out images.
+
+        Raises:
+            GateError: none does.
+        """
+        for point in sorted(points, key=lambda point: point.cost):
+            model = self._staged.get(point) or self.build(point.changes)
+            found = self.tested(point, model)
+            if self.bound.is_satisfied_by(found.quality):
+                return found, model
+        raise self.nothing_found("what keeps the bound on the held-out images misses it on the test images")
+
+    def tested(self, point: Point, model: onnx.ModelProto) -> Point:
+        """Return a graph's point with its quality on the test images; as it is where there are none."""
+        if self.test is None:
+            return point
+        found = replace(point, quality=self.test.evaluate_model(model))
+        self.points.append(found)
+        self._progress.note(f"on images that chose nothing: {self.label(found)}")
+        return found
 
     def error_shares(self, changes: Sequence[Change]) -> dict[str, float]:
         """Return each change's share of the predicted error power of the output."""
@@ -124,6 +166,8 @@ class CompressionSearch:
         cost = self.costs.total - self.costs.saving(selection)
         point = Point(tuple(changes), macs, cost, self.evaluator.evaluate_model(model), staged)
         self.points.append(point)
+        if staged:
+            self._staged[point] = model  # takes long to make again
         return point, model
 
     def build(self, changes: Sequence[Change]) -> onnx.ModelProto:
@@ -220,22 +264,19 @@ class CompressionSearch:
         """Return the error power of the output at which the bound is about reached."""
         psnr = self.evaluator.evaluate_model(self.graph.model).psnr_db
         allowed = self.bound.max_psnr_drop or 1.0
-        fidelity = next((db for db in np.arange(90.0, 20.0, -0.5) if drop_for_fidelity(psnr, db) > allowed), 20.0)
+        fidelity = next((db for db in np.arange(90.0, 20.0, -0.5) if other_kinds_drop(psnr, db) > allowed), 20.0)
         return float(10 ** (-fidelity / 10))
 
     def _allocate(self, budget: float) -> list[Change]:
         return [option.change for option in allocate(self._options_by_slot, self.costs, budget)]
 
-    def _refine(self, best: Point | None, budget: float) -> tuple[Point, onnx.ModelProto]:
-        """Fit the layers in stages, which leaves room for more changes.
+    def _refine(self, budget: float) -> list[Point]:
+        """Fit the layers in stages, which leaves room for more changes; return the graphs that keep the bound.
 
         Args:
-            best: the best graph without stages; None if none keeps the bound.
-            budget: of its error power.
+            budget: error power of the best graph without stages.
         """
-        if best is None or not self.is_worthwhile(best):
-            raise self.nothing_found("nothing to gain here")
-        found, model = best, self.build(best.changes)
+        kept: list[Point] = []
         low, high = budget, math.inf
         budget *= REFINED_START
         for _ in range(REFINED_TRIALS):
@@ -244,18 +285,17 @@ class CompressionSearch:
             changes = tuple(self._allocate(budget))
             if any(point.staged and point.changes == changes for point in self.points):
                 break  # ranks are coarse: budgets between lead to nothing new
-            point, refined = self.measured(changes, staged=True)
+            point, _ = self.measured(changes, staged=True)
             self._progress.note(f"fitted in stages: {self.label(point)}")
             if self.bound.is_satisfied_by(point.quality):
                 low = budget
-                if point.cost <= found.cost:
-                    found, model = point, refined
+                kept.append(point)
             else:
                 high = budget
             budget = self._next_budget(budget, low, high, self.bound.used_by(point.quality))
             if high < 1.1 * low:
                 break
-        return found, model
+        return kept
 
     def _next_budget(self, budget: float, low: float, high: float, used: float) -> float:
         """Return the next budget to try: losses are about proportional to the error power, approached from below.

@@ -56,6 +56,7 @@ def undo_what_is_not_faster(
         left, made = search.measured(changes, staged=point.staged)
         if not search.is_worthwhile(left):
             raise search.nothing_found("too few changes are faster on the engine")
+        left = search.tested(left, made)
         if search.bound.is_satisfied_by(left.quality):
             point, model = left, made
         else:  # fewer changes, but other fits: rare, and then all of them stay

@@ -1,10 +1,11 @@
-"""The calibration set: windows of real images, of which some are held out to evaluate the result.
+"""The calibration set: windows of real images, of which some are held out to evaluate graphs, and others to test one.
 
-Every fourth image is held out and never calibrated with, so the decibels that quantization reports are measured on
-images whose ranges it has not seen. The drop in PSNR is measured too, with and without HR images: held-out images are
-shrunk by the network's scale and are the truth themselves; without HR images that is one octave below the sizes that
-the network will see. Images are decoded one at a time, twice: once to choose windows, once to cut them.
-Only the windows are kept, so memory depends neither on the size nor on the number of the images.
+Every fourth image is held out and never calibrated with: searches compare graphs on these. Another fourth tests the
+graph that a search has chosen: the best of many graphs looks better on the images that chose it than it is. The drop in
+PSNR is measured with and without HR images: held-out images are shrunk by the network's scale and are the truth
+themselves; without HR images that is one octave below the sizes that the network will see. Images are decoded one at a
+time, twice: once to choose windows, once to cut them. Only the windows are kept, so memory depends neither on the size
+nor on the number of the images.
 """
 
 import json
@@ -32,6 +33,8 @@ MIN_IMAGES = 3
 MIN_PIXELS = 2 * 32 * 32
 HELD_OUT_EVERY = 4
 MAX_HELD_OUT = 8
+MIN_FOR_TEST = 8
+"""With fewer images all are needed to calibrate and to choose; none is kept to test the chosen graph."""
 MIN_TRUTH_SIDE = 16
 """Pixels that a held-out image must have left on each side after shrinking."""
 _BAND_ROWS = 256
@@ -44,13 +47,15 @@ class CalibrationSet:
 
     Attributes:
         samples: crops and whole images that ranges are taken from.
-        held_out: images kept aside to measure the drop on.
+        held_out: images kept aside to measure the drop on: searches choose by them.
+        test: images that nothing is chosen by, to measure the chosen graph on; empty with fewer than `MIN_FOR_TEST`.
         document: the contents of `set.json`: files with SHA-256, crop recipe, coverage, files that were skipped.
     """
 
     samples: tuple[Sample, ...]
     held_out: tuple[Sample, ...]
     document: dict[str, Any] = field(default_factory=dict)
+    test: tuple[Sample, ...] = ()
 
     def __iter__(self) -> Iterator[NDArray[np.float32]]:
         return (sample.image for sample in self.samples)
@@ -136,25 +141,27 @@ def make_calibration_set(
     _refuse_bad(images, bad, surveyed, skip_bad)
     if contract.colours == "rgb" and all(photo.gray for photo in surveyed):
         raise InputError(f"{images} holds only gray images", expected="color images for an RGB network")
-    held_out = [index for index in range(len(surveyed)) if index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1][:MAX_HELD_OUT]
-    if not held_out:
-        held_out = [len(surveyed) - 1]
-    used = [index for index in range(len(surveyed)) if index not in held_out]
+    held_out, test = _split(len(surveyed))
+    aside = [*held_out, *test]
+    used = [index for index in range(len(surveyed)) if index not in aside]
     candidates = [candidate for index in used for candidate in surveyed[index].candidates_of(index)]
     crops = choose_crops(candidates, count=plan.count, seed=seed)
     crops += [_center_crop(index, surveyed[index].low_size, plan.whole_pixels, "whole") for index in used[:whole]]
     shrinks = {
-        index: surveyed[index].truth_shrink(contract) if index in held_out else shrink for index in range(len(surveyed))
+        index: surveyed[index].truth_shrink(contract) if index in aside else shrink for index in range(len(surveyed))
     }
     evaluated = [
         _center_crop(index, surveyed[index].shrunk_size(shrinks[index], plan), plan.held_out_pixels, "judge")
-        for index in held_out
+        for index in aside
     ]
     total = sum(entry.height * entry.width for entry in crops)
     if total < MIN_PIXELS:
         raise InputError(f"{images} has {total} LR pixels to calibrate with", expected=f"at least {MIN_PIXELS}")
     windows = _cut(source, surveyed, plan, [*crops, *evaluated], shrinks, progress)
-    document = _document(images, source, surveyed, crops, evaluated, bad, hr=hr, count=plan.count, crop=crop, seed=seed)
+    roles = dict.fromkeys(held_out, "judging") | dict.fromkeys(test, "test")
+    document = _document(
+        images, source, surveyed, crops, evaluated, roles, bad, hr=hr, count=plan.count, crop=crop, seed=seed
+    )
     document["coverage"] = measure_coverage(low for low, _ in windows[: len(crops)])
     samples = [
         Sample(
@@ -164,9 +171,16 @@ def make_calibration_set(
     ]
     return CalibrationSet(
         samples=tuple(replace(sample, truth=None) for sample in samples[: len(crops)]),
-        held_out=tuple(samples[len(crops) :]),
+        held_out=tuple(samples[len(crops) : len(crops) + len(held_out)]),
+        test=tuple(samples[len(crops) + len(held_out) :]),
         document=document,
     )
+
+
+def _split(count: int) -> tuple[list[int], list[int]]:
+    """Return which of so many images are held out to choose graphs, and which test the chosen one."""
+    held_out = list(range(HELD_OUT_EVERY - 1, count, HELD_OUT_EVERY))[:MAX_HELD_OUT] or [count - 1]
+    return held_out, list(range(1, count, HELD_OUT_EVERY))[:MAX_HELD_OUT] if count >= MIN_FOR_TEST else []
 
 
 @dataclass(frozen=True)
@@ -342,16 +356,16 @@ def _document(
     source: PhotoSource,
     surveyed: Sequence[_Surveyed],
     crops: Sequence[Crop],
-    held_out: Sequence[Crop],
+    evaluated: Sequence[Crop],
+    roles: Mapping[int, str],
     bad: Sequence[tuple[str, str]],
     **recipe: Any,
 ) -> dict[str, Any]:
-    kept_aside = {crop.image for crop in held_out}
     files = []
     for index, photo in enumerate(surveyed):
         height, width = photo.size
         entry = {"name": photo.name, "sha256": photo.sha256, "height": height, "width": width}
-        entry["use"] = "judging" if index in kept_aside else "calibration"
+        entry["use"] = roles.get(index, "calibration")
         if photo.cut:
             entry["window"] = list(photo.window)
         files.append(entry)
@@ -362,7 +376,7 @@ def _document(
         "files": files,
         "passed_over": [{"name": name, "reason": reason} for name, reason in bad],
         "crops": [{**asdict(crop), "image": surveyed[crop.image].name} for crop in crops],
-        "judges": [{**asdict(crop), "image": surveyed[crop.image].name} for crop in held_out],
+        "judges": [{**asdict(crop), "image": surveyed[crop.image].name} for crop in evaluated],
         "lr_pixels": sum(crop.height * crop.width for crop in crops),
     }
     if source.found > source.limit:

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from PIL import Image
 
 from srdeploy.calibration.compress import effects as effects_module
 from srdeploy.calibration.compress.compress import compress
@@ -16,16 +17,20 @@ from srdeploy.calibration.compress.moments import Moments, collect_moments
 from srdeploy.calibration.compress.rebuild import apply_changes
 from srdeploy.calibration.compress.result import CompressOptions
 from srdeploy.calibration.compress.search import CompressionSearch
-from srdeploy.calibration.images.dataset import CalibrationSet
+from srdeploy.calibration.fp32 import read_fp32_graph
+from srdeploy.calibration.images.dataset import CalibrationSet, make_calibration_set
+from srdeploy.calibration.journal import Journal
 from srdeploy.calibration.options import QuantizeOptions
 from srdeploy.calibration.quantize import quantize
 from srdeploy.calibration.search.bound import Bound
+from srdeploy.calibration.search.evaluate import Evaluator
 from srdeploy.core.contract import INPUT, OUTPUT, ModelContract
 from srdeploy.core.errors import GateError, InputError, UsageError
 from srdeploy.core.manifest import read_manifest
 from srdeploy.core.onnx_graph import Graph, name_nodes
 from srdeploy.core.ort import cpu_session
 from srdeploy.core.precision import Precision, Target
+from srdeploy.core.progress import SILENT
 
 RANDOM = np.random.default_rng(0)
 
@@ -186,6 +191,73 @@ def test_what_is_redundant_is_found_within_the_bound_and_written_down(
     assert {entry["layer"] for entry in details["layers"]} == {change.layer for change in result.changes}
     assert sum(entry["error_share"] for entry in details["layers"]) == pytest.approx(1, abs=0.01)
     json.dumps(result.to_json(), allow_nan=False)
+
+
+@pytest.fixture(scope="module")
+def nine_pictures(
+    paint: Callable[..., np.ndarray],
+    contracts: dict[str, ModelContract],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> CalibrationSet:
+    """A calibration set with test images."""
+    folder = tmp_path_factory.mktemp("nine")
+    for seed in range(9):
+        Image.fromarray(paint(seed)).save(folder / f"{seed}.png")
+    return make_calibration_set(folder, contract=contracts["dense"], hr=True, count=8, crop=16, whole=1)
+
+
+def test_the_loss_that_is_reported_is_of_images_that_chose_nothing(
+    networks: dict[str, Callable[..., onnx.ModelProto]], nine_pictures: CalibrationSet, tmp_path: Path
+) -> None:
+    model = with_weights(networks["dense"](), low_rank_inputs)
+    onnx.save(model, tmp_path / "model.onnx")
+
+    result = compress(
+        tmp_path / "model.onnx",
+        tmp_path / "small.onnx",
+        calibration=nine_pictures,
+        options=CompressOptions(Bound(0.05), target=Target.TENSORRT),
+    )
+
+    contract = read_fp32_graph(tmp_path / "model.onnx").contract
+    small = onnx.load(tmp_path / "small.onnx")
+    tested = Evaluator(model, nine_pictures.test, contract, tested=True).evaluate_model(small)
+    chosen = Evaluator(model, nine_pictures.held_out, contract).evaluate_model(small)
+    assert result.quality == tested
+    assert result.quality.fidelity_db != chosen.fidelity_db
+    assert sum(not point.quality.tested for point in result.points) >= 1
+    assert result.to_json()["quality"]["tested"]
+
+
+def test_a_graph_that_misses_the_bound_on_the_test_images_gives_way_to_a_larger_one(
+    network_paths: dict[str, Path], nine_pictures: CalibrationSet
+) -> None:
+    search = search_for(network_paths["dense"], nine_pictures)
+    layers = [layer.name for layer in candidates(search.graph) if layer.channels_in >= 16]
+    small, _ = search.measured([Change(name, "inputs", 8, 0.0) for name in layers])
+    large, _ = search.measured([Change(layers[0], "inputs", 8, 0.0)])
+    search.bound = Bound(min_fidelity=search.tested(large, search.build(large.changes)).quality.fidelity_db - 0.1)
+
+    point, model = search.confirmed([large, small])
+
+    assert (point.changes, point.quality.tested) == (large.changes, True)
+    assert sum(layer.macs for layer in Graph(model).layers) == large.macs
+    with pytest.raises(GateError, match="misses it on the test images"):
+        search.confirmed([small])
+
+
+def search_for(path: Path, calibration: CalibrationSet) -> CompressionSearch:
+    source = read_fp32_graph(path)
+    return CompressionSearch(source, calibration, CompressOptions(Bound(0.05)), Journal("test"), SILENT)
+
+
+def test_too_few_images_for_a_test_are_reported(
+    network_paths: dict[str, Path], calibrations: dict[str, CalibrationSet]
+) -> None:
+    search = search_for(network_paths["dense"], calibrations["dense"])
+
+    assert search.test is None
+    assert any("fewer than 8 images" in note for note in search.notes)
 
 
 def test_a_compressed_graph_is_quantized_like_any_other(

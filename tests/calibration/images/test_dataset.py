@@ -306,3 +306,24 @@ def test_of_a_picture_above_the_budget_the_middle_is_used(contracts: Contracts) 
     assert all(number % 2 == 0 for number in (top, left, height, width))
     assert abs(top + height / 2 - 3000) <= 2
     assert plan.image_window(99, 101, 2) == (0, 0, 98, 100)
+
+
+def test_with_enough_images_some_choose_nothing(
+    contracts: dict[str, ModelContract], paint: Callable[..., np.ndarray], tmp_path: Path
+) -> None:
+    for seed in range(9):
+        Image.fromarray(paint(seed)).save(tmp_path / f"{seed}.png")
+
+    made = make_calibration_set(tmp_path, contract=contracts["dense"], hr=True, count=8, crop=16, whole=1)
+
+    uses = [entry["use"] for entry in made.document["files"]]
+    assert (uses.count("calibration"), uses.count("judging"), uses.count("test")) == (5, 2, 2)
+    calibrated, chosen, tested = ({sample.name for sample in part} for part in (made.samples, made.held_out, made.test))
+    assert len(tested) == 2
+    assert calibrated.isdisjoint(chosen | tested)
+    assert chosen.isdisjoint(tested)
+    assert all(sample.truth is not None for sample in made.test)
+
+
+def test_few_images_are_all_needed_to_calibrate_and_choose(calibrations: dict[str, CalibrationSet]) -> None:
+    assert calibrations["dense"].test == ()

@@ -11,9 +11,11 @@ from srdeploy.calibration.images.dataset import CalibrationSet
 from srdeploy.calibration.int8.builder import Decisions
 from srdeploy.calibration.options import Cost, QuantizeOptions
 from srdeploy.calibration.quantize import QuantizeResult, artifacts_folder, quantize
+from srdeploy.calibration.search.bound import Bound
 from srdeploy.calibration.search.choose import remove_superfluous
 from srdeploy.calibration.search.evaluate import GraphQuality
 from srdeploy.calibration.search.sensitivity import Change
+from srdeploy.core.imaging.psnr import drop_for_fidelity
 from srdeploy.core.precision import Precision, Target
 from srdeploy.core.runner import Runner
 from srdeploy.runtime.engines.registry import open_engine
@@ -146,3 +148,15 @@ def test_a_bound_on_the_worst_image_counts_where_the_drop_was_measured() -> None
     assert not bound.may_be_satisfied_by(uneven, 0.9)
     assert bound.may_be_satisfied_by(uneven, 0.5)
     assert "by any image" in str(bound)
+
+
+def test_images_of_another_kind_are_expected_to_lose_more() -> None:
+    quality = GraphQuality(60.0, 57.0, 0.001, 28.0, "hr", 4)
+    assumed = GraphQuality(60.0, 57.0, 0.001, 34.0, None, 4)
+    expected = 2 * drop_for_fidelity(28.0 + 6.0, 57.0)
+
+    assert quality.other_kinds_drop_db == assumed.other_kinds_drop_db == pytest.approx(expected)
+    assert Bound(0.01).is_satisfied_by(quality)
+    assert not Bound(0.01, other_kinds=True).is_satisfied_by(quality)
+    assert Bound(1.01 * expected, other_kinds=True).is_satisfied_by(quality)
+    assert Bound(0.01, other_kinds=True).used_by(quality) == pytest.approx(expected / 0.01)
