@@ -1,4 +1,4 @@
-"""The linear end of an FP32 network as one convolution, for the engines on the CPU.
+"""The end of a network as engines on the CPU compute it fastest: its linear part as one convolution, its last in tiles.
 
 The exact rewrite of `core/tail.py` is applied when such an engine is built or opened, not at export: TensorRT-RTX gets
 21 kernels more from it, and exported graphs also go to converters that have no padding by computed amounts. On two
@@ -7,6 +7,7 @@ Runtime at 180x320; RCAN x4 of full size needs 837 instead of 4608 bytes of acti
 layer.
 """
 
+from srdeploy.core.narrow_end import widen_last
 from srdeploy.core.onnx_file import GraphFile
 from srdeploy.core.onnx_graph import DEQUANTIZE
 from srdeploy.core.precision import Precision
@@ -26,3 +27,17 @@ def merge_end(graph: GraphFile) -> tuple[GraphFile, tuple[str, ...]]:
     if not names:
         return graph, ()
     return GraphFile(model, path=graph.path, sha256=graph.sha256, contract=graph.contract), names
+
+
+def tile_end(graph: GraphFile) -> GraphFile:
+    """Return the graph with a last convolution of few output channels computing tiles of pixels (`core/narrow_end.py`).
+
+    Codes of INT8 graphs are only moved, so they are rewritten too. Count layers and multiply-adds in the graph as it
+    was: tiles need more of them, of which engines see fewer.
+    """
+    if graph.contract.precision not in (Precision.FP32, Precision.INT8):
+        return graph
+    model, side = widen_last(graph.model)
+    if side == 1:
+        return graph
+    return GraphFile(model, path=graph.path, sha256=graph.sha256, contract=graph.contract)

@@ -33,7 +33,7 @@ from srdeploy.core.runner import RunnerInfo
 from srdeploy.core.shapes import TensorSpec
 from srdeploy.runtime.engines.feeds import check_feeds
 from srdeploy.runtime.engines.gpu import Gpu
-from srdeploy.runtime.engines.merged_end import merge_end
+from srdeploy.runtime.engines.merged_end import merge_end, tile_end
 from srdeploy.runtime.engines.options import CPU_REFUSED_OPTIONS, BuildOptions, BuiltEngine
 from srdeploy.runtime.engines.sidecar import Engine
 
@@ -89,7 +89,7 @@ def build(graph: GraphFile, options: BuildOptions, progress: Progress) -> BuiltE
     graph, merged = merge_end(graph)
     with progress.task("compiling with OpenVINO"):
         try:
-            model = core.read_model(graph.serialized())
+            model = core.read_model(tile_end(graph).serialized())
             compiled = core.compile_model(model, DEVICE, _configuration(options.threads))
             exported = compiled.export_model()
         except Exception as error:
@@ -131,9 +131,10 @@ def _open_graph(
 ) -> "OpenVinoRunner":
     core = shared_core()
     # Inner tensors of the end exist only in the graph as it is; a baseline is OpenVINO alone.
-    graph, merged = merge_end(graph) if outputs is None and not native else (graph, ())
+    whole = outputs is None and not native
+    graph, merged = merge_end(graph) if whole else (graph, ())
     try:
-        model = core.read_model(graph.serialized(extra_outputs=tuple(outputs or ())))
+        model = core.read_model((tile_end(graph) if whole else graph).serialized(extra_outputs=tuple(outputs or ())))
         compiled = core.compile_model(model, DEVICE, _configuration(threads, native=native))
     except InputError:
         raise
