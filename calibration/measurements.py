@@ -12,7 +12,7 @@ import onnx
 from numpy.typing import NDArray
 
 from srdeploy.calibration.images.dataset import CalibrationSet
-from srdeploy.calibration.int8.placement import RECIPES, list_quantizable
+from srdeploy.calibration.int8.placement import RECIPES, list_plain_convolutions, list_quantizable
 from srdeploy.calibration.int8.rounding import Covariances, collect_covariances, covariance_bytes
 from srdeploy.calibration.journal import Journal
 from srdeploy.calibration.observe import Observation, observe
@@ -92,6 +92,7 @@ class Measurements:
         layers: Sequence[Layer],
         batches: Sequence[NDArray[np.float32]],
         *,
+        precision: Precision,
         progress: Progress = SILENT,
     ) -> Mapping[str, Covariances]:
         """Return, per tensor and kernel (see `covariance_key`), the covariances of the windows that layers read.
@@ -101,13 +102,20 @@ class Measurements:
             graph: a float graph whose readers' scales are 1.
             layers: plain convolutions of it.
             batches: small images (1, C, H, W).
+            precision: INT8 or FP8.
             progress: where to report.
         """
         known = self._covariances.setdefault(key, {})
         missing = [layer for layer in layers if _covariance_key(graph, layer) not in known]
         found = dict(known)
         if missing:
-            distinct = {_covariance_key(graph, layer): layer for layer in missing}
+            others = [
+                layer
+                for target in self._targets
+                for layer in list_plain_convolutions(graph, RECIPES[target], precision)
+                if _covariance_key(graph, layer) not in known
+            ]
+            distinct = {_covariance_key(graph, layer): layer for layer in [*missing, *others]}
             for layer, covariances in collect_covariances(graph, list(distinct.values()), batches, progress=progress):
                 found[_covariance_key(graph, layer)] = covariances
             if covariance_bytes(found.values()) <= MAX_COVARIANCE_BYTES:

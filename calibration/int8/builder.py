@@ -22,7 +22,7 @@ from srdeploy.calibration.int8.arithmetic import (
     quantize_weights,
     weight_scales,
 )
-from srdeploy.calibration.int8.placement import Placement, Recipe, list_quantizable, place
+from srdeploy.calibration.int8.placement import Placement, Recipe, list_plain_convolutions, list_quantizable, place
 from srdeploy.calibration.int8.qdq import QuantWeight, insert_qdq, quantize_weights_fp8
 from srdeploy.calibration.int8.ranges import Method, Ranges, compute_range
 from srdeploy.calibration.int8.rounding import round_with_compensation, scale_covariances
@@ -255,12 +255,13 @@ class GraphBuilder:
     def _compensating(self, decisions: Decisions) -> Iterator[tuple[str, QuantWeight]]:
         """Round the weights of all layers that may become 8-bit so that errors cancel; deconvolutions are excluded."""
         graph, _ = self.equalized(decisions.strength)
-        placement = place(graph, self.recipe, precision=self.precision, share=decisions.share)
-        layers = [x for x in graph.layers if x.name in placement.layers and graph.is_plain_convolution(x)]
+        layers = list_plain_convolutions(graph, self.recipe, self.precision, share=decisions.share)
         macs = sum(layer.macs for layer in graph.layers)
         batches = [sample.image for sample in select_rounding_windows(self._calibration.samples, macs)]
         top = WEIGHT_TOPS[self.recipe.weight_bits]
-        covariances = self.measurements.covariances(self.key, self.graph, layers, batches, progress=self._progress)
+        covariances = self.measurements.covariances(
+            self.key, self.graph, layers, batches, precision=self.precision, progress=self._progress
+        )
         factors = self.equalized(decisions.strength)[1]
 
         def rounded(layer: Layer) -> tuple[str, QuantWeight]:

@@ -207,6 +207,12 @@ def list_quantizable(graph: Graph, recipe: Recipe, precision: Precision) -> tupl
     return tuple(dict.fromkeys(site.tensor for site in sites if not _is_concat(graph, site.tensor)))
 
 
+def list_plain_convolutions(graph: Graph, recipe: Recipe, precision: Precision, *, share: bool = True) -> list[Layer]:
+    """Return the plain convolutions that become 8-bit where nothing is kept float; `share` as for `place`."""
+    names = place(graph, recipe, precision=precision, share=share).layers
+    return [layer for layer in graph.layers if layer.name in names and graph.is_plain_convolution(layer)]
+
+
 def can_split(graph: Graph, layer: Layer) -> bool:
     """Return True if a layer can be computed as two 8-bit convolutions: its input must exist as floats.
 

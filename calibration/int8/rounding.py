@@ -88,11 +88,13 @@ def collect_covariances(
     passes = list(_passes(graph, layers))
     with progress.task("rounding weights together", total=len(passes) * len(batches)) as advance:
         for members in passes:
-            random = np.random.default_rng(seed)
             moments: dict[str, list[_Moments]] = {}
             tensors = [name for name in dict.fromkeys(layer.input for layer in members) if name != INPUT]
-            for batch, maps in zip(batches, run_outputs(graph.model, tensors, batches), strict=True):
+            for number, (batch, maps) in enumerate(
+                zip(batches, run_outputs(graph.model, tensors, batches), strict=True)
+            ):
                 for layer in members:
+                    random = np.random.default_rng((seed, number))  # the same places whatever other layers there are
                     values = batch if layer.input == INPUT else maps[layer.input]
                     height, width = graph.initializers[layer.weight].dims[2:]
                     places = random_places(values[0], (height, width), WINDOWS, random)
