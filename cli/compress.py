@@ -1,5 +1,6 @@
 """srdeploy compress: make an FP32 graph of fewer multiply-adds that keeps a bound in dB."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ from srdeploy.core.artifact import refuse_existing, refuse_input_as_output
 from srdeploy.core.precision import Precision, Target
 
 if TYPE_CHECKING:
-    from srdeploy.calibration.compress.result import CompressResult
+    from srdeploy.calibration.compress.result import CompressResult, Point
 
 EXAMPLE = example(
     """
@@ -84,9 +85,8 @@ def command(options: CompressVerbOptions) -> None:
     to what the network computes on real images, without retraining. The result is another network than the trained one:
     its manifest lists every changed layer.
     """
-    from srdeploy.calibration.compress.compress import compress
-    from srdeploy.calibration.compress.result import CompressOptions
-    from srdeploy.calibration.fp32 import read_fp32_graph
+    from srdeploy.calibration.compress.compress import compress, read_original
+    from srdeploy.calibration.compress.result import CompressOptions, NothingGainedError
     from srdeploy.calibration.images.dataset import make_calibration_set
     from srdeploy.calibration.search.bound import Bound
     from srdeploy.cli.pipeline.opening import engine_opener
@@ -98,7 +98,7 @@ def command(options: CompressVerbOptions) -> None:
     progress = RichProgress()
     calibration = make_calibration_set(
         options.images,
-        contract=read_fp32_graph(options.onnx).contract,
+        contract=read_original(options.onnx).contract,
         hr=options.hr,
         seed=options.seed,
         skip_bad=options.skip_bad,
@@ -107,25 +107,29 @@ def command(options: CompressVerbOptions) -> None:
     )
     for entry in calibration.document["passed_over"]:
         warning_line(f"skipped {entry['name']}: {entry['reason']}")
-    result = compress(
-        options.onnx,
-        options.output,
-        calibration=calibration,
-        options=compress_options,
-        open_engine=engine_opener(options.target, options.threads),
-        force=options.force,
-        progress=progress,
-    )
+    try:
+        result = compress(
+            options.onnx,
+            options.output,
+            calibration=calibration,
+            options=compress_options,
+            open_engine=engine_opener(options.target, options.threads),
+            force=options.force,
+            progress=progress,
+        )
+    except NothingGainedError as error:
+        _show_points(error.points, error.macs_before)
+        raise
     _show(result, progress)
     if options.as_json:
         emit_json(result.to_json())
     _next(options)
 
 
-def _show(result: "CompressResult", progress: RichProgress) -> None:
+def _show_points(points: "Sequence[Point]", macs_before: float) -> None:
     rows = [
         (
-            f"{result.macs_before / point.macs:.2f}x",
+            f"{macs_before / point.macs:.2f}x",
             len(point.changes),
             f"{point.quality.fidelity_db:.2f}",
             f"{point.quality.drop_db:.4f}",
@@ -133,13 +137,13 @@ def _show(result: "CompressResult", progress: RichProgress) -> None:
             f"{point.quality.other_kinds_drop_db:.4f}",
             "test" if point.quality.tested else "held-out",
         )
-        for point in result.points
+        for point in sorted(points, key=lambda point: -point.macs)
     ]
-    table(
-        "",
-        ("fewer MACs", "layers changed", "fidelity dB", "drop dB", "worst image dB", "other kinds dB", "images"),
-        rows,
-    )
+    table("", ("fewer MACs", "changes", "fidelity dB", "drop dB", "worst image dB", "other kinds dB", "images"), rows)
+
+
+def _show(result: "CompressResult", progress: RichProgress) -> None:
+    _show_points(result.points, result.macs_before)
     quality = result.quality
     progress.note(
         f"{result.macs_before / result.macs_after:.2f}x fewer multiply-adds, fidelity {quality.fidelity_db:.2f} dB, "

@@ -8,6 +8,7 @@ from typing import Any
 from srdeploy.cli.checkpoint_options import CheckpointOptions, show_ranking
 from srdeploy.cli.console import RichProgress, emit_json, next_command, table, warning_line
 from srdeploy.cli.options import ANY_PATH, JSON, argument, arguments, example, option, option_group, verb
+from srdeploy.core.compression import change_label, summary
 from srdeploy.core.contract import GraphForm
 from srdeploy.core.sizes import format_bytes
 
@@ -204,19 +205,17 @@ def _contract(document: Mapping[str, Any]) -> None:
 
 
 def _compression(compression: Mapping[str, Any]) -> str:
-    """Return what was compressed, in a few lines: another network than the trained one."""
-    quality, layers = compression["quality"], compression["layers"]
-    lines = [
-        f"{compression['fewer_macs']:.2f}x fewer multiply-adds, drop {quality['drop_db']:.4f} dB; another network than "
-        "the trained one"
-    ]
+    """Return what was compressed, in a few lines: the changes with the largest shares of the error first."""
+    layers = compression["layers"]
+    lines = [summary(compression)]
     largest = sorted(layers, key=lambda entry: -entry["error_share"])
     lines += [
-        f"{entry['layer']}: {entry['kind']} {entry['rank']}, {100 * entry['error_share']:.1f} % of the error"
+        f"{entry['layer']} {change_label(entry)}: {100 * entry['error_share']:.1f} % of the error"
         for entry in largest[:_LAYERS_SHOWN]
     ]
     if len(layers) > _LAYERS_SHOWN:
-        lines.append(f"and {len(layers) - _LAYERS_SHOWN} more layers; all of them with --json")
+        lines.append(f"and {len(layers) - _LAYERS_SHOWN} more changes; all of them with --json")
+    lines += compression.get("notes", ())
     return "\n".join(lines)
 
 

@@ -14,6 +14,7 @@ from srdeploy.calibration.journal import Journal
 from srdeploy.calibration.search.evaluate import OpenEngine
 from srdeploy.core.artifact import atomic_files, sha256_of_bytes
 from srdeploy.core.environment import package_versions
+from srdeploy.core.errors import InputError
 from srdeploy.core.manifest import Manifest, Source, manifest_path
 from srdeploy.core.onnx_file import GraphFile, set_contract
 from srdeploy.core.progress import SILENT, Progress
@@ -44,11 +45,11 @@ def compress(
         progress: where to report.
 
     Raises:
-        InputError: the graph is not an exported FP32 graph, or the images do not fit.
+        InputError: the graph is not an exported FP32 graph, is compressed already, or the images do not fit.
         UsageError: options that make no sense, or an output that exists.
-        GateError: nothing with fewer multiply-adds keeps the bound; the message lists what was measured.
+        NothingGainedError: nothing with fewer multiply-adds keeps the bound; it holds what was measured.
     """
-    source = read_fp32_graph(onnx)
+    source = read_original(onnx)
     with atomic_files(output, manifest_path(output), force=force) as (file, sidecar):
         journal = Journal(source.sha256, calibration.sha256, "compress", str(options.target))
         if journal.resumed:
@@ -68,6 +69,7 @@ def compress(
             points=tuple(search.points),
             latency_ms=latency,
             errors=search.error_shares(point.changes),
+            widths={change.key: search.width(change) for change in point.changes},
             notes=tuple(search.notes),
         )
         _describe(model, source, result, calibration, options)
@@ -85,6 +87,23 @@ def compress(
     return result
 
 
+def read_original(path: Path) -> GraphFile:
+    """Read an exported FP32 graph that is not compressed yet.
+
+    Raises:
+        InputError: as `read_fp32_graph`, or it is compressed: its loss and that of a second run would not be known
+            together.
+    """
+    source = read_fp32_graph(path)
+    if source.contract.compression is not None:
+        raise InputError(
+            f"{path} is compressed already",
+            expected="the graph that it was made from",
+            next_step="compress the file that `srdeploy export` wrote, with a larger --max-psnr-drop",
+        )
+    return source
+
+
 def _describe(
     model: onnx_package.ModelProto,
     source: GraphFile,
@@ -99,7 +118,7 @@ def _describe(
         "calibration_sha256": calibration.sha256,
         "target": str(options.target),
         "max_psnr_drop_db": options.bound.max_psnr_drop,
-        **{name: document[name] for name in ("fewer_macs", "quality", "layers")},
+        **{name: document[name] for name in ("fewer_macs", "quality", "layers", "notes")},
     }
     contract = source.contract
     set_contract(

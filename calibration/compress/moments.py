@@ -30,32 +30,46 @@ MAX_WEIGHTS = 2304
 class Moments:
     """Of x, which a layer reads in the original graph, and z, which it reads in the other one.
 
+    Kept as summed, in float32: a network of full size has hundreds of layers.
+
     Attributes:
         mean_x, mean_z: (d,), (e,); zeros where the moments are about zero.
-        cross: (d, e), covariance of x with z.
-        covariance: (e, e), of z.
+        cross32: (d, e), covariance of x with z; where z is x, the same array as `covariance32`.
+        covariance32: (e, e), of z.
         windows: how many were seen; fewer than e leave directions that were never seen.
     """
 
     mean_x: Array
     mean_z: Array
-    cross: Array
-    covariance: Array
+    cross32: NDArray[np.float32]
+    covariance32: NDArray[np.float32]
     windows: int
+
+    @property
+    def cross(self) -> Array:
+        """`cross32` as float64."""
+        return self.cross32.astype(np.float64)
+
+    @property
+    def covariance(self) -> Array:
+        """`covariance32` as float64."""
+        return self.covariance32.astype(np.float64)
 
     @property
     def same(self) -> bool:
         """Whether z is x: both were taken from the original graph."""
-        return bool(np.array_equal(self.cross, self.covariance))
+        return self.cross32 is self.covariance32 or bool(np.array_equal(self.cross32, self.covariance32))
 
     def about_zero(self) -> "Moments":
         """Return the same moments about zero instead of the mean."""
+        covariance = (self.covariance + np.outer(self.mean_z, self.mean_z)).astype(np.float32)
+        cross = (self.cross + np.outer(self.mean_x, self.mean_z)).astype(np.float32)
         return replace(
             self,
             mean_x=np.zeros_like(self.mean_x),
             mean_z=np.zeros_like(self.mean_z),
-            cross=self.cross + np.outer(self.mean_x, self.mean_z),
-            covariance=self.covariance + np.outer(self.mean_z, self.mean_z),
+            cross32=covariance if self.same else cross,
+            covariance32=covariance,
         )
 
 
@@ -127,11 +141,20 @@ class _Sums:
         self.count += len(x)
 
     def moments(self) -> Moments:
+        """Return the moments; the sums become theirs."""
         x, z = self.total_x / self.count, self.total_z / self.count
+        square = _centered(self.square, self.count, z, z)
         return Moments(
             mean_x=x + self.offset_x,
             mean_z=z + self.offset_z,
-            cross=self.cross / self.count - np.outer(x, z),
-            covariance=self.square / self.count - np.outer(z, z),
+            cross32=_centered(self.cross, self.count, x, z) if self.cross is not self.square else square,
+            covariance32=square,
             windows=self.count,
         )
+
+
+def _centered(total: NDArray[np.float32], count: int, x: Array, z: Array) -> NDArray[np.float32]:
+    """Turn a sum of products into a covariance, in place."""
+    total /= count
+    total -= np.outer(x, z)
+    return total

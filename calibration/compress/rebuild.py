@@ -60,7 +60,9 @@ def apply_changes(graph: Graph, changes: Sequence[Change], moments: Mapping[str,
             nodes += _nodes(layer, node, fit, constants)
             if outputs is not None:
                 cut[layer.output] = outputs
-    return replace_nodes(graph.model, nodes, constants)
+    result = replace_nodes(graph.model, nodes, constants)
+    del result.graph.value_info[:]  # shapes of the original's tensors and weights
+    return result
 
 
 def _fit(
@@ -109,7 +111,7 @@ def _expanded(channels: Sequence[int], times: int) -> NDArray[np.int64]:
 
 def _restricted(moments: Moments, prior: Array) -> tuple[Array, Array, Array]:
     """Return cross moments, covariance and mean of z, without the removed channels if z still has them."""
-    if moments.covariance.shape[0] == prior.shape[1]:
+    if moments.covariance32.shape[0] == prior.shape[1]:
         return moments.cross, moments.covariance, moments.mean_z
     columns = prior.argmax(axis=0)
     return moments.cross[:, columns], moments.covariance[np.ix_(columns, columns)], moments.mean_z[columns]

@@ -1,6 +1,6 @@
 """What a user decides about compression, and what is known about its result."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,11 @@ from typing import Any
 from srdeploy.calibration.compress.layers import Change
 from srdeploy.calibration.search.bound import Bound
 from srdeploy.calibration.search.evaluate import GraphQuality
-from srdeploy.core.errors import UsageError
+from srdeploy.core.errors import GateError, UsageError
 from srdeploy.core.precision import Target
+
+MIN_GAIN = 1.02
+"""A graph with less than 2 % fewer multiply-adds is not worth a network that is not quite the one that was trained."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,37 @@ class Point:
     quality: GraphQuality
     staged: bool = False
 
+    def label(self, macs_before: float) -> str:
+        """Return the point as a phrase; `macs_before` is the original's."""
+        return f"{macs_before / self.macs:.2f}x fewer multiply-adds: {self.quality.drop_db:.4f} dB"
+
     def to_json(self) -> dict[str, Any]:
         """Return the point as JSON values."""
         return {"layers": len(self.changes), "macs_per_pixel": round(self.macs, 1), **self.quality.to_json()}
+
+
+class NothingGainedError(GateError):
+    """No graph with enough fewer multiply-adds keeps the bound (exit 6).
+
+    Args:
+        why: what was found, as a sentence part.
+        bound: what a graph may lose.
+        macs_before: multiply-adds of the original graph per LR pixel.
+        points: all graphs that were measured.
+    """
+
+    def __init__(self, why: str, *, bound: Bound, macs_before: float, points: Sequence[Point]) -> None:
+        self.macs_before = macs_before
+        self.points = tuple(points)
+        smaller = [point for point in points if macs_before >= MIN_GAIN * point.macs]
+        near = min(smaller, key=lambda point: bound.used_by(point.quality), default=None)
+        nearest = "" if near is None else f" (nearest: {near.label(macs_before)})"
+        super().__init__(
+            f"{why}: of {len(points)} measured, no graph with at least {100 * (MIN_GAIN - 1):.0f} % fewer "
+            f"multiply-adds keeps the bound{nearest}",
+            expected=str(bound),
+            next_step="allow a larger --max-psnr-drop, or use the graph as it is",
+        )
 
 
 @dataclass(frozen=True)
@@ -67,7 +98,8 @@ class CompressResult:
         points: all graphs that were measured.
         latency_ms: of the graph and of the original on the target's engine, the first held-out image, interleaved; None
             where it does not run here.
-        errors: predicted share of each change in the output's error power.
+        errors: predicted share of each change in the output's error power, by `Change.key`.
+        widths: channels that each change reduces, before it, by `Change.key`.
         notes: what a user should know.
     """
 
@@ -80,6 +112,7 @@ class CompressResult:
     points: tuple[Point, ...]
     latency_ms: tuple[float, float] | None = None
     errors: Mapping[str, float] = field(default_factory=dict)
+    widths: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -95,6 +128,7 @@ class CompressResult:
                     "layer": change.layer,
                     "kind": change.form,
                     "rank": change.rank,
+                    "of": self.widths[change.key],
                     "reader": change.reader,
                     "error_share": round(self.errors.get(change.key, 0.0), 4),
                 }

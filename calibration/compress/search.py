@@ -11,15 +11,14 @@ from srdeploy.calibration.compress.allocate import Option, allocate
 from srdeploy.calibration.compress.costs import Costs
 from srdeploy.calibration.compress.effects import measure_effects
 from srdeploy.calibration.compress.layers import Change, candidates, channel_changes, factor_changes, readers
-from srdeploy.calibration.compress.moments import Moments, collect_moments
+from srdeploy.calibration.compress.moments import WINDOWS_PER_INPUT, Moments, collect_moments
 from srdeploy.calibration.compress.rebuild import apply_changes
-from srdeploy.calibration.compress.result import CompressOptions, Point
+from srdeploy.calibration.compress.result import MIN_GAIN, CompressOptions, NothingGainedError, Point
 from srdeploy.calibration.images.dataset import MIN_FOR_TEST, CalibrationSet
 from srdeploy.calibration.images.effort import select_rounding_windows
 from srdeploy.calibration.journal import Journal
 from srdeploy.calibration.search.bound import Deadline
 from srdeploy.calibration.search.evaluate import Evaluator, other_kinds_drop
-from srdeploy.core.errors import GateError
 from srdeploy.core.onnx_file import GraphFile
 from srdeploy.core.onnx_graph import Graph
 from srdeploy.core.precision import Target
@@ -38,8 +37,6 @@ TRIALS = 10
 REFINED_TRIALS = 4
 REFINED_START = 2.0
 """Fitting in stages takes about half of the error away, so twice the budget is tried first."""
-MIN_GAIN = 1.02
-"""A graph with less than 2 % fewer multiply-adds is not worth a network that is not quite the one that was trained."""
 MULTIPLES = {Target.OPENVINO: 16, Target.ONNXRUNTIME: 16, Target.TENSORRT: 8, Target.TENSORRT_RTX: 8}
 """Channels that engines compute together: 16 32-bit lanes of AVX-512, 8 halves of a tensor core."""
 
@@ -99,7 +96,7 @@ class CompressionSearch:
         """Find the graph of the lowest cost that keeps the bound on the held-out images, and on the test images.
 
         Raises:
-            GateError: there is none with `MIN_GAIN` fewer multiply-adds.
+            NothingGainedError: there is none with `MIN_GAIN` fewer multiply-adds.
         """
         budget, low, high = self._first_budget(), 0.0, math.inf
         best: Point | None = None
@@ -158,6 +155,11 @@ class CompressionSearch:
         total = max(sum(known[change] for change in changes), 1e-30)
         return {change.key: known[change] / total for change in changes}
 
+    def width(self, change: Change) -> int:
+        """Return how many channels there are before a change."""
+        layer = self.costs.layer(change.layer)
+        return layer.channels_in if change.form == "inputs" else layer.channels_out
+
     def measured(self, changes: Sequence[Change], *, staged: bool = False) -> tuple[Point, onnx.ModelProto]:
         """Make a graph, measure it on the held-out images, and remember it; `staged` as of `Point`."""
         model = self.recalibrated(changes) if staged else self.build(changes)
@@ -205,16 +207,11 @@ class CompressionSearch:
 
     def label(self, point: Point) -> str:
         """Return a point as a phrase."""
-        return f"{self.macs_before / point.macs:.2f}x fewer multiply-adds: {point.quality.drop_db:.4f} dB"
+        return point.label(self.macs_before)
 
-    def nothing_found(self, why: str) -> GateError:
-        """Return the error that lists what was measured."""
-        table = "; ".join(self.label(point) for point in sorted(self.points, key=lambda point: -point.macs))
-        return GateError(
-            f"{why}: no graph with at least {100 * (MIN_GAIN - 1):.0f} % fewer multiply-adds was found ({table})",
-            expected=str(self.bound),
-            next_step="allow a larger --max-psnr-drop, or use the graph as it is",
-        )
+    def nothing_found(self, why: str) -> NothingGainedError:
+        """Return the error that holds what was measured."""
+        return NothingGainedError(why, bound=self.bound, macs_before=self.macs_before, points=self.points)
 
     def is_worthwhile(self, point: Point) -> bool:
         """Return True if a graph saves enough to be another network."""
@@ -224,11 +221,12 @@ class CompressionSearch:
         layers = candidates(self.graph)
         with self._progress.task("collecting what layers read"):
             moments = collect_moments(self.graph, None, layers, self._batches)
-        few = [name for name, entry in moments.items() if entry.windows < len(entry.covariance)]
+        seen = {name: entry.windows / len(entry.covariance32) for name, entry in moments.items()}
+        few = sorted((name for name in seen if seen[name] < WINDOWS_PER_INPUT), key=seen.__getitem__)
         if few:
             self.notes.append(
-                f"{len(few)} layers have more inputs than windows were seen ({few[0]}): their fit is regularized; "
-                "more or larger images make it better"
+                f"the images are too few or too small for {len(few)} layers, which saw less than {WINDOWS_PER_INPUT} "
+                f"windows per weight ({few[0]}: {seen[few[0]]:.1f}): their fit is regularized, and less accurate"
             )
         return moments
 

@@ -32,7 +32,7 @@ def undo_what_is_not_faster(
         image.
 
     Raises:
-        GateError: no change is left.
+        NothingGainedError: no change is left.
     """
     changes = list(point.changes)
     whole = search.build(changes)

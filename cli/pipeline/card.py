@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from srdeploy.cli.console import markdown_table
+from srdeploy.core.compression import summary
 from srdeploy.runtime.bundle import CARD, SUFFIX
 from srdeploy.runtime.report.labels import change_label, db_label, median_label, ratio_label, size_label
 from srdeploy.runtime.signature import SIGNATURE
@@ -39,6 +40,7 @@ def model_card(document: Mapping[str, Any]) -> str:
             f"{document['environment'].get('versions', {}).get('srdeploy', '')}".rstrip()
             + f" from the checkpoint `{model['checkpoint'].get('name', '-')}`.",
             "",
+            *_compression(document),
             *_use(document),
             *_figures(document),
             *_verify(document),
@@ -67,6 +69,11 @@ def _front_matter(document: Mapping[str, Any]) -> list[str]:
         "---",
         "",
     ]
+
+
+def _compression(document: Mapping[str, Any]) -> list[str]:
+    compression = document["model"]["provenance"].get("compression")
+    return [] if compression is None else [f"It is compressed, {summary(compression)}.", ""]
 
 
 def _use(document: Mapping[str, Any]) -> list[str]:

@@ -26,6 +26,7 @@ from srdeploy.core.contract import ModelContract
 from srdeploy.core.environment import package_versions
 from srdeploy.core.errors import GateError
 from srdeploy.core.manifest import Source, manifest_path
+from srdeploy.core.onnx_file import read_graph
 from srdeploy.core.shapes import format_shape
 from srdeploy.models.checkpoint.load import LoadedCheckpoint
 from srdeploy.runtime.bench.latency import BenchResult
@@ -113,7 +114,7 @@ def _contract(work: Work, checkpoint: LoadedCheckpoint) -> ModelContract:
         return contract
     return replace(
         contract,
-        macs_per_pixel=contract.macs_per_pixel / work.compression["fewer_macs"],
+        macs_per_pixel=read_graph(work.folder / FP32_ONNX).contract.macs_per_pixel,
         provenance=dict(contract.provenance) | {"compression": dict(work.compression)},
     )
 

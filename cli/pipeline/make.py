@@ -108,6 +108,7 @@ def compress_graph(work: Work, placements: Sequence[Placement], calibration: Cal
         f"{result.quality.drop_db:.4f} dB (worst image {result.quality.largest_drop_db:.4f} dB), fidelity "
         f"{result.quality.fidelity_db:.2f} dB"
     )
+    report.extend(result.notes)
 
 
 def quantize_all(

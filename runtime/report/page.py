@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from srdeploy.core import compression as compression_labels
 from srdeploy.core.extras import import_extra
 from srdeploy.runtime.bench.memory import LOWER_BOUND, ON_CPU
 from srdeploy.runtime.bench.ratios import listed
@@ -110,9 +111,12 @@ def _values(document: Document, sources: Mapping[str, str], markup: Any) -> dict
         "sensitivity": markup(sensitivity) if sensitivity else None,
         "searches": [_search(search, markup) for search in document.get("searches", ())],
         "calibration": _calibration(document["calibration"]) if document["calibration"] else None,
+        "compression": _compression(document),
         "model_facts": _model_facts(document),
         "model_tables": _records(document["model"]["checkpoint"]),
-        "configuration": _facts({**document["model"]["configuration"], **document["model"]["provenance"]}),
+        "configuration": _facts(
+            {**document["model"]["configuration"], **document["model"]["provenance"], "compression": None}
+        ),
         "environment": _facts(_readable_environment(document["environment"])),
         "memory_note": _memory_note(document),
         "stages": [{"seconds": None, "note": None, **stage} for stage in document["stages"]],
@@ -123,6 +127,7 @@ def _values(document: Document, sources: Mapping[str, str], markup: Any) -> dict
 
 def _sections(values: Mapping[str, Any], document: Document) -> list[tuple[str, str]]:
     optional = [
+        ("compression", "Compression", values["compression"]),
         ("tradeoff", "Trade-off", values["pareto"]),
         ("images", "Images", values["views"]),
         ("worst", "Worst crops", values["worst"]),
@@ -137,6 +142,28 @@ def _sections(values: Mapping[str, Any], document: Document) -> list[tuple[str, 
         ("reproduce", "Reproduce", document["commands"]),
     ]
     return [("verdict", "Verdict"), ("engines", "Engines")] + [(a, label) for a, label, present in optional if present]
+
+
+def _compression(document: Document) -> dict[str, Any] | None:
+    """Return what the page shows of a compressed network: its summary, and a row per change; None for all others."""
+    compression = document["model"]["provenance"].get("compression")
+    if compression is None:
+        return None
+    bound = compression["max_psnr_drop_db"]
+    rows = [
+        {
+            "layer": entry["layer"],
+            "change": compression_labels.change_label(entry),
+            "share": percent_label(entry["error_share"]),
+        }
+        for entry in sorted(compression["layers"], key=lambda entry: -entry["error_share"])
+    ]
+    return {
+        "summary": compression_labels.summary(compression),
+        "bound": "" if bound is None else f"at most {bound:g} dB lost",
+        "notes": compression.get("notes", ()),
+        "rows": rows,
+    }
 
 
 def _search(search: Mapping[str, Any], markup: Any) -> dict[str, Any]:
@@ -190,6 +217,7 @@ def _model_line(document: Document) -> str:
         f"{names.get(model['architecture'], model['architecture'])} ×{model['scale']}",
         colours,
         f"{count_label(model['macs_per_pixel'])} multiply-adds per input pixel",
+        *(["compressed"] if "compression" in model["provenance"] else []),
         f"checkpoint {checkpoint.get('name', '')} {checkpoint['sha256'][:12]}".replace("  ", " "),
         document["created"][:10],
     ]

@@ -16,6 +16,10 @@ VERBS = {
         "quantize", "good.onnx", "--precision", "int8", "--images", "photos", "--crops", "4", "--crop-size", "16",
         "-o", "OUT/model.onnx",
     ),
+    "compress": (
+        "compress", "good.onnx", "--images", "photos", "--target", "tensorrt", "--max-psnr-drop", "3",
+        "-o", "OUT/model.onnx",
+    ),
     "build openvino": ("build", "good.onnx", "--engine", "openvino", "--no-cache", "-o", "OUT/model.engine"),
     "verify": ("verify", "good.engine", "--against", "good.pt", "--images", "photo.png", "--report", "OUT/report"),
     "upscale folder": ("upscale", "good.engine", "photos", "-o", "OUT/large"),

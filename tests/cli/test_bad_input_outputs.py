@@ -18,6 +18,9 @@ VERBS = {
     "quantize int8": (
         "quantize", "good.onnx", "--precision", "int8", "--images", "photos", "--crops", "2", "--crop-size", "16", "-o",
     ),
+    "compress": (
+        "compress", "good.onnx", "--images", "photos", "--target", "tensorrt", "--max-psnr-drop", "3", "-o",
+    ),
     "build openvino": ("build", "good.onnx", "--engine", "openvino", "--no-cache", "-o"),
     "build onnxruntime": ("build", "good.onnx", "--engine", "onnxruntime", "--no-cache", "-o"),
     "upscale": ("upscale", "good.engine", "photo.png", "-o"),

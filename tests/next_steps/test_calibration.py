@@ -243,7 +243,7 @@ def test_a_bound_that_fp16_around_the_int8_layers_misses(user: User, small_onnx:
 
 
 @pytest.mark.advice(
-    "calibration/compress/search.py:CompressionSearch.nothing_found",
+    "calibration/compress/result.py:NothingGainedError.__init__",
     "allow a larger --max-psnr-drop, or use the graph as it is",
 )
 def test_a_bound_that_allows_no_compression(user: User) -> None:
@@ -253,6 +253,19 @@ def test_a_bound_that_allows_no_compression(user: User) -> None:
     user.refused(f"{command} --max-psnr-drop 0.0000001")
     user.runs(f"{command} --max-psnr-drop 3")
     user.runs("build good.onnx --engine onnxruntime -o a.engine")
+
+
+@pytest.mark.advice(
+    "calibration/compress/compress.py:read_original",
+    "compress the file that `srdeploy export` wrote, with a larger --max-psnr-drop",
+)
+def test_a_graph_that_is_compressed_already(user: User) -> None:
+    thin_network()
+    options = "--images photos --target tensorrt --time-budget 5 --threads 1"
+    user.runs(f"compress thin.onnx {options} --max-psnr-drop 3 -o small.onnx")
+
+    user.refused(f"compress small.onnx {options} --max-psnr-drop 3 -o smaller.onnx")
+    user.runs(f"compress thin.onnx {options} --max-psnr-drop 6 -o smaller.onnx")
 
 
 @pytest.mark.advice("calibration/search/choose.py:_check_kept", "use --precision fp16")

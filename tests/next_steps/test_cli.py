@@ -98,7 +98,7 @@ def test_the_next_command_after_compression(user: User) -> None:
 DEPLOY = "deploy good.pt --images photos --size 24x24 --threads 1"
 
 
-@pytest.mark.advice("cli/inspect.py:_compression", " more layers; all of them with --json")
+@pytest.mark.advice("cli/inspect.py:_compression", " more changes; all of them with --json")
 @pytest.mark.advice("cli/pipeline/engines.py:checked_placements", "add, for example, --max-psnr-drop 0.02")
 def test_compressed_graphs(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
     thin_network()
@@ -107,7 +107,7 @@ def test_compressed_graphs(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("srdeploy.cli.inspect._LAYERS_SHOWN", 0)  # the network has few layers
 
     printed = user.runs("inspect small.onnx")
-    more = re.search(r"and (\d+) more layers", printed)
+    more = re.search(r"and (\d+) more changes", printed)
     assert more is not None
     document = user.runs("inspect small.onnx --json")
     assert document.count('"error_share"') == int(more[1])

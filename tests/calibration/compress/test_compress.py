@@ -288,7 +288,7 @@ def test_a_compressed_graph_is_quantized_like_any_other(
 def test_a_bound_that_nothing_meets_ends_with_what_was_measured(
     network_paths: dict[str, Path], calibrations: dict[str, CalibrationSet], tmp_path: Path
 ) -> None:
-    with pytest.raises(GateError, match=r"nothing to gain here.*x fewer multiply-adds: -?\d"):
+    with pytest.raises(GateError, match=r"nothing to gain here: of \d+ measured"):
         compress(
             network_paths["residual"],
             tmp_path / "small.onnx",
