@@ -103,12 +103,12 @@ def explain(options: ExplainOptions) -> None:
             }
         )
         return
-    console.print(f"{'hit' if lookup.engine else 'miss'}: {lookup.reason}", soft_wrap=True)
+    console.print(f"{'hit' if lookup.engine else 'miss'}: {lookup.reason}", soft_wrap=True, markup=False)
     if differences:
         rows = [(name, pair["wanted"], pair["there"]) for name, pair in differences.items()]
         table(f"compared with {against}", ("field", "wanted", "there"), rows)
     else:
-        console.print(f"no field differs from {against}", soft_wrap=True)
+        console.print(f"no field differs from {against}", soft_wrap=True, markup=False)
 
 
 @verb(CleanOptions, name="gc", epilog=example("srdeploy cache gc --max-size 5GiB --older-than 30 --dry-run"))

@@ -4,6 +4,7 @@ stdout belongs to programs: with --json it holds exactly one JSON document.
 """
 
 import json
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ from rich.progress import (
 from rich.table import Table
 
 from srdeploy.core.progress import Advance
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Characters that a terminal obeys, as in the name of a downloaded file; line feeds and tabs are not among them."""
 
 console = Console(stderr=True, highlight=False)
 if not console.is_terminal:
@@ -60,12 +64,12 @@ class RichProgress:
             self._bars.start()
         bars = self._bars
         self._depth += 1
-        handle = bars.add_task(escape(description), total=total, note="")
+        handle = bars.add_task(_line(description), total=total, note="")
 
         def advance(amount: float = 1, note: str | None = None) -> None:
             bars.advance(handle, amount)
             if note is not None:
-                bars.update(handle, note=escape(note))
+                bars.update(handle, note=_line(note))
 
         try:
             yield advance
@@ -78,35 +82,45 @@ class RichProgress:
 
     def note(self, message: str) -> None:
         """Print one line that stays."""
-        console.print(escape(message), soft_wrap=True)
+        console.print(_line(message), soft_wrap=True)
+
+
+def _shown(text: str) -> str:
+    """Return text to print as it is: no markup, and control characters as in Python's source."""
+    return escape(_CONTROL.sub(lambda found: repr(found[0])[1:-1], text))
+
+
+def _line(text: str) -> str:
+    """Return text to print on one line; line feeds at its beginning stay."""
+    return _shown(re.sub(r"(?<=.)\n", r"\\n", text))
 
 
 def error_line(message: str) -> None:
     """Print one error line."""
-    console.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+    console.print(f"[bold red]error:[/] {_line(message)}", soft_wrap=True)
 
 
 def warning_line(message: str) -> None:
     """Print one warning line."""
-    console.print(f"[bold yellow]warning:[/] {escape(message)}", soft_wrap=True)
+    console.print(f"[bold yellow]warning:[/] {_line(message)}", soft_wrap=True)
 
 
 def next_command(*words: str) -> None:
     """Print the command that usually comes next."""
-    console.print(f"[dim]next:[/] {escape(shlex.join(words))}", soft_wrap=True)
+    console.print(f"[dim]next:[/] {_line(shlex.join(words))}", soft_wrap=True)
 
 
 def table(title: str, headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print a table: boxed on a terminal, plain ASCII elsewhere. Numbers are given as they should be read."""
     style = box.SIMPLE_HEAD if console.is_terminal else box.ASCII
     if title:  # not the table's own title, which would be folded at the width of a narrow table
-        console.print(escape(title), style="italic", soft_wrap=True)
+        console.print(_line(title), style="italic", soft_wrap=True)
     drawn = Table(box=style)
     for index, header in enumerate(headers):
         column = [str(row[index]) for row in rows]
         drawn.add_column(header, justify="right" if _numeric(column) else "left", overflow="fold")
     for row in rows:
-        drawn.add_row(*(escape(str(cell)) for cell in row))
+        drawn.add_row(*(_shown(str(cell)) for cell in row))
     console.print(drawn)
 
 

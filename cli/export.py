@@ -120,9 +120,9 @@ def command(options: ExportOptions) -> None:
     rows += [["folded", note] for note in result.folded]
     table(str(output), ["what", "value"], rows)
     for note in notes:
-        console.print(f"note: {note}", soft_wrap=True)
+        console.print(f"note: {note}", soft_wrap=True, markup=False)
     if result.external_data is not None:
-        console.print(f"weights: {result.external_data}; keep it next to the ONNX file", soft_wrap=True)
+        console.print(f"weights: {result.external_data}; keep it next to the ONNX file", soft_wrap=True, markup=False)
     next_command(*_next_command(result, options))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import click
 import pytest
 
-from srdeploy.cli.console import emit_json, markdown_table, table
+from srdeploy.cli.console import RichProgress, emit_json, error_line, markdown_table, next_command, table, warning_line
 from srdeploy.cli.main import VERBS, cli, run
 from srdeploy.cli.options import SHAPE
 from srdeploy.core import errors
@@ -234,6 +234,21 @@ def test_tables_are_plain_ascii_off_a_terminal_and_go_to_stderr(capsys: pytest.C
     assert captured.err.isascii()
     assert "[openvino] int8" in captured.err
     assert "|   9.50 |" in captured.err
+
+
+@pytest.mark.parametrize("show", [error_line, warning_line, RichProgress().note, next_command])
+def test_names_of_files_neither_steer_the_terminal_nor_end_the_line(
+    show: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    show("a\x1b[31m\x07\nb[red].png")
+
+    assert r"a\x1b[31m\x07\nb[red].png" in capsys.readouterr().err
+
+
+def test_tables_do_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    table("", ["key"], [["a\x1b[31m\x07[red]"]])
+
+    assert r"a\x1b[31m\x07[red]" in capsys.readouterr().err
 
 
 def test_markdown_escapes_its_separator() -> None:
