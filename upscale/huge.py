@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from srdeploy.core.errors import CapabilityError, InputError
 from srdeploy.core.extras import import_extra
-from srdeploy.core.imaging.decoders import open_with_libvips
+from srdeploy.core.imaging.decoders import not_decoded, open_with_libvips
 from srdeploy.core.imaging.read import full_page, image_size, picture_metadata
 from srdeploy.core.progress import SILENT, Progress
 from srdeploy.upscale.alpha import REACH
@@ -57,7 +57,7 @@ class StreamedSource:
             page = {"page": number} if (number := full_page(path)) else {}
             image = open_with_libvips(path, access="sequential", fail_on="error", **page)
         except vips.Error as error:
-            raise InputError(f"{path} cannot be streamed ({_first_line(error)})") from error
+            raise not_decoded(path, error) from error
         if image.get_typeof("interlaced") and image.get("interlaced"):
             raise InputError(
                 f"{path} is interlaced or progressive, so its rows are not stored from top to bottom",
@@ -109,10 +109,7 @@ class StreamedSource:
         try:
             data = self._region.fetch(0, top, width, count)
         except self._vips.Error as error:
-            raise InputError(
-                f"{self._path} is damaged or truncated near row {top} ({_first_line(error)})",
-                next_step="download or copy it again",
-            ) from error
+            raise not_decoded(self._path, error, f" near row {top}") from error
         self._rows.extend(np.frombuffer(data, self._dtype).reshape(count, width, channels))
 
 
@@ -172,8 +169,3 @@ def upscale_streamed(
     with open_rows(output, name, (height, width, channels), dtype, like) as writer:
         Pipeline(read=pieces(), compute=lambda piece: piece, write=writer.write).run()
     return report
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -192,11 +192,22 @@ def vips_pixels(path: Path, *, page: int = 0) -> Pixels:
             raise _too_many_samples(path, image.bands)
         pixels: Pixels = image.numpy()
     except vips.Error as error:
-        cause = "".join(str(error).strip().splitlines()[-1:])  # earlier lines may be about other files
-        if unread := re.search(r"(\S+) compression support is not configured", cause):
-            raise _unread_compression(path, unread[1]) from error
-        raise InputError(f"{path} is damaged or truncated ({cause})", next_step="download or copy it again") from error
+        raise not_decoded(path, error) from error
     return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def not_decoded(path: Path, error: Exception, place: str = "") -> InputError:
+    """Return the error for a file that libvips does not decode.
+
+    Args:
+        path: the file.
+        error: libvips' error.
+        place: of the damage, such as " near row 5".
+    """
+    cause = "".join(str(error).strip().splitlines()[-1:])  # earlier lines may be about other files
+    if unread := re.search(r"(\S+) compression support is not configured", cause):
+        return _unread_compression(path, unread[1])
+    return InputError(f"{path} is damaged or truncated{place} ({cause})", next_step="download or copy it again")
 
 
 def _unread_compression(path: Path, name: str) -> InputError:

@@ -255,14 +255,21 @@ def _png_exif(path: Path, image: Image.Image) -> bytes | None:
 
 
 def full_page(path: Path) -> int:
-    """Return the number of the page that holds the picture; 0 but for a TIFF that begins with a reduced copy.
+    """Return the number of the page that libvips streams; 0 but for a TIFF that begins with a reduced copy.
 
     Raises:
-        InputError: as `picture_metadata`.
+        InputError: as `picture_metadata`; or the page is stored as YCbCr, which libvips does not convert to RGB unless
+            it is compressed as JPEG.
     """
     if is_gray_alpha_tiff(path):
         return 0
     with opened(path, max_pixels=None) as image:
+        if image.format == "TIFF" and image.mode == "YCbCr":
+            raise InputError(
+                f"{path} is too large to be decoded at once, and its YCbCr cannot be streamed",
+                expected="gray or RGB of 8 or 16 bits",
+                next_step="convert it to RGB first",
+            )
         return image.tell() if image.format == "TIFF" else 0
 
 

@@ -135,7 +135,7 @@ def test_a_tiff_without_its_directory(user: User) -> None:
     copied_again(user, Path("a.tif"), Path("a.tif").read_bytes())
 
 
-@pytest.mark.advice("core/imaging/decoders.py:vips_pixels", "download or copy it again")
+@pytest.mark.advice("core/imaging/decoders.py:not_decoded", "download or copy it again")
 def test_a_damaged_tiff_of_16_bits(user: User) -> None:
     vips = pytest.importorskip("pyvips")
     noise = np.random.default_rng(0).integers(0, 65536, (40, 48, 3), dtype=np.uint16)

@@ -322,7 +322,8 @@ def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.advice("upscale/huge.py:StreamedSource.__init__", "save it again without interlacing")
-@pytest.mark.advice("upscale/huge.py:StreamedSource._fetch", "download or copy it again")
+@pytest.mark.advice("core/imaging/decoders.py:not_decoded", "download or copy it again")
+@pytest.mark.advice("core/imaging/read.py:full_page", "convert it to RGB first")
 @pytest.mark.advice("upscale/huge.py:check_header", "download or copy it again: the header is damaged")
 @pytest.mark.advice("upscale/huge.py:upscale_streamed", "a .png or .tif output")
 def test_huge_images(user: User, streamed: None) -> None:
@@ -347,6 +348,11 @@ def test_huge_images(user: User, streamed: None) -> None:
     user.refused(command)
     Image.open("a.png").save("a.png")
     user.runs(command)
+    with Image.open("a.png") as picture:
+        picture.convert("YCbCr").save("b.tif")
+        picture.save("c.tif")
+    user.refused(command.replace("a.png", "b.tif"))
+    user.runs(command.replace("a.png", "c.tif"))
     user.refused(command.replace("out.png", "out.webp"))
     user.runs(command.replace("out.png", "out.tif"))
 
