@@ -116,6 +116,27 @@ def test_quantize_measures_a_compressed_graph_against_the_original(
     assert read_graph(tmp_path / "original.onnx").contract.compression is not None
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(["compress", "--max-psnr-drop", DROP, "--target", "tensorrt"], id="compress"),
+        pytest.param(["quantize", "--precision", "fp16", "--target", "tensorrt"], id="quantize"),
+    ],
+)
+def test_without_hr_the_drop_is_measured_one_octave_down(
+    command: list[str], exported: Path, photos: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "made.onnx"
+
+    assert run([command[0], str(exported), "--images", str(photos), *command[1:], "-o", str(output)]) == 0
+
+    details = read_manifest(output).details
+    assert details["quality"]["truth"] == "shrunk"
+    assert details["quality"]["worst_drop_db"] is not None  # there is none of an estimate
+    assert {(crop["height"], crop["width"]) for crop in details["calibration"]["judges"]} == {(24, 32)}
+    assert max(crop["height"] for crop in details["calibration"]["crops"]) > 24  # ranges are those of whole images
+
+
 def test_deploy_spends_one_bound_on_compression_and_int8(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     options = DeployOptions(
         checkpoint=checkpoint, images=photos, hr=True, engines=("openvino",), max_psnr_drop=float(DROP), compress=True,
