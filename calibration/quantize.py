@@ -131,12 +131,18 @@ class _Job:
         """Name what decides a measurement: the network, the images and the form that the graph was rewritten to."""
         return f"{self.sha256}:{self.calibration.sha256 if self.calibration else ''}:{form}"
 
-    def evaluator(self, samples: Sequence[Sample]) -> Evaluator:
+    def evaluator(self, samples: Sequence[Sample], *, tested: bool = False) -> Evaluator:
         """Return an evaluator whose reference outputs are shared by all graphs of this network."""
         truth = (self.calibration.truth if self.calibration else None) or "hr"
         key = replace(self, sha256=self.reference.sha256).key("any")
         return Evaluator(
-            self.reference.model, samples, self.contract, truth=truth, measurements=self.measurements, key=key
+            self.reference.model,
+            samples,
+            self.contract,
+            truth=truth,
+            measurements=self.measurements,
+            key=key,
+            tested=tested,
         )
 
 
@@ -322,6 +328,9 @@ def _quantize_graph(job: _Job) -> _Outcome:
     foreign = target in CPU_TARGETS and int8_weights_overflow(recipe.weight_bits)
     runnable = job.open_engine if target in CPU_TARGETS and not foreign else None
     evaluator = job.evaluator(calibration.held_out)
+    # Without a bound the held-out images choose nothing, and test the graph themselves.
+    bounded = options.bound != Bound() and calibration.test
+    test = job.evaluator(calibration.test, tested=True) if bounded else None
 
     def islands_of(decisions: Decisions) -> tuple[Island, ...]:
         strength = decisions.strength
@@ -337,14 +346,14 @@ def _quantize_graph(job: _Job) -> _Outcome:
         return LatencyComparison(builder, evaluator, decisions, runnable) if runnable is not None else None
 
     choice = choose(
-        builder, job.contract, options, runnable, calibration.samples, evaluator, journal, costs_of, job.progress
+        builder, job.contract, options, runnable, calibration.samples, evaluator, journal, costs_of, job.progress, test
     )
     quantized, placement = builder.build(choice.decisions)
     islands: tuple[Island, ...] = ()
-    quality = choice.taken.quality
+    quality = choice.taken.deciding
     if recipe.half:
         islands = islands_of(choice.decisions)
-        quality = evaluator.evaluate_model(emulate_half(quantized, Precision.FP16, islands))
+        quality = (test or evaluator).evaluate_model(emulate_half(quantized, Precision.FP16, islands))
         quantized = convert_to_half(quantized, Precision.FP16, islands)
         _check_bound(options, quality)
     readback, latency = None, None

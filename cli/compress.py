@@ -147,7 +147,7 @@ def _show(result: "CompressResult", progress: RichProgress) -> None:
     quality = result.quality
     progress.note(
         f"{result.macs_before / result.macs_after:.2f}x fewer multiply-adds, fidelity {quality.fidelity_db:.2f} dB, "
-        f"drop {quality.drop_db:.4f} dB on {quality.images} {'test' if quality.tested else 'held-out'} images"
+        f"drop {quality.drop_db:.4f} dB on {quality.images_label}"
     )
     if result.latency_ms is not None:
         ours, original = result.latency_ms

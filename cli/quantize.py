@@ -287,7 +287,7 @@ def _show(result: "QuantizeResult") -> None:
         kind = kinds.get(result.quality.truth or "", "expected from the fidelity")
         progress.note(
             f"fidelity {result.quality.fidelity_db:.2f} dB (worst image {result.quality.worst_db:.2f}), "
-            f"drop {result.quality.drop_db:.4f} dB ({kind}, {result.quality.images} held-out images)"
+            f"drop {result.quality.drop_db:.4f} dB ({kind}, {result.quality.images_label})"
         )
     for note in result.notes:
         warning_line(note)

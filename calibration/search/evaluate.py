@@ -64,6 +64,11 @@ class GraphQuality:
     tested: bool = False
 
     @property
+    def images_label(self) -> str:
+        """How many images of which part of the calibration set."""
+        return f"{self.images} {'test' if self.tested else 'held-out'} images"
+
+    @property
     def other_kinds_drop_db(self) -> float:
         """The loss to expect on images of another kind: see `other_kinds_drop`."""
         return other_kinds_drop(self.psnr_db, self.worst_db, measured=self.truth is not None)

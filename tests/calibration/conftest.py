@@ -176,6 +176,15 @@ def calibrations(photos: Path, contracts: dict[str, ModelContract]) -> dict[str,
     }
 
 
+@pytest.fixture(scope="session")
+def nine_pictures(contracts: dict[str, ModelContract], tmp_path_factory: pytest.TempPathFactory) -> CalibrationSet:
+    """A calibration set for the dense network with enough images for a test set."""
+    folder = tmp_path_factory.mktemp("nine")
+    for seed in range(9):
+        Image.fromarray(picture(seed)).save(folder / f"{seed}.png")
+    return make_calibration_set(folder, contract=contracts["dense"], hr=True, count=8, crop=16, whole=1)
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep search journals out of the user's cache, and apart from those of other tests."""

@@ -467,3 +467,35 @@ def test_a_layer_to_keep_must_exist(network_paths: Paths, calibrations: Calibrat
 def test_options_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(SrdeployError):
         QuantizeOptions(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_bound_is_confirmed_on_images_that_chose_nothing(
+    network_paths: dict[str, Path], nine_pictures: CalibrationSet, tmp_path: Path
+) -> None:
+    def run(calibration: CalibrationSet, options: QuantizeOptions, name: str) -> QuantizeResult:
+        return quantize(
+            network_paths["dense"], tmp_path / name, precision=Precision.INT8, target=Target.OPENVINO,
+            calibration=calibration, options=replace(options, cost="macs"),
+        )  # fmt: skip
+
+    parts = [nine_pictures.held_out, nine_pictures.test]
+    plain = [
+        run(replace(nine_pictures, held_out=part, test=()), QuantizeOptions(), f"{index}.onnx").quality
+        for index, part in enumerate(parts)
+    ]
+    assert all(quality is not None and not quality.tested for quality in plain)
+    hard, easy = sorted(range(2), key=lambda index: plain[index].fidelity_db)
+    between = (plain[hard].fidelity_db + plain[easy].fidelity_db) / 2
+    swapped = replace(nine_pictures, held_out=parts[easy], test=parts[hard])
+
+    result = run(swapped, QuantizeOptions(min_fidelity=between), "bounded.onnx")
+
+    assert result.quality is not None
+    assert result.quality.tested
+    assert result.quality.fidelity_db >= between
+    assert result.choice is not None
+    first = result.choice.points[0]
+    assert first.quality.fidelity_db >= between  # the images that choose were satisfied
+    assert first.test is not None
+    assert first.test.fidelity_db < between
+    assert result.choice.taken is not first

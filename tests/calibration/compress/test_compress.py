@@ -8,7 +8,6 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
-from PIL import Image
 
 from srdeploy.calibration.compress import effects as effects_module
 from srdeploy.calibration.compress.compress import compress
@@ -18,7 +17,7 @@ from srdeploy.calibration.compress.rebuild import apply_changes
 from srdeploy.calibration.compress.result import CompressOptions
 from srdeploy.calibration.compress.search import CompressionSearch
 from srdeploy.calibration.fp32 import read_fp32_graph
-from srdeploy.calibration.images.dataset import CalibrationSet, make_calibration_set
+from srdeploy.calibration.images.dataset import CalibrationSet
 from srdeploy.calibration.journal import Journal
 from srdeploy.calibration.options import QuantizeOptions
 from srdeploy.calibration.quantize import quantize
@@ -191,19 +190,6 @@ def test_what_is_redundant_is_found_within_the_bound_and_written_down(
     assert {entry["layer"] for entry in details["layers"]} == {change.layer for change in result.changes}
     assert sum(entry["error_share"] for entry in details["layers"]) == pytest.approx(1, abs=0.01)
     json.dumps(result.to_json(), allow_nan=False)
-
-
-@pytest.fixture(scope="module")
-def nine_pictures(
-    paint: Callable[..., np.ndarray],
-    contracts: dict[str, ModelContract],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> CalibrationSet:
-    """A calibration set with test images."""
-    folder = tmp_path_factory.mktemp("nine")
-    for seed in range(9):
-        Image.fromarray(paint(seed)).save(folder / f"{seed}.png")
-    return make_calibration_set(folder, contract=contracts["dense"], hr=True, count=8, crop=16, whole=1)
 
 
 def test_the_loss_that_is_reported_is_of_images_that_chose_nothing(
