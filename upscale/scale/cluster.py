@@ -136,7 +136,8 @@ def share_of(machines: list[tuple[float, int]], device: str, threads: int | None
     usable = [cpus for cpus, _ in machines if cpus >= (threads or 1)]
     if not usable:
         raise CapabilityError(
-            f"no machine of the cluster has {threads or 1} free CPUs", next_step="add machines, or pass fewer --threads"
+            f"no machine of the cluster has {threads or 1} CPUs",
+            next_step="add machines with CPUs" if threads in (None, 1) else "add machines, or pass fewer --threads",
         )
     cpus = float(threads or min(usable) // 1)
     return Share(int(sum(each // cpus for each in usable)), cpus, 0)
@@ -235,7 +236,8 @@ class RayPool:
         elif time.monotonic() - self._lost_since > _PATIENCE_SECONDS:
             raise CapabilityError(
                 f"no worker of the cluster has been ready for {_PATIENCE_SECONDS:.0f} s",
-                next_step="look at `ray status`; the same command resumes",
+                next_step=f"look at `ray status --address {self._ray.get_runtime_context().gcs_address}`; the same"
+                " command resumes",
             )
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """Bring a model to a machine that does not see its path: packed once, unpacked once per machine."""
 
 import io
+import platform
 import tarfile
 from pathlib import Path
 
@@ -72,7 +73,8 @@ def unpack_model(package: bytes, model: Path, sha256: str) -> Path:
     found = find_copy(model, sha256)
     if found is None:
         raise InputError(
-            f"the copy of {model} in {folder} is another model", next_step=f"remove {folder} and run again"
+            f"the copy of {model} in {folder} on {platform.node()} is another model",
+            next_step=f"remove {folder} there and run again",
         )
     return found
 

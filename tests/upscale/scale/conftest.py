@@ -1,16 +1,11 @@
 """Fixtures of the tests with a Ray cluster; they are skipped where Ray is not installed."""
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from ray_cluster import Cluster, cluster
 
 from srdeploy.core.extras import is_installed
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from ray_cluster import Cluster, cluster
 
 
 @pytest.fixture(scope="session")
