@@ -12,12 +12,11 @@ from srdeploy.cli.main import VERBS
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("core", "export", "calibration", "cli", "runtime", "upscale")
-_OPEN = ("upscale/scale/cluster", "upscale/scale/model_package")
 """models/ has a table of its own: tests/models/checkpoint/test_next_steps.py."""
 
 _ADVICE = re.compile(
     rf"(?<![\w-])--[a-z][a-z-]+|\bsrdeploy ({'|'.join(VERBS)})\b|pip install|`make |name (that )?end(s|ing) in"
-    r"|\boutput (ending in|\.)|\.\w+ (or \.\w+ )?output"
+    r"|\boutput (ending in|\.)|\.\w+ (or \.\w+ )?output|\bwrite an \."
 )
 _NOT_SHOWN = {"next_step", "help", "metavar", "epilog"}
 _NO_ADVICE = {
@@ -52,7 +51,6 @@ class Step:
 def steps() -> list[Step]:
     """Return every next step of the rooms, in the order of the source."""
     found = [step for room in ROOMS for path in sorted((ROOT / room).rglob("*.py")) for step in steps_of(path)]
-    found = [step for step in found if not step.place.startswith(_OPEN)]
     errors = {step.text for step in found if step.kind == "error"}
     return list(dict.fromkeys(step for step in found if step.kind != "text" or step.text not in errors))
 

@@ -224,6 +224,26 @@ def test_hdr_metadata(user: User, clips: Clips) -> None:
         assert "HDR10" not in user.runs(f"{UPSCALE} a.mkv --codec {codec} -o {codec}.mkv")
 
 
+@pytest.mark.advice("upscale/video/mux.py:lost_streams", ": write an .mkv to keep them")
+@pytest.mark.advice("upscale/video/mux.py:lost_streams", "the cover picture: write an .mkv or .mp4 to keep it")
+def test_fonts_and_covers(user: User, clips: Clips) -> None:
+    def font(file: Any, streams: list[Any]) -> None:
+        file.add_attachment("font.ttf", "application/x-truetype-font", b"data")
+
+    def cover(file: Any, streams: list[Any]) -> None:
+        streams[1].disposition = av.stream.Disposition.attached_pic
+
+    picture = clips.make(Path("cover.mjpeg"), range(1), codec="mjpeg", pix_fmt="yuvj420p", form="mjpeg")
+    film = clips.make(Path("film.mp4"), range(2))
+    clips.remux([film], Path("font.mkv"), prepare=font)
+    clips.remux([film, picture], Path("cover.mp4"), prepare=cover)
+
+    for source, lost, kept in (("font.mkv", ".mp4", (".mkv",)), ("cover.mp4", ".webm", (".mkv", ".mp4"))):
+        assert "not kept: " in user.runs(f"{UPSCALE} {source} -o lost{lost}")
+        for suffix in kept:
+            assert "not kept: " not in user.runs(f"{UPSCALE} {source} -o {source}_kept{suffix}")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Sources
 
