@@ -84,8 +84,11 @@ def insert_qdq(
         weights: quantized weights, by initializer name.
         splits: names of convolutions that are computed twice, on the 8-bit activation and on what its rounding left
             over, quantized with a step 256 times finer. Both run on integers; together they see 16-bit activations.
+            What is added to such a convolution's result is added to the low half: engines compute a convolution and one
+            sum in one pass, so all three are summed without a pass of their own.
     """
     graph = Graph(model)
+    positions = {node.name: index for index, node in enumerate(model.graph.node)}
     scale_type = np.float32
     before: dict[str, list[onnx.NodeProto]] = {}
     first: list[onnx.NodeProto] = []
@@ -116,12 +119,30 @@ def insert_qdq(
         if node.name in splits:
             tail, constants = _split_convolution(node, copy, params[node.input[0]], scale_type)
             new += constants
+            following = graph.only_consumer(node.output[0])
+            added = _earlier_summand(graph, following, node, positions) if following is not None else None
+            if following is not None and added is not None:
+                low, total = tail[-2].output[0], tail[-1]
+                total.input[:] = [low, renamed.get((following.name, added), added)]
+                total.output[:] = [f"{low}_sum"]
+                renamed[following.name, added] = copy.output[0]
+                renamed[following.name, node.output[0]] = total.output[0]
             result.graph.node.extend(tail)
         result.graph.node.extend(before.get(node.name, []))
     kept = [tensor for tensor in model.graph.initializer if tensor.name not in weights]
     del result.graph.initializer[:]
     result.graph.initializer.extend([*kept, *new])
     return result
+
+
+def _earlier_summand(
+    graph: Graph, reader: onnx.NodeProto, convolution: onnx.NodeProto, positions: Mapping[str, int]
+) -> str | None:
+    """Return the map, computed before a convolution, that a node adds to its result; None for any other node."""
+    others = [name for name in reader.input if name != convolution.output[0] and name in graph.producer]
+    if reader.op_type != "Add" or len(others) != 1:
+        return None
+    return others[0] if positions[graph.producer[others[0]].name] < positions[convolution.name] else None
 
 
 def _split_convolution(

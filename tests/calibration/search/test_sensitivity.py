@@ -1,19 +1,22 @@
 """What the search for a bound pays for exact layers, and which change it makes first."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+from numpy.typing import NDArray
 
+from srdeploy.calibration.fp32 import read_fp32_graph
 from srdeploy.calibration.images.dataset import CalibrationSet
 from srdeploy.calibration.int8.builder import Decisions
 from srdeploy.calibration.options import Cost, QuantizeOptions
 from srdeploy.calibration.quantize import QuantizeResult, artifacts_folder, quantize
 from srdeploy.calibration.search.bound import Bound
 from srdeploy.calibration.search.choose import remove_superfluous
-from srdeploy.calibration.search.evaluate import GraphQuality
+from srdeploy.calibration.search.evaluate import Evaluator, GraphQuality
 from srdeploy.calibration.search.sensitivity import Change
 from srdeploy.core.imaging.psnr import drop_for_fidelity
 from srdeploy.core.precision import Precision, Target
@@ -160,3 +163,34 @@ def test_images_of_another_kind_are_expected_to_lose_more() -> None:
     assert not Bound(0.01, other_kinds=True).is_satisfied_by(quality)
     assert Bound(1.01 * expected, other_kinds=True).is_satisfied_by(quality)
     assert Bound(0.01, other_kinds=True).used_by(quality) == pytest.approx(expected / 0.01)
+
+
+def test_a_small_network_takes_turns_until_the_time_is_over(
+    network_paths: dict[str, Path], calibrations: dict[str, CalibrationSet]
+) -> None:
+    graph = read_fp32_graph(network_paths["residual"])
+    evaluator = Evaluator(graph.model, calibrations["residual"].held_out[:1], graph.contract)
+
+    with opener(network_paths["residual"]) as runner:
+        few = Counted(runner)
+        evaluator.latencies_ms(few, repeats=3)
+        many = Counted(runner)
+        evaluator.latencies_ms(many, repeats=3, seconds=0.5)
+
+    assert few.runs == 3
+    assert many.runs > 10
+
+
+class Counted:
+    def __init__(self, runner: Runner) -> None:
+        self.runner, self.runs, self.info = runner, 0, runner.info
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        self.runs += 1
+        return self.runner.run(feeds)
+
+    def __enter__(self) -> "Counted":
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        pass
