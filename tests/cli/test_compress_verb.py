@@ -16,7 +16,7 @@ from srdeploy.cli.console import RichProgress
 from srdeploy.cli.main import run
 from srdeploy.cli.pipeline.deploy import deploy
 from srdeploy.cli.pipeline.types import DeployOptions
-from srdeploy.core.compression import change_label
+from srdeploy.core.compression import change_label, summary
 from srdeploy.core.manifest import read_manifest
 from srdeploy.core.onnx_file import read_graph
 from srdeploy.runtime.bench.turns import Effort
@@ -157,6 +157,12 @@ def test_deploy_spends_one_bound_on_compression_and_int8(checkpoint: Path, photo
     assert drop <= float(DROP)
     report = read_report(options.output / "report")
     assert report["model"]["provenance"]["compression"]["fewer_macs"] == compression["fewer_macs"]
+    graph = read_graph(options.output / "model.fp32.onnx").contract
+    assert report["model"]["macs_per_pixel"] == bundle.contract.macs_per_pixel == graph.macs_per_pixel
+    page, card = (options.output / "report" / "report.html").read_text(), (options.output / "README.md").read_text()
+    assert all(change_label(entry) in page for entry in compression["layers"])
+    for text in (page, card):
+        assert summary(compression) in " ".join(text.split())
     script = (options.output / "reproduce.sh").read_text()
     assert 'srdeploy compress "$OUT/model.original.onnx"' in script
     assert '--reference "$OUT/model.original.onnx"' in script
