@@ -2,7 +2,8 @@
 
 Each run is a process of its own: `srdeploy bench` on the CPU engines of a bundle, next to the eager network. For every
 pair of runs and every engine the script counts whether the two 95 % intervals overlap, and how often a run names the
-same fastest engine (or the engines that it cannot tell apart).
+same fastest engine (or the engines that it cannot tell apart). Pairs of runs whose processors exchanged data at
+different speeds are not compared, as `report --compare` does not.
 
     srdeploy demo -o demo-output
     python benchmarks/repeated_bench.py demo-output/rcan_x2.srd --against examples/rcan_x2_demo.pt --busy 1
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from srdeploy.runtime.bench.conditions import conditions
+from srdeploy.runtime.bench.exchange import Exchange
 from srdeploy.runtime.bench.ratios import listed, ratio_label, ratio_of_rounds
 from srdeploy.runtime.bundle import read_bundle
 
@@ -87,6 +89,7 @@ def one_run(command: list[str], number: int) -> dict[str, Any]:
     found = {
         "fastest": listed(sorted([leader, *rivals])),
         "load_average": document["environment"]["load_average"],
+        "processor_exchange": document["environment"].get("processor_exchange"),
         "unstable_medians": sum(not row["stable"] for row in rows.values()),
         "engines": {
             name: {
@@ -115,20 +118,28 @@ def one_run(command: list[str], number: int) -> dict[str, Any]:
 def agreement(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Return per engine: the share of pairs of runs whose intervals overlap, and the spread of the speed-ups."""
     found = {}
+    comparable = [pair for pair in itertools.combinations(runs, 2) if in_one_state(*pair)]
     for name in runs[0]["engines"]:
         entries = [run["engines"][name] for run in runs]
-        pairs = list(itertools.combinations(entries, 2))
+        pairs = [(first["engines"][name], second["engines"][name]) for first, second in comparable]
         overlap = [
             first["ratio_low"] <= second["ratio_high"] and second["ratio_low"] <= first["ratio_high"]
             for first, second in pairs
         ]
         ratios = sorted(entry["ratio"] for entry in entries)
         found[name] = {
+            "pairs": len(pairs),
             "pairs_that_agree": round(sum(overlap) / len(pairs), 3) if pairs else 1.0,
             "lowest": round(ratios[0], 3),
             "highest": round(ratios[-1], 3),
         }
     return found
+
+
+def in_one_state(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Return True unless two runs say that the processors exchanged data at different speeds."""
+    states = [Exchange.of_environment(run) for run in (first, second)]
+    return not (states[0] and states[1] and states[0].differs_from(states[1]))
 
 
 if __name__ == "__main__":
