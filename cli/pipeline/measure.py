@@ -85,7 +85,7 @@ def measure_engines(
         report.append("no engine runs here")
         return ()
     threads = work.options.threads
-    shape = work.options.shape(checkpoint.contract())
+    shape = work.options.bench_shape(checkpoint.contract(), [candidate.device for candidate in candidates])
     with ExitStack() as stack:
         runners: list[Runner] = []
         for candidate in candidates:

@@ -175,7 +175,7 @@ def _benches(options: DeployOptions, ran: Sequence[Candidate], contract: ModelCo
             candidates=tuple(OUT / entry.file for entry in entries),
             checkpoint=CHECKPOINT,
             checkpoint_options=options.checkpoint_options,
-            shape=options.shape(contract),
+            shape=options.bench_shape(contract, [entry.device for entry in ran]),
             engine=engine,
             device=device,
             threads=options.threads if any(threads_for(entry.engine, 1) for entry in entries) else None,

@@ -1,7 +1,7 @@
 """What the stages of `deploy` exchange: its options, the candidates, and what came of them."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,9 +47,12 @@ OPTIONAL = (Precision.FP8,)
 """Precisions that are tried where the GPU has them: a failure is reported and changes no exit code."""
 BENCH_SIZE = (180, 320)
 """Default height and width that engines are tuned for and measured on."""
-BENCH_MACS = 2.5e11
-"""A default size that costs more multiply-adds than this is halved until it does not: eager PyTorch has to run it
-dozens of times on a CPU."""
+TUNED_MACS = 2.5e11
+"""A default size that costs more multiply-adds than this is halved until it does not: larger pictures of such a network
+run in tiles."""
+CPU_BENCH_MACS = 1e11
+"""The same for the size that is measured where all engines are on the CPU: eager PyTorch and every engine run it dozens
+of times, which for RCAN of full size at 90x160 takes as long as all other stages together."""
 
 
 @arguments
@@ -109,9 +112,16 @@ class DeployOptions:
     as_json: bool = option("--json", default=False, help=JSON)
 
     def shape(self, contract: ModelContract) -> Shape:
-        """Return the input shape that engines are tuned for and measured on."""
+        """Return the input shape that engines are tuned for, and measured on where one of them is on a GPU."""
+        return self._shape(contract, TUNED_MACS)
+
+    def bench_shape(self, contract: ModelContract, devices: Iterable[str]) -> Shape:
+        """Return the input shape that engines on some devices are measured on."""
+        return self._shape(contract, CPU_BENCH_MACS if set(devices) <= {"cpu"} else TUNED_MACS)
+
+    def _shape(self, contract: ModelContract, max_macs: float) -> Shape:
         height, width = self.size or BENCH_SIZE
-        while self.size is None and height * width * contract.macs_per_pixel > BENCH_MACS and height > 24:
+        while self.size is None and height * width * contract.macs_per_pixel > max_macs and height > 24:
             height, width = height // 2, width // 2
         return 1, contract.channels, max(height, contract.min_size), max(width, contract.min_size)
 

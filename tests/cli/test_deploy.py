@@ -281,17 +281,17 @@ def test_a_full_disk_is_exit_8_and_leaves_nothing(
 
 
 @pytest.mark.parametrize(
-    ("size", "macs", "expected"),
+    ("size", "macs", "expected", "on_cpu"),
     [
-        (None, 0.3e6, (180, 320)),
-        (None, 15.6e6, (90, 160)),
-        (None, 1e9, (22, 40)),
-        ((64, 48), 1e9, (64, 48)),
+        (None, 0.3e6, (180, 320), (180, 320)),
+        (None, 15.6e6, (90, 160), (45, 80)),
+        (None, 1e9, (22, 40), (22, 40)),
+        ((64, 48), 1e9, (64, 48), (64, 48)),
     ],
     ids=["light", "heavy", "heaviest", "stated"],
 )
 def test_the_measured_size_shrinks_only_when_nobody_stated_it(
-    size: tuple[int, int] | None, macs: float, expected: tuple[int, int]
+    size: tuple[int, int] | None, macs: float, expected: tuple[int, int], on_cpu: tuple[int, int]
 ) -> None:
     contract = ModelContract(
         architecture="rcan",
@@ -308,6 +308,8 @@ def test_the_measured_size_shrinks_only_when_nobody_stated_it(
 
     assert options.shape(contract) == (1, 3, *expected)
     assert options.profile(contract).contains(options.shape(contract))
+    assert options.bench_shape(contract, ["cuda:0", "cpu"]) == options.shape(contract)
+    assert options.bench_shape(contract, ["cpu", "cpu"]) == (1, 3, *on_cpu)
 
 
 @pytest.mark.parametrize(
