@@ -1,7 +1,8 @@
 """INT8 on OpenVINO: ours beside the defaults of NNCF, of ONNX Runtime's `quantize_static` and of ModelOpt's ONNX PTQ.
 
     python benchmarks/quantization.py --checkpoint srdensenet_x4.pth --checkpoint rcan_x2.pt \
-        --photos PHOTOS --hr SET5/HR [--latency-only rcan_x4] [--modelopt PYTHON] [--keep DIR] [--json results.json]
+        --photos PHOTOS --hr SET5/HR [--latency-only rcan_x4] [--compress 0.02] [--modelopt PYTHON] [--keep DIR] \
+        [--json results.json]
 
 What is measured, for each checkpoint and each INT8 graph, all running in OpenVINO with FP32 hint (no BF16):
 
@@ -40,10 +41,13 @@ from typing import Any
 import numpy as np
 import onnx
 
+from srdeploy.calibration.compress.compress import compress
+from srdeploy.calibration.compress.result import CompressOptions
 from srdeploy.calibration.fp32 import read_fp32_graph
 from srdeploy.calibration.images.dataset import CalibrationSet, make_calibration_set
 from srdeploy.calibration.options import Cost, QuantizeOptions
 from srdeploy.calibration.quantize import quantize
+from srdeploy.calibration.search.bound import Bound
 from srdeploy.calibration.search.evaluate import Evaluator
 from srdeploy.cli.console import RichProgress, markdown_table
 from srdeploy.core.contract import ModelContract
@@ -61,7 +65,12 @@ OPENINGS = 5
 """Every engine is opened so often: where its buffers happen to lie makes it up to a quarter slower while it is open."""
 
 
-LABELS = {"nncf": "NNCF default PTQ", "onnxruntime": "ORT quantize_static", "modelopt": "ModelOpt ONNX PTQ"}
+LABELS = {
+    "compressed": "ours, compressed",
+    "nncf": "NNCF default PTQ",
+    "onnxruntime": "ORT quantize_static",
+    "modelopt": "ModelOpt ONNX PTQ",
+}
 
 
 @dataclass
@@ -97,6 +106,12 @@ def main() -> None:
         help="once per checkpoint, in their order; default 57",
     )
     parser.add_argument("--cost", choices=["latency", "macs"], default="latency", help="what our search pays in")
+    parser.add_argument(
+        "--compress",
+        type=float,
+        metavar="DB",
+        help="adds our INT8 graph of the network compressed for INT8, both within this loss on held-out photographs",
+    )
     parser.add_argument("--crops", type=int, default=48)
     parser.add_argument("--size", type=int, default=64, help="height and width of the latency input")
     parser.add_argument("--repeats", type=int, default=15)
@@ -141,11 +156,13 @@ def compare(source: Path, checkpoint: Path, arguments: argparse.Namespace, bound
     entries = [Entry("FP32", source, as_exported=True), Entry("FP32, merged end", source)]
     methods: dict[str, Callable[[Path], None]] = {
         "ours": lambda path: ours(source, path, calibration, bound, arguments.cost, opener),
+        "compressed": lambda path: ours_compressed(source, path, calibration, arguments.compress, opener),
         "nncf": lambda path: by_nncf(source, path, calibration),
         "onnxruntime": lambda path: by_onnxruntime(source, path, calibration),
         "modelopt": lambda path: by_modelopt(source, path, calibration, arguments.modelopt),
     }
-    for name in ("ours", *arguments.peers, *(["modelopt"] if arguments.modelopt else [])):
+    compressed = ["compressed"] if arguments.compress and has_quality else []
+    for name in ("ours", *compressed, *arguments.peers, *(["modelopt"] if arguments.modelopt else [])):
         path = source.with_name(f"{source.stem}.{name}.onnx" if name != "nncf" else f"{source.stem}.nncf.xml")
         entries.append(Entry(LABELS.get(name, name), path))
         if not path.exists():
@@ -207,6 +224,32 @@ def ours(
         calibration=calibration,
         options=options,
         open_engine=opener,
+        progress=RichProgress(),
+    )
+
+
+def ours_compressed(
+    source: Path, output: Path, calibration: CalibrationSet, drop: float, opener: Callable[[Path], Runner]
+) -> None:
+    """What `deploy --compress` does: half of the loss for compression, and what is left for INT8."""
+    small = source.with_name(f"{source.stem}.small.onnx")
+    compress(
+        source,
+        small,
+        calibration=calibration,
+        options=CompressOptions(Bound(drop / 2), Target.OPENVINO, precision=Precision.INT8),
+        open_engine=opener,
+        progress=RichProgress(),
+    )
+    quantize(
+        small,
+        output,
+        precision=Precision.INT8,
+        target=Target.OPENVINO,
+        calibration=calibration,
+        options=QuantizeOptions(max_psnr_drop=drop),
+        open_engine=opener,
+        reference=source,
         progress=RichProgress(),
     )
 

@@ -58,6 +58,13 @@ class CompressVerbOptions:
         help="Engine family: ranks are multiples that suit it; where it runs here, changes that are not faster are "
         "undone.",
     )
+    precision: Precision = option(
+        "--precision",
+        type=EnumChoice([Precision.FP32, Precision.INT8]),
+        default=Precision.FP32,
+        show_default=True,
+        help="What the graph will be quantized to: for int8 output channels are removed, and nothing is factored.",
+    )
     hr: bool = option(
         "--hr",
         default=False,
@@ -94,7 +101,7 @@ def command(options: CompressVerbOptions) -> None:
     refuse_input_as_output(options.output, options.onnx)
     refuse_existing(options.output, options.force)
     bound = Bound(options.max_psnr_drop, options.max_worst_drop)
-    compress_options = CompressOptions(bound, options.target, options.time_budget)
+    compress_options = CompressOptions(bound, options.target, options.time_budget, options.precision)
     progress = RichProgress()
     calibration = make_calibration_set(
         options.images,

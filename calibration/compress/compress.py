@@ -51,7 +51,7 @@ def compress(
     """
     source = read_original(onnx)
     with atomic_files(output, manifest_path(output), force=force) as (file, sidecar):
-        journal = Journal(source.sha256, calibration.sha256, "compress", str(options.target))
+        journal = Journal(source.sha256, calibration.sha256, "compress", str(options.target), options.precision.value)
         if journal.resumed:
             progress.note("resuming with what an earlier, interrupted run measured")
         search = CompressionSearch(source, calibration, options, journal, progress)

@@ -9,7 +9,7 @@ from srdeploy.calibration.compress.layers import Change
 from srdeploy.calibration.search.bound import Bound
 from srdeploy.calibration.search.evaluate import GraphQuality
 from srdeploy.core.errors import GateError, UsageError
-from srdeploy.core.precision import Target
+from srdeploy.core.precision import Precision, Target
 
 MIN_GAIN = 1.02
 """A graph with less than 2 % fewer multiply-adds is not worth a network that is not quite the one that was trained."""
@@ -23,11 +23,14 @@ class CompressOptions:
         bound: what the graph may lose on images kept aside; it has a `max_psnr_drop`.
         target: the engine family that ranks are rounded for.
         time_budget_s: the search stops trying after so many seconds and takes the best found.
+        precision: what the graph will be quantized to; INT8 only removes output channels: a mixture of channels is
+            one more tensor that 8 bits have to hold, with signs, for which OpenVINO has no INT8 deconvolution.
     """
 
     bound: Bound
     target: Target = Target.OPENVINO
     time_budget_s: float = 600.0
+    precision: Precision = Precision.FP32
 
     def __post_init__(self) -> None:
         if not self.time_budget_s > 0:

@@ -21,7 +21,7 @@ from srdeploy.calibration.search.bound import Deadline
 from srdeploy.calibration.search.evaluate import Evaluator, other_kinds_drop
 from srdeploy.core.onnx_file import GraphFile
 from srdeploy.core.onnx_graph import Graph
-from srdeploy.core.precision import Target
+from srdeploy.core.precision import Precision, Target
 from srdeploy.core.progress import Progress
 from srdeploy.core.samples import windows_of
 
@@ -70,6 +70,7 @@ class CompressionSearch:
         self.points: list[Point] = []
         self.notes: list[str] = []
         self._options = options
+        self._factors = options.precision is not Precision.INT8  # 8 bits cannot hold mixtures of channels
         self._journal = journal
         self._progress = progress
         self._deadline = Deadline(options.time_budget_s)
@@ -218,7 +219,8 @@ class CompressionSearch:
         return self.macs_before >= MIN_GAIN * point.macs
 
     def _collect(self) -> dict[str, Moments]:
-        layers = candidates(self.graph)
+        removals = {layer.name for pair in readers(self.graph) for layer in pair}
+        layers = [layer for layer in candidates(self.graph) if self._factors or layer.name in removals]
         with self._progress.task("collecting what layers read"):
             moments = collect_moments(self.graph, None, layers, self._batches)
         seen = {name: entry.windows / len(entry.covariance32) for name, entry in moments.items()}
@@ -233,7 +235,7 @@ class CompressionSearch:
     def _measure_layers(self) -> dict[str, list[Option]]:
         multiple = MULTIPLES[self._options.target]
         changes: dict[str, list[Change]] = {}
-        for layer in candidates(self.graph):
+        for layer in candidates(self.graph) if self._factors else ():
             changes[f"factor {layer.name}"] = factor_changes(self.graph, layer, self._moments[layer.name], multiple)
         for layer, reader in readers(self.graph):
             changes[f"channels {layer.name}"] = channel_changes(

@@ -175,6 +175,11 @@ def onnx_name(engine: str, precision: Precision) -> str:
     return f"model.{precision}.onnx"
 
 
+def compressed_for(target: Target) -> Precision:
+    """Return the precision that a graph is compressed for: engines on the CPU are fastest in INT8."""
+    return Precision.INT8 if target.value in CPU_FAMILIES else Precision.FP32
+
+
 def target_of(engine: str) -> Target:
     """Return the target that a graph for this engine is laid out for."""
     return Target.ONNXRUNTIME if engine.startswith("onnxruntime") else Target(engine)

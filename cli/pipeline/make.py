@@ -20,7 +20,7 @@ from srdeploy.calibration.search.bound import Bound
 from srdeploy.calibration.search.choose import Choice
 from srdeploy.cli.checkpoint_options import load_from_options
 from srdeploy.cli.pipeline.clock import clock_for
-from srdeploy.cli.pipeline.engines import Placement, candidates_for, graphs_to_quantize, target_of
+from srdeploy.cli.pipeline.engines import Placement, candidates_for, compressed_for, graphs_to_quantize, target_of
 from srdeploy.cli.pipeline.opening import engine_opener
 from srdeploy.cli.pipeline.types import (
     COMPRESSION_SHARE,
@@ -93,7 +93,7 @@ def compress_graph(work: Work, placements: Sequence[Placement], calibration: Cal
             original,
             work.folder / FP32_ONNX,
             calibration=calibration,
-            options=CompressOptions(bound, target),
+            options=CompressOptions(bound, target, precision=compressed_for(target)),
             open_engine=engine_opener(target, work.options.threads),
             progress=work.progress,
         )

@@ -14,7 +14,7 @@ from srdeploy.cli.build import BuildVerbOptions
 from srdeploy.cli.compress import CompressVerbOptions
 from srdeploy.cli.export import ExportOptions
 from srdeploy.cli.options import command_line
-from srdeploy.cli.pipeline.engines import graphs_to_quantize, target_of, threads_for
+from srdeploy.cli.pipeline.engines import compressed_for, graphs_to_quantize, target_of, threads_for
 from srdeploy.cli.pipeline.types import COMPRESSION_SHARE, FP32_ONNX, ORIGINAL_ONNX, Candidate, DeployOptions
 from srdeploy.cli.quantize import QuantizeVerbOptions
 from srdeploy.cli.verify import VerifyOptions
@@ -116,6 +116,7 @@ def _compress(options: DeployOptions, target: Target) -> CompressVerbOptions:
         images=IMAGES,
         max_psnr_drop=COMPRESSION_SHARE * options.max_psnr_drop,
         target=target,
+        precision=compressed_for(target),
         hr=options.hr,
         threads=options.threads,
         output=OUT / FP32_ONNX,

@@ -192,6 +192,22 @@ def test_what_is_redundant_is_found_within_the_bound_and_written_down(
     json.dumps(result.to_json(), allow_nan=False)
 
 
+def test_a_graph_for_int8_loses_channels_and_gets_no_mixtures(
+    networks: dict[str, Callable[..., onnx.ModelProto]],
+    calibrations: dict[str, CalibrationSet],
+    tmp_path: Path,
+) -> None:
+    onnx.save(with_weights(networks["dense"](), low_rank_inputs), tmp_path / "model.onnx")
+    source = read_fp32_graph(tmp_path / "model.onnx")
+    options = CompressOptions(Bound(0.05), target=Target.TENSORRT, precision=Precision.INT8)
+
+    search = CompressionSearch(source, calibrations["dense"], options, Journal("int8"), SILENT)
+    point, model = search.run()
+
+    assert {change.form for change in point.changes} == {"channels"}
+    assert len(Graph(model).layers) == len(search.graph.layers)
+
+
 def test_the_loss_that_is_reported_is_of_images_that_chose_nothing(
     networks: dict[str, Callable[..., onnx.ModelProto]], nine_pictures: CalibrationSet, tmp_path: Path
 ) -> None:
