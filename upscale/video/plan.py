@@ -24,6 +24,9 @@ from srdeploy.upscale.video.survey import Survey
 SEGMENT_FRAMES = 120
 """Frames per segment: the work that a kill can lose, and the maximum distance between key frames."""
 
+_MISSING_SECONDS = 1.0
+"""How much earlier than stated a file may end without a note: files state their longest stream, to a frame or two."""
+
 
 @dataclass(frozen=True)
 class VideoOptions:
@@ -157,3 +160,8 @@ def _notes_about(survey: Survey) -> Iterator[str]:
         yield f"the clock of the input jumps {survey.clock_jumps} times: the parts follow each other in the output"
     if survey.damaged:
         yield f"{survey.damaged} packets of the input are damaged: frames may be missing there, as in a player"
+    if survey.missing_seconds > _MISSING_SECONDS:
+        yield (
+            f"the input ends {survey.missing_seconds:.1f} s earlier than it states: part of it cannot be read, and "
+            "players skip it too; download or copy it again"
+        )

@@ -23,6 +23,8 @@ class Survey:
         in_decoding_order: the file states decoding times only, frame n is shown at the n-th of `times`.
         clock_jumps: how often the clock of the file jumps.
         damaged: packets of the video stream that the container marks as damaged, as in broadcasts.
+        missing_seconds: how much earlier the packets end than the file states, where it states that. Matroska readers
+            skip what they cannot read without an error, to the next cluster.
     """
 
     packets: int
@@ -30,6 +32,7 @@ class Survey:
     in_decoding_order: bool
     clock_jumps: int
     damaged: int = 0
+    missing_seconds: float = 0.0
 
 
 def survey_video(path: Path) -> Survey:
@@ -44,11 +47,14 @@ def survey_video(path: Path) -> Survey:
     with container:
         clock = PacketClock.of(container, video)
         shown = _Stamps()
+        end = 0.0
         try:
             for packet in container.demux([video, *copied_streams(container)]):
                 if not packet.size:
                     continue
                 clock.correct(packet)
+                if packet.pts is not None:
+                    end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
                 if packet.stream.index == video.index and not packet.is_discard:
                     shown.add(packet)
         except pyav().FFmpegError as error:
@@ -57,9 +63,16 @@ def survey_video(path: Path) -> Survey:
                 next_step="download or copy it again",
             ) from error
         times = shown.in_decoding_order(container.format.name, bool(video.codec_context.has_b_frames))
-        if times is not None:
-            return Survey(shown.packets, times, True, clock.jumps, shown.damaged)
-    return Survey(shown.packets, shown.sorted(), False, clock.jumps, shown.damaged)
+        # Other containers state an estimate, or FFmpeg calculates the duration from the packets.
+        stated = (container.duration or 0) / 1e6 if "matroska" in container.format.name else 0.0
+    return Survey(
+        shown.packets,
+        shown.sorted() if times is None else times,
+        times is not None,
+        clock.jumps,
+        shown.damaged,
+        max(stated - end, 0.0),
+    )
 
 
 @dataclass

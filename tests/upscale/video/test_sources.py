@@ -269,6 +269,24 @@ def test_broadcast_with_lost_packets_is_read_as_players_do_and_says_so(
     assert any("packets of the input are damaged" in note for note in report.notes)
 
 
+@pytest.mark.parametrize("kept", [20, 60])
+def test_matroska_that_cannot_be_read_to_its_stated_end_says_so(
+    up: Upscaler, clips: Any, tmp_path: Path, kept: int
+) -> None:
+    """A download that stopped, in a file that was laid out in full size before: no byte is missing."""
+    data = bytearray(clips.make(tmp_path / "whole.mkv", range(60), options={"crf": "1", "g": "10"}).read_bytes())
+    with av.open(str(tmp_path / "whole.mkv")) as file:
+        places = [packet.pos for packet in file.demux(video=0) if packet.size]
+    for at in places[kept : kept + 1]:
+        data[at:] = bytes(len(data) - at)
+    (tmp_path / "a.mkv").write_bytes(data)
+
+    report = upscale_video(up, tmp_path / "a.mkv", tmp_path / "out.mkv")
+
+    assert clips.shown(tmp_path / "out.mkv").numbers == list(range(kept))
+    assert any("earlier than it states" in note for note in report.notes) == (kept < 60)
+
+
 def _cut_off(path: Path, part: float) -> Path:
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * part)])
