@@ -1,12 +1,12 @@
 """How fast two processors exchange data, which decides what an engine gains from its second thread.
 
-Two processors of a virtual machine may be neighbors, which share a cache, or not, and its host moves them between the
-two states at any time. Engines of many small layers pass their maps between threads all the time: ONNX Runtime's INT8
-graph of a compact RCAN takes 18 ms in one state and 36 ms in the other, while PyTorch changes by a fifth. No interval
-of a run in one state can cover the other, so a measurement records the state.
+Two processors of a virtual machine exchange data fast at some times and slowly at others, probably because its host
+moves them between cores that share a cache and cores that do not. Engines of many small layers pass their maps between
+threads all the time: ONNX Runtime's INT8 graph of a compact RCAN takes 18 ms in one state and 36 ms in the other, while
+PyTorch changes by a fifth. No interval of a run in one state can cover the other, so a measurement records the state.
 
 What is measured: the time in which a processor reads what another one has just written, over the time in which it reads
-what it wrote itself. 1.0 to 1.3 are neighbors; 2 and more are far apart.
+what it wrote itself. 1.0 to 1.3 is the fast state; 2 and more the slow one.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ class Exchange:
 
     @property
     def changed(self) -> bool:
-        """Whether the processors were neighbors for a part of the time only."""
+        """Whether the processors were in both states during the measurement."""
         return self.highest > _APART * self.lowest
 
     @property
@@ -65,8 +65,8 @@ class Exchange:
     def sentence(self) -> str:
         """What a reader of speed-ups should know of a change."""
         return (
-            f"the processors were moved while measuring (reading another's data costs {self.label} reading one's own): "
-            "engines of many small layers change their speed with it"
+            f"the processors exchanged data faster and slower while measuring (reading another's data costs "
+            f"{self.label} reading one's own): engines of many small layers change their speed with it"
         )
 
     def differs_from(self, other: "Exchange") -> bool:
