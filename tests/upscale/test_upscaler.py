@@ -340,7 +340,7 @@ def test_bad_tile_without_fallback_is_an_error(nearest_onnx: Callable[..., Path]
     image = picture(20, 20)
     image[3, 3, 0] = 200
     broken = nearest_onnx(poison=float(np.float32(200) / np.float32(255)))
-    with Upscaler.open(broken, threads=1) as up, pytest.raises(GateError, match="returned NaN for a tile.*--fallback"):
+    with Upscaler.open(broken, threads=1) as up, pytest.raises(GateError, match="returned NaN for a tile.*verify"):
         up(image)
 
 
