@@ -84,7 +84,7 @@ class NothingGainedError(GateError):
             f"{why}: of {len(points)} measured, no graph with at least {100 * (MIN_GAIN - 1):.0f} % fewer "
             f"multiply-adds keeps the bound{nearest}",
             expected=str(bound),
-            next_step="allow a larger --max-psnr-drop, or use the graph as it is",
+            next_step="allow a larger --max-psnr-drop, search longer with --time-budget, or use the graph as it is",
         )
 
 

@@ -120,7 +120,7 @@ class CompressionSearch:
                 used = self.bound.used_by(point.quality) if known is None else math.inf
                 budget = self._next_budget(budget, low, high, used)
         if best is None or not self.is_worthwhile(best):
-            raise self.nothing_found("nothing to gain here")
+            raise self.nothing_found("the time budget was spent" if self._deadline.passed else "nothing to gain here")
         return self.confirmed([*self._refine(low), best])
 
     def confirmed(self, points: Sequence[Point]) -> tuple[Point, onnx.ModelProto]:

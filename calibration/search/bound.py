@@ -56,7 +56,7 @@ class Bound:
 
     def __str__(self) -> str:
         """Describe the bound in one line."""
-        kinds = ", also to expect on images of another kind," if self.other_kinds else ""
+        kinds = " (on images of another kind too, by expectation)" if self.other_kinds else ""
         parts = [f"at most {self.max_psnr_drop:g} dB lost{kinds}"] if self.max_psnr_drop is not None else []
         parts += [f"at most {self.max_worst_drop:g} dB lost by any image"] if self.max_worst_drop is not None else []
         parts += [f"a fidelity of at least {self.min_fidelity:g} dB"] if self.min_fidelity is not None else []

@@ -209,7 +209,7 @@ def test_a_bound_that_nothing_meets_ends_with_the_table_of_what_was_measured(
     assert any(line.startswith("| fewer MACs | changes | fidelity dB | drop dB | worst image dB |") for line in lines)
     assert f"nothing to gain here: of {len(rows)} measured, no graph with at least 2 %" in error
     assert "expected at most 0.01 dB lost" in error
-    assert "allow a larger --max-psnr-drop, or use the graph as it is" in error
+    assert "allow a larger --max-psnr-drop, search longer with --time-budget, or use the graph as it is" in error
     assert not list(tmp_path.glob("a.onnx*"))
 
 

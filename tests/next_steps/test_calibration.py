@@ -244,7 +244,7 @@ def test_a_bound_that_fp16_around_the_int8_layers_misses(user: User, small_onnx:
 
 @pytest.mark.advice(
     "calibration/compress/result.py:NothingGainedError.__init__",
-    "allow a larger --max-psnr-drop, or use the graph as it is",
+    "allow a larger --max-psnr-drop, search longer with --time-budget, or use the graph as it is",
 )
 def test_a_bound_that_allows_no_compression(user: User) -> None:
     thin_network()

@@ -300,6 +300,18 @@ def test_a_bound_that_nothing_meets_ends_with_what_was_measured(
     assert not list(tmp_path.glob("small*"))
 
 
+def test_a_search_that_had_no_time_does_not_say_that_nothing_can_be_gained(
+    network_paths: dict[str, Path], calibrations: dict[str, CalibrationSet], tmp_path: Path
+) -> None:
+    with pytest.raises(GateError, match=r"the time budget was spent: of \d+ measured.*--time-budget"):
+        compress(
+            network_paths["residual"],
+            tmp_path / "small.onnx",
+            calibration=calibrations["residual"],
+            options=CompressOptions(Bound(1e-6), time_budget_s=1e-3),
+        )
+
+
 def test_what_was_measured_is_not_measured_again_after_an_interruption(
     networks: dict[str, Callable[..., onnx.ModelProto]],
     calibrations: dict[str, CalibrationSet],
