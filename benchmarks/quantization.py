@@ -51,7 +51,8 @@ from srdeploy.calibration.search.bound import Bound
 from srdeploy.calibration.search.evaluate import Evaluator
 from srdeploy.cli.console import RichProgress, markdown_table
 from srdeploy.core.contract import ModelContract
-from srdeploy.core.imaging.read import find_images, network_input, rgb8
+from srdeploy.core.imaging.files import find_images
+from srdeploy.core.imaging.read import network_input, rgb8
 from srdeploy.core.imaging.resize import imresize
 from srdeploy.core.precision import Precision, Target
 from srdeploy.core.runner import Runner, run_image

@@ -24,7 +24,8 @@ import numpy as np
 from PIL import Image
 
 from srdeploy.core.environment import machine
-from srdeploy.core.imaging.read import find_images, opened
+from srdeploy.core.imaging.files import find_images
+from srdeploy.core.imaging.read import opened
 from srdeploy.upscale.image_writer import write_image
 from srdeploy.upscale.scale.chunks import Chunk, Work, dispatch
 from srdeploy.upscale.scale.cluster import RayPool, choose_share, connected

@@ -179,7 +179,8 @@ def _profiles(options: BuildVerbOptions) -> tuple[ShapeProfile, ...]:
 
 
 def _from_images(onnx: Path, source: Path, batch: int) -> ShapeProfile:
-    from srdeploy.core.imaging.read import find_images, opened
+    from srdeploy.core.imaging.files import find_images
+    from srdeploy.core.imaging.read import opened
     from srdeploy.core.onnx_file import read_graph
     from srdeploy.runtime.engines.profiles import proposed_profile
 

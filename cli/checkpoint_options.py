@@ -82,7 +82,7 @@ class CheckpointOptions:
         """
         if not self.probe:
             return []
-        from srdeploy.core.imaging.read import find_images
+        from srdeploy.core.imaging.files import find_images
 
         return [image for source in self.probe for image in find_images(source)]
 

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import InputError, UsageError
+from srdeploy.core.imaging.files import find_images
 from srdeploy.core.imaging.psnr import crop_to_multiple
-from srdeploy.core.imaging.read import find_images, network_input, rgb8
+from srdeploy.core.imaging.read import network_input, rgb8
 from srdeploy.core.imaging.resize import imresize
 
 

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from srdeploy.core.artifact import atomic_file, refuse_existing, sha256_of_bytes, sha256_of_file
 from srdeploy.core.errors import CapabilityError, InputError, OutputError, SrdeployError
-from srdeploy.core.imaging.read import Picture, read_image, unread_files
+from srdeploy.core.imaging.files import unread_files
+from srdeploy.core.imaging.read import Picture, read_image
 from srdeploy.core.progress import SILENT, Advance, Progress
 from srdeploy.upscale.image_report import ImageReport
 from srdeploy.upscale.image_writer import FORMATS, check_quality, write_image

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from srdeploy.core.artifact import sha256_of_bytes, sha256_of_file
 from srdeploy.core.errors import InputError
 from srdeploy.core.extras import import_extra
-from srdeploy.core.imaging.read import EXTENSIONS, find_images, read_image, rgb8
+from srdeploy.core.imaging.files import EXTENSIONS, find_images
+from srdeploy.core.imaging.read import read_image, rgb8
 from srdeploy.core.sizes import format_bytes
 
 VIDEO_EXTENSIONS = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".y4m")

@@ -14,7 +14,7 @@ from srdeploy.core.artifact import sha256_of_file
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.errors import CapabilityError
 from srdeploy.core.extras import is_installed
-from srdeploy.core.imaging.read import find_images
+from srdeploy.core.imaging.files import find_images
 from srdeploy.core.memory import bytes_per_pixel, default_memory
 from srdeploy.core.precision import Precision
 from srdeploy.core.progress import SILENT, Progress

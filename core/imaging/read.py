@@ -12,10 +12,8 @@ The content decides about the format, not the name.
 """
 
 import io
-import os
 import threading
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -41,41 +39,12 @@ from srdeploy.core.imaging.decoders import (
     vips_pixels,
     wide_ppm,
 )
+from srdeploy.core.imaging.files import first_bytes, foreign_format, is_picture
 from srdeploy.core.imaging.gain_map import announces_gain_map, without_gain_map
-
-EXTENSIONS = (
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".jfif",
-    ".webp",
-    ".tif",
-    ".tiff",
-    ".bmp",
-    ".ppm",
-    ".pgm",
-    ".pbm",
-    ".pnm",
-    ".gif",
-)
-"""Names that count as images when a folder is searched."""
 
 MAX_PIXELS = 89_478_485
 """Most pixels decoded into memory, 256 MiB as 8-bit RGB: where Pillow's own decompression-bomb warning begins."""
 
-_SIGNATURES = (
-    b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+",
-    b"BM", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6",
-)  # fmt: skip
-_FOREIGN = {
-    b"\xff\x0a": "JPEG XL", b"\0\0\0\x0cJXL ": "JPEG XL", b"\0\0\0\x0cjP  ": "JPEG 2000",
-    b"\xff\x4f\xff\x51": "JPEG 2000", b"8BPS": "Photoshop", b"\x76\x2f\x31\x01": "OpenEXR", b"gimp xcf": "GIMP",
-}  # fmt: skip
-"""Pictures of formats that are not read, by their first bytes."""
-_HEIF_BRANDS = {
-    b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"heim": "HEIC", b"heis": "HEIC",
-    b"hevc": "HEIC", b"hevx": "HEIC", b"mif1": "HEIF", b"msf1": "HEIF", b"miaf": "HEIF",
-}  # fmt: skip
 PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, png_chunks.MAX_BYTES)
 # Pillow's own limit of 1 MiB refuses pictures whose settings, workflow or color profile are larger, as "damaged".
 _EXIF_HEADER = b"Exif\0\0"
@@ -146,68 +115,6 @@ class Picture:
     def alpha(self) -> Pixels | None:
         """The alpha channel (H, W), None for an opaque picture."""
         return self.pixels[..., -1] if self.pixels.shape[2] in (2, 4) else None
-
-
-def find_images(source: Path) -> list[Path]:
-    """Return the image files of a folder and everything below it, sorted by path; a file is returned as it is.
-
-    Hidden files and folders are passed over, and pipes and devices. Links to folders are not followed.
-
-    Raises:
-        InputError: `source` does not exist, cannot be read, or holds no image.
-    """
-    if source.is_file():
-        return [source]
-    if not source.is_dir():
-        raise InputError(f"{source} does not exist", expected="an image or a folder of images")
-    found = []
-    for folder, folders, files in os.walk(source, onerror=_refuse_unreadable):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths = (Path(folder) / name for name in files if not name.startswith("."))
-        found += [path for path in paths if path.suffix.lower() in EXTENSIONS and not _is_special(path)]
-    if not found:
-        raise InputError(f"{source} holds no image", expected=f"files named {', '.join(EXTENSIONS)}")
-    return sorted(found, key=lambda path: path.relative_to(source).parts)
-
-
-def unread_files(source: Path) -> dict[str, int]:
-    """Return how many files below a folder `find_images` ignores, by suffix such as ".mp4", or "pipe or device"."""
-    found: Counter[str] = Counter()
-    for folder, folders, files in os.walk(source):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for path in (Path(folder) / name for name in files if not name.startswith(".")):
-            if (suffix := path.suffix.lower()) not in EXTENSIONS:
-                found[suffix] += 1
-            elif _is_special(path):
-                found["pipe or device"] += 1
-    return dict(sorted(found.items()))
-
-
-def _is_special(path: Path) -> bool:
-    """Return True for a pipe, socket or device; reading one can wait forever. A broken link is an error of its own."""
-    return path.exists() and not path.is_file()
-
-
-def is_picture(path: Path) -> bool:
-    """Return True if a file's first bytes are a picture's, however damaged or animated, of a format not read too."""
-    start = _first_bytes(path)
-    webp = start[:4] == b"RIFF" and start[8:12] == b"WEBP"
-    return webp or start.startswith(_SIGNATURES) or _foreign_format(start) is not None
-
-
-def _first_bytes(path: Path) -> bytes:
-    try:
-        with path.open("rb") as stream:
-            return stream.read(12)
-    except OSError:
-        return b""
-
-
-def _foreign_format(start: bytes) -> str | None:
-    """Return the name of a picture format that is not read, from a file's first 12 bytes."""
-    if start[4:8] == b"ftyp":
-        return _HEIF_BRANDS.get(start[8:12])
-    return next((name for signature, name in _FOREIGN.items() if start.startswith(signature)), None)
 
 
 def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Picture:
@@ -407,7 +314,7 @@ def opened(path: Path, *, max_pixels: int | None = MAX_PIXELS) -> Iterator[Image
     except InputError:
         raise
     except UnidentifiedImageError as error:
-        foreign = _foreign_format(_first_bytes(path))
+        foreign = foreign_format(first_bytes(path))
         if foreign is not None:
             raise InputError(
                 f"{path} is a picture in {foreign} format, which is not read",
@@ -536,10 +443,6 @@ def _exif(image: Image.Image) -> bytes | None:
                 kept[tag] = kept.get_ifd(tag)
         found = kept
     return found.tobytes() if len(found) else None
-
-
-def _refuse_unreadable(error: OSError) -> None:
-    raise InputError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
 
 def _bytes_or_none(value: object) -> bytes | None:

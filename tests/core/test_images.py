@@ -14,12 +14,11 @@ from PIL import Image, PngImagePlugin
 
 from srdeploy.core.errors import GateError, InputError
 from srdeploy.core.imaging.colour import y_from_rgb
+from srdeploy.core.imaging.files import find_images, is_picture
 from srdeploy.core.imaging.read import (
     MAX_PIXELS,
-    find_images,
     full_page,
     image_size,
-    is_picture,
     network_input,
     picture_metadata,
     quantized,

@@ -8,7 +8,8 @@ from types import ModuleType
 from PIL import Image
 
 from srdeploy.core.errors import InputError
-from srdeploy.core.imaging.read import image_size, unread_files
+from srdeploy.core.imaging.files import unread_files
+from srdeploy.core.imaging.read import image_size
 from srdeploy.core.progress import SILENT, Advance, Progress
 from srdeploy.upscale.folders import FolderReport, folder_key
 from srdeploy.upscale.image_writer import check_quality

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from srdeploy.core.errors import SrdeployError, UsageError
-from srdeploy.core.imaging.read import find_images
+from srdeploy.core.imaging.files import find_images
 from srdeploy.upscale.image_writer import FORMATS
 from srdeploy.upscale.scale.shards import Shard
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from srdeploy.core.errors import InputError
 from srdeploy.core.extras import is_installed
-from srdeploy.core.imaging.read import is_picture
+from srdeploy.core.imaging.files import is_picture
 from srdeploy.upscale.video.color import BT709, JPEG, MPEG, SMPTE170M, SWSCALE_MATRIX
 from srdeploy.upscale.video.media import is_cover, open_media, pyav
 from srdeploy.upscale.video.side_data import Mastering, display_matrix, mastering, not_kept
