@@ -4,6 +4,7 @@ A missing wait seldom shows on an idle GPU. So everything here keeps streams bus
 compares with what the CPU computes from the same graph. On simulated GPUs the work runs as late as its order allows.
 """
 
+import sys
 import threading
 from collections.abc import Callable
 
@@ -175,19 +176,24 @@ def test_threads_compute_at_the_same_time(runner: TensorRtRunner, expected: Expe
     pictures = [image(1, 3, 24 + 8 * index, 32, seed=index) for index in range(3)]
     wanted = [expected(picture) for picture in pictures]
     failures: list[str] = []
+    together = threading.Barrier(len(pictures))  # threads that start one after the other may never overlap
 
     def work(index: int) -> None:
         for _ in range(2 * TURNS):
+            together.wait()
             try:
                 assert_same(run_image(runner, pictures[index]), wanted[index])
             except Exception as error:
                 failures.append(f"{type(error).__name__}: {error}")
 
+    switching = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads change in the middle of a run, not between runs
     threads = [threading.Thread(target=work, args=(index,)) for index in range(len(pictures))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    sys.setswitchinterval(switching)
 
     assert failures == []
 
