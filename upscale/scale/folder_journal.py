@@ -23,11 +23,12 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 
 from srdeploy.core.artifact import output_errors, sha256_of_file
 from srdeploy.core.errors import UsageError
@@ -112,18 +113,19 @@ class FolderJournal:
         self._tried: Counter[str] = Counter()
         path = folder / JOURNALS / f"{self.writer}.jsonl"
         self._journal = Journal(path, others=lambda: journal_files(folder))
-        with output_errors(path):
-            self._stream = path.open("ab")
-            _lock(self._stream.fileno())
-        try:
-            facts = {name: value for name, value in vars(run).items() if name != "others"}
-            self._append({"run": self.writer, "pid": os.getpid(), **facts})
+        with _one_writer_begins(path.parent):
             self._journal.refresh()
             self._refuse_other_settings()
-        except BaseException:
-            self._stream.close()
-            path.unlink(missing_ok=True)
-            raise
+            with output_errors(path):
+                self._stream = path.open("ab")
+            _lock(self._stream)
+            try:
+                facts = {name: value for name, value in vars(run).items() if name != "others"}
+                self._append({"run": self.writer, "pid": os.getpid(), **facts})
+            except BaseException:
+                self._stream.close()
+                path.unlink(missing_ok=True)
+                raise
         for entry in sorted(self._journal.entries, key=_time_of):
             self._take(entry)
         self._journal.entries.clear()
@@ -229,11 +231,9 @@ class FolderJournal:
 
     def _refuse_other_settings(self) -> None:
         running = {path.stem for path in self.running_writers()}
-        runs = runs_of(self._journal.entries)
-        mine = next(_order(entry) for entry in runs if entry["run"] == self.writer)
-        for entry in runs:
+        for entry in runs_of(self._journal.entries):
             accepted = entry.get("key") in (self._run.key, "", *self._run.others)
-            if entry["run"] in running and not accepted and self._run.key and _order(entry) < mine:
+            if entry["run"] in running and not accepted and self._run.key:
                 raise UsageError(
                     f"another run with another network or other settings writes into {self.folder} "
                     f"(process {entry.get('pid')} on {entry.get('host')})",
@@ -246,17 +246,28 @@ def runs_of(entries: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return sorted((entry for entry in entries if "run" in entry), key=_time_of)
 
 
-def _order(entry: Mapping[str, Any]) -> tuple[float, str]:
-    return _time_of(entry), str(entry.get("run"))
-
-
 def _time_of(entry: Mapping[str, Any]) -> float:
     value = entry.get("time", 0.0)
     return float(value) if isinstance(value, int | float) else 0.0
 
 
-def _lock(descriptor: int) -> None:
+@contextmanager
+def _one_writer_begins(journals: Path) -> Iterator[None]:
+    """Let one writer at a time look at the running ones and record itself.
+
+    Two that begin at once would otherwise both find nobody; clocks cannot tell which was first.
+    """
+    path = journals / "begin.lock"
+    with output_errors(path):
+        stream = path.open("ab")
+    with stream:
+        _lock(stream)
+        yield
+
+
+def _lock(stream: BinaryIO) -> None:
+    """Hold a lock on a file until it is closed, and wait for it: `is_locked` holds it for a moment too."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(stream, fcntl.LOCK_EX)
     except OSError:  # a file system without locks: running writers are not seen there
         return

@@ -1,10 +1,14 @@
 """The journal of an output folder with several writers."""
 
+import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from srdeploy.core.errors import UsageError
+from srdeploy.upscale.scale import folder_journal
 from srdeploy.upscale.scale.folder_journal import FolderJournal, RunFacts, is_locked, journal_files
 
 
@@ -65,6 +69,38 @@ def test_two_runs_with_other_settings_at_once_are_refused_and_one_after_the_othe
         assert len(journal_files(tmp_path)) == 1
     with FolderJournal(tmp_path, run("two")):
         pass
+
+
+@pytest.mark.parametrize("seconds", [0.0, -3600.0])
+def test_the_second_run_is_refused_whatever_the_clocks_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    clock = itertools.count(1e9, seconds)
+    monkeypatch.setattr(folder_journal.time, "time", lambda: next(clock))
+    for repeat in range(10):  # the writers' names are random
+        folder = tmp_path / str(repeat)
+        with FolderJournal(folder, run("one")), pytest.raises(UsageError):
+            FolderJournal(folder, run("two"))
+
+
+def test_of_runs_with_different_settings_that_begin_at_once_one_goes_on(tmp_path: Path) -> None:
+    begin = threading.Barrier(8)
+
+    def attempt(key: int) -> FolderJournal | None:
+        begin.wait()
+        try:
+            return FolderJournal(tmp_path, run(str(key)))
+        except UsageError:
+            return None
+
+    with ThreadPoolExecutor(8) as threads:
+        begun = [journal for journal in threads.map(attempt, range(8)) if journal]
+
+    assert len(begun) == 1
+    assert begun[0].running_writers() == []
+    with begun[0]:
+        (path,) = journal_files(tmp_path)
+        assert is_locked(path)
 
 
 def test_leftovers_of_killed_writers_are_removed_and_other_files_are_not(tmp_path: Path) -> None:
