@@ -52,7 +52,7 @@ def made(folder: Path) -> list[str]:
 
 
 def only_journal(folder: Path) -> Path:
-    (path,) = (folder / JOURNALS).iterdir()
+    (path,) = (folder / JOURNALS).glob("*.jsonl")
     return path
 
 
