@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -52,7 +53,7 @@ class Journal:
         """Return observations made before, or make and remember them."""
         path = self._folder / f"seen-{key}.npz"
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
                 names = json.loads(str(arrays["names"]))
                 return {
                     name: Observation(
@@ -66,21 +67,22 @@ class Journal:
                     )
                     for index, name in enumerate(names)
                 }
-        except (OSError, ValueError, KeyError, EOFError):
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
             seen = collect()
         content: dict[str, Any] = {"names": np.array(json.dumps(list(seen)))}
         for index, entry in enumerate(seen.values()):
             for field in ("low", "high", "total", "counts", "images", "limit", "zeros"):
                 content[f"{index}.{field}"] = np.asarray(getattr(entry, field))
-        with contextlib.suppress(OutputError), atomic_file(path, force=True) as temporary:
+        # OSError: another process that is done with the same has removed the folder.
+        with contextlib.suppress(OutputError, OSError), atomic_file(path, force=True) as temporary:
             np.savez(temporary, **content)  # compressing takes longer than a pass over a small network
         return seen
 
     def close(self) -> None:
         """Forget everything: the work is done."""
-        for path in self._folder.glob("*"):
-            path.unlink(missing_ok=True)
-        if self._folder.is_dir():
+        with contextlib.suppress(OSError):  # another process that measures the same may write, or remove, them now
+            for path in self._folder.iterdir():
+                path.unlink(missing_ok=True)
             self._folder.rmdir()
 
     def _load(self) -> dict[str, float]:

@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,9 @@ _OUTPUT_ERRNOS = {
     errno.EFBIG,
     errno.ENAMETOOLONG,
 }
+_FOLDER_EXISTS = {errno.ENOTEMPTY, errno.EEXIST}
+_PROCESS_STATUS = Path("/proc/self/status")
+_UMASK_LOCK = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -33,7 +37,7 @@ def atomic_file(path: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; rename it to `path` when the block succeeds.
 
     Raises:
-        UsageError: `path` exists and `force` is false.
+        UsageError: `path` exists, or does at the end of the block, and `force` is false.
         OutputError: the disk is full, or the folder cannot be written.
     """
     with atomic_files(path, force=force) as (temporary,):
@@ -48,7 +52,7 @@ def atomic_files(*paths: Path, force: bool = False) -> Iterator[tuple[Path, ...]
     A temporary that was not written by the block is not renamed. Missing parent folders are created.
 
     Raises:
-        UsageError: one of the outputs exists and `force` is false.
+        UsageError: one of the outputs exists, or does at the end of the block, and `force` is false.
         OutputError: the disk is full, or a folder cannot be written.
     """
     for path in paths:
@@ -67,6 +71,8 @@ def atomic_files(*paths: Path, force: bool = False) -> Iterator[tuple[Path, ...]
                 if temporary.exists():
                     _fsync(temporary)
             with interrupts.held():
+                for path in paths:
+                    refuse_existing(path, force)  # another process may have made it meanwhile
                 for temporary, path in zip(temporaries, paths, strict=True):
                     if temporary.exists():
                         _default_mode(temporary)
@@ -88,11 +94,13 @@ def atomic_folder(path: Path, *, force: bool = False, known_by: str | None = Non
             replaced, with or without `force`.
 
     Raises:
-        UsageError: `path` exists and `force` is false, or is not a folder, or is a folder of another kind.
+        UsageError: `path` exists and `force` is false, or is not a folder, or is a folder of another kind; at the
+            begin, or at the end because another process made it meanwhile.
         OutputError: the disk is full, or the parent folder cannot be written.
     """
     _refuse_folder(path, force, known_by)
     temporary: Path | None = None
+    old: Path | None = None
     made: list[Path] = []
     try:
         with _write_errors(path):
@@ -102,19 +110,19 @@ def atomic_folder(path: Path, *, force: bool = False, known_by: str | None = Non
             yield temporary
             temporary.chmod(0o777 & ~_umask())
             with interrupts.held():
-                old = None
-                if path.exists():
-                    old = Path(tempfile.mkdtemp(prefix=f".{path.name[:60]}.old.", dir=path.parent))
-                    path.rename(old / "previous")
+                _refuse_folder(path, force, known_by)  # another process may have made it meanwhile
+                old = _moved_away(path)
                 try:
                     temporary.replace(path)
-                except OSError:
+                except OSError as error:
+                    if error.errno in _FOLDER_EXISTS:  # made after that look; what was moved away is not needed again
+                        raise UsageError(f"{path} was written by another process meanwhile") from error
                     if old is not None:
                         (old / "previous").rename(path)
                     raise
-            if old is not None:
-                shutil.rmtree(old, ignore_errors=True)
     finally:
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         _remove_empty(made)
@@ -216,6 +224,19 @@ def _refuse_folder(path: Path, force: bool, known_by: str | None) -> None:
         )
 
 
+def _moved_away(path: Path) -> Path | None:
+    """Move a folder into a new one next to it, as `previous`, and return that; None if there is no such folder."""
+    if not path.exists():
+        return None
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name[:60]}.old.", dir=path.parent))
+    try:
+        path.rename(old / "previous")
+    except FileNotFoundError:  # another process has just moved it away
+        old.rmdir()
+        return None
+    return old
+
+
 def _make_folder(path: Path) -> list[Path]:
     """Make a folder with its parents, and return those that were missing, outermost first."""
     with output_errors(path):
@@ -253,6 +274,13 @@ def _default_mode(path: Path) -> None:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
+    """Return the process's umask, which other threads need unchanged while they make files."""
+    with contextlib.suppress(OSError):
+        for line in _PROCESS_STATUS.read_bytes().splitlines():
+            name, _, value = line.partition(b":")
+            if name == b"Umask":
+                return int(value, 8)
+    with _UMASK_LOCK:  # without /proc it can be read by setting it only
+        mask = os.umask(0o077)
+        os.umask(mask)
     return mask

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _WAIT_SECONDS = 0.05
@@ -42,19 +43,45 @@ def held() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    pending: list[int] = []
-    previous = {
-        number: signal.signal(number, lambda received, frame: pending.append(received))
-        for number in _SIGNALS
-        if signal.getsignal(number) not in (signal.SIG_IGN, None)  # None: a handler that Python did not install
-    }
+    held_back = _HeldBack()
     try:
+        for number in _SIGNALS:
+            held_back.begin(number)
         yield
     finally:
-        for number, handler in previous.items():
+        held_back.end()
+
+
+class _HeldBack:
+    """Keeps signals for later. One may arrive at any point of `begin` and `end`, and raise there.
+
+    A handler that is left behind by that passes signals on to the one that it stands for.
+    """
+
+    def __init__(self) -> None:
+        self._pending: list[int] = []
+        self._previous: dict[int, Any] = {}
+        self._ended = False
+
+    def begin(self, number: int) -> None:
+        handler = signal.getsignal(number)
+        if handler not in (signal.SIG_IGN, None):  # None: a handler that Python did not install
+            self._previous[number] = handler
+            signal.signal(number, self._receive)
+
+    def end(self) -> None:
+        self._ended = True
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
-        if pending:
-            signal.raise_signal(pending[-1])
+        if self._pending:
+            signal.raise_signal(self._pending[-1])
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if not self._ended:
+            self._pending.append(number)
+            return
+        signal.signal(number, self._previous[number])
+        signal.raise_signal(number)
 
 
 class _Handler:

@@ -339,7 +339,8 @@ class _FolderJob:
         elif item.report is not None:
             self._journal.done(target.output, **facts)
             self._report.made[target.source] = item.report
-            self._report.lossless += self._is_slow_to_encode(item)
+            with self._report_lock:
+                self._report.lossless += self._is_slow_to_encode(item)
         self._spent("encode", started)
         self._advance(note=target.source)
 

@@ -129,8 +129,12 @@ class EngineCache:
         """
         if not self.root.is_dir():
             return []
-        folders = [folder for folder in self.root.iterdir() if folder.is_dir() and len(folder.name) == 64]
-        return sorted((_entry(folder, check=check) for folder in folders), key=lambda entry: -entry.used)
+        found = []
+        for folder in self.root.iterdir():
+            if folder.is_dir() and len(folder.name) == 64:
+                with contextlib.suppress(FileNotFoundError):  # another process removes or replaces it just now
+                    found.append(_entry(folder, check=check))
+        return sorted(found, key=lambda entry: -entry.used)
 
     def gc(
         self, *, max_bytes: int | None = None, older_than_days: float | None = None, dry_run: bool = False
@@ -148,18 +152,20 @@ class EngineCache:
                 removed.append(entry)
             else:
                 kept += entry.bytes
-        if not dry_run:
-            for entry in removed:
-                self._remove(entry)
-        return removed
+        return removed if dry_run else [entry for entry in removed if self._remove(entry)]
 
-    def _remove(self, entry: Entry) -> None:
+    def _remove(self, entry: Entry) -> bool:
+        """Remove an entry, unless another process has used or replaced it since it was listed."""
         import filelock
 
         lock_path = self.root / f"{entry.key_sha256}.lock"
         with filelock.FileLock(lock_path, mode=0o600):
+            if entry.folder.is_dir() and entry.folder.stat().st_mtime != entry.used:
+                return False
             shutil.rmtree(entry.folder, ignore_errors=True)
-        lock_path.unlink(missing_ok=True)
+            # While it is held: whoever waits for it finds it removed and makes another.
+            lock_path.unlink(missing_ok=True)
+        return True
 
 
 def key_differences(
@@ -187,6 +193,7 @@ def nearest(cache: EngineCache, key: Mapping[str, Any]) -> tuple[Entry, dict[str
 
 
 def _entry(folder: Path, *, check: bool) -> Entry:
+    used = folder.stat().st_mtime
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     manifest, problem = None, None
     try:
@@ -199,4 +206,6 @@ def _entry(folder: Path, *, check: bool) -> Entry:
             read_engine(folder / _NAME)
     except (OSError, UnicodeDecodeError, SrdeployError) as error:
         problem = str(error)
-    return Entry(folder, folder.name, size, folder.stat().st_mtime, manifest, problem)
+    if not folder.is_dir():
+        raise FileNotFoundError(folder)
+    return Entry(folder, folder.name, size, used, manifest, problem)

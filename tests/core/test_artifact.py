@@ -2,16 +2,27 @@
 
 import errno
 import hashlib
+import itertools
 import os
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from srdeploy.core.artifact import atomic_file, atomic_files, atomic_folder, sha256_of_bytes, sha256_of_file
+from srdeploy.core.artifact import (
+    _umask,
+    atomic_file,
+    atomic_files,
+    atomic_folder,
+    sha256_of_bytes,
+    sha256_of_file,
+)
 from srdeploy.core.errors import OutputError, UsageError
 
 
@@ -240,3 +251,108 @@ def test_hashes_are_those_of_hashlib(tmp_path: Path) -> None:
     (tmp_path / "data").write_bytes(data)
 
     assert sha256_of_file(tmp_path / "data") == sha256_of_bytes(data) == hashlib.sha256(data).hexdigest()
+
+
+def test_what_another_process_made_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    for path in (tmp_path / "engine", tmp_path / "sidecar"):
+        with (
+            pytest.raises(UsageError, match="exists already"),
+            atomic_files(tmp_path / "engine", tmp_path / "sidecar") as temporaries,
+        ):
+            for temporary in temporaries:
+                temporary.write_text("ours")
+            path.write_text("theirs")
+
+        assert path.read_text() == "theirs"
+        assert names(tmp_path) == [path.name], "both or none"
+        path.unlink()
+
+
+def test_a_folder_that_another_process_made_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "rcan.srd"
+    for force, words in ((False, "exists already"), (True, "folder of other files")):
+        with pytest.raises(UsageError, match=words), atomic_folder(target, force=force, known_by="manifest.json"):
+            target.mkdir(exist_ok=True)
+            (target / "theirs").touch()
+
+    assert names(tmp_path) == ["rcan.srd"]
+    assert names(target) == ["theirs"]
+
+
+def test_a_folder_made_between_the_last_look_and_the_rename_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "rcan.srd"
+    target.mkdir()
+    real = Path.replace
+
+    def replace(self: Path, new: Path) -> Path:
+        new.mkdir()
+        (new / "theirs").touch()
+        return real(self, new)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(UsageError, match="written by another process meanwhile"), atomic_folder(target, force=True):
+        pass
+
+    assert names(tmp_path) == ["rcan.srd"]
+    assert names(target) == ["theirs"]
+
+
+def test_a_folder_that_another_process_moves_away_first_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "rcan.srd"
+    target.mkdir()
+    real = Path.rename
+
+    def rename(self: Path, new: Path) -> Path:
+        self.rmdir()
+        return real(self, new)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with atomic_folder(target, force=True) as temporary:
+        (temporary / "ours").touch()
+
+    assert names(tmp_path) == ["rcan.srd"]
+    assert names(target) == ["ours"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the umask can only be read by setting it")
+def test_the_umask_is_read_without_setting_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It belongs to the process: files that other threads make meanwhile would get another mode."""
+    set_umask = os.umask
+    before = set_umask(0o027)
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the umask was set"))
+    try:
+        with atomic_file(tmp_path / "a") as temporary:
+            temporary.write_text("x")
+    finally:
+        set_umask(before)
+
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+
+
+def test_threads_that_read_the_umask_at_once_leave_it_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is read by setting it: a second thread would take what the first one has set for the umask."""
+    real, calls, second = os.umask, itertools.count(), threading.Event()
+
+    def umask(mask: int) -> int:
+        call = next(calls)
+        found = real(mask)
+        if call == 0:
+            second.wait(0.3)
+        elif call == 1:
+            second.set()
+        return found
+
+    monkeypatch.setattr("srdeploy.core.artifact._PROCESS_STATUS", tmp_path / "none")
+    before = real(0o022)
+    monkeypatch.setattr(os, "umask", umask)
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            found = [each.result() for each in [threads.submit(_umask) for _ in range(2)]]
+    finally:
+        after = real(before)
+
+    assert (found, after) == ([0o022, 0o022], 0o022)

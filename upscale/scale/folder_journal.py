@@ -9,7 +9,8 @@ with events about outputs:
 
 `started` comes just before an output is renamed to its final name, `done` just after. An output is done if one writer
 recorded it with the same input, network and settings, and the file still has the bytes that it recorded: no order
-between writers, and no clock, is needed for that.
+between writers, and no clock, is needed for that. For the rest, the latest event counts: a writer's times are later
+than all that it has read, whatever its clock says, so what follows from an event comes after it.
 
 A writer holds a lock on its file while it runs, which the system releases when the process ends in any way: a locked
 file is a running writer.
@@ -39,6 +40,7 @@ OLD_JOURNAL = ".srdeploy-upscale.jsonl"
 """The only file of earlier versions; it is read, and not written any more."""
 _TEMPORARY = re.compile(r"\.(?P<stem>.+)\.[a-z0-9_]{8}(?P<suffix>\.[A-Za-z]+)")
 """Names that `srdeploy.core.artifact.atomic_file` gives to unfinished files."""
+_TICK_SECONDS = 0.001
 
 
 @dataclass(frozen=True)
@@ -115,10 +117,11 @@ class FolderJournal:
         self._journal = Journal(path, others=lambda: journal_files(folder))
         with _one_writer_begins(path.parent):
             self._journal.refresh()
+            self._time = max(map(_time_of, self._journal.entries), default=0.0)
             self._refuse_other_settings()
             with output_errors(path):
                 self._stream = path.open("ab")
-            _lock(self._stream)
+            self._seen_by_others = _lock(self._stream)
             try:
                 facts = {name: value for name, value in vars(run).items() if name != "others"}
                 self._append({"run": self.writer, "pid": os.getpid(), **facts})
@@ -173,6 +176,7 @@ class FolderJournal:
         """Read what other writers have recorded since."""
         with self._lock:
             for entry in self._journal.refresh():
+                self._time = max(self._time, _time_of(entry))
                 self._take(entry)
 
     def running_writers(self) -> list[Path]:
@@ -187,8 +191,11 @@ class FolderJournal:
 
     def remove_leftovers(self, outputs: Iterable[str]) -> None:
         """Remove unfinished files of killed writers, next to these outputs; nothing while another writer runs."""
-        if self.running_writers():
-            return
+        with _one_writer_begins(self.folder / JOURNALS):  # one that began now would lose the file that it writes
+            if self._seen_by_others and not self.running_writers():  # where no lock is held, none is seen either
+                self._remove_leftovers(outputs)
+
+    def _remove_leftovers(self, outputs: Iterable[str]) -> None:
         folders: dict[Path, set[tuple[str, str]]] = {}
         for output in outputs:
             path = self.folder / output
@@ -211,7 +218,8 @@ class FolderJournal:
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         with self._lock:
-            self._journal.append({"host": platform.node(), "time": round(time.time(), 3), **entry})
+            self._time = max(round(time.time(), 3), round(self._time + _TICK_SECONDS, 3))
+            self._journal.append({"host": platform.node(), "time": self._time, **entry})
 
     def _take(self, entry: Mapping[str, Any]) -> None:
         output, state = entry.get("output"), entry.get("state")
@@ -265,9 +273,13 @@ def _one_writer_begins(journals: Path) -> Iterator[None]:
         yield
 
 
-def _lock(stream: BinaryIO) -> None:
-    """Hold a lock on a file until it is closed, and wait for it: `is_locked` holds it for a moment too."""
+def _lock(stream: BinaryIO) -> bool:
+    """Hold a lock on a file until it is closed, and wait for it: `is_locked` holds it for a moment too.
+
+    False on a file system without locks: running writers are not seen there.
+    """
     try:
         fcntl.flock(stream, fcntl.LOCK_EX)
-    except OSError:  # a file system without locks: running writers are not seen there
-        return
+    except OSError:
+        return False
+    return True

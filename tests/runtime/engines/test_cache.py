@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import filelock
 import pytest
 
 from srdeploy.cli.main import run
@@ -173,6 +175,70 @@ def test_gc_removes_damaged_old_and_excess_engines(small_onnx: GraphFactory, tmp
     cache.gc(max_bytes=second.bytes)
     assert len(cache.entries()) == 1
     assert list(cache.root.glob(f"{third.key_sha256}*")) == [] or list(cache.root.glob(f"{second.key_sha256}*")) == []
+
+
+def test_gc_keeps_what_another_process_has_made_since_it_looked(
+    small_onnx: GraphFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = EngineCache()
+    build(small_onnx(), tmp_path / "one")
+    (entry,) = cache.entries()
+    (entry.folder / "engine").write_bytes(b"broken")
+    seen = cache.entries(check=True)
+    build(small_onnx(), tmp_path / "two")  # finds it broken, and builds it again
+
+    monkeypatch.setattr(EngineCache, "entries", lambda self, *, check=False: seen)
+    removed = cache.gc()
+    monkeypatch.undo()
+
+    assert seen[0].problem is not None
+    assert removed == []
+    assert [each.problem for each in EngineCache(cache.root).entries(check=True)] == [None]
+
+
+def test_an_entry_that_another_process_removes_meanwhile_is_none(
+    small_onnx: GraphFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = EngineCache()
+    for seed in range(3):
+        build(small_onnx(f"{seed}.onnx", seed=seed), tmp_path / str(seed))
+    first, second, third = cache.entries()
+    stat, read_text = Path.stat, Path.read_text
+
+    def stat_late(self: Path, **options: bool) -> os.stat_result:
+        if self == second.folder / "engine":
+            shutil.rmtree(second.folder)
+        return stat(self, **options)
+
+    def read_late(self: Path, encoding: str) -> str:
+        if self.parent == third.folder:
+            shutil.rmtree(third.folder)
+        return read_text(self, encoding=encoding)
+
+    monkeypatch.setattr(Path, "stat", stat_late)
+    monkeypatch.setattr(Path, "read_text", read_late)
+
+    assert [entry.key_sha256 for entry in cache.entries()] == [first.key_sha256]
+
+
+def test_a_lock_file_is_removed_while_it_is_held(
+    small_onnx: GraphFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Afterwards it might be another process's, and a third one would make and hold one of the same name."""
+    build(small_onnx(), tmp_path / "one")
+    unlink, held = Path.unlink, []
+
+    def looking(self: Path, missing_ok: bool = False) -> None:
+        if self.suffix == ".lock":
+            with pytest.raises(filelock.Timeout):
+                filelock.FileLock(self, timeout=0).acquire()
+            held.append(self.name)
+        unlink(self, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", looking)
+    EngineCache().gc(max_bytes=0)
+
+    assert len(held) == 1
 
 
 @pytest.mark.parametrize(

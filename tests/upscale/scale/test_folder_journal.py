@@ -1,5 +1,6 @@
 """The journal of an output folder with several writers."""
 
+import errno
 import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -117,3 +118,59 @@ def test_leftovers_of_killed_writers_are_removed_and_other_files_are_not(tmp_pat
 
     assert while_another_runs == {*leftovers, *kept}
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == set(kept)
+
+
+def test_what_follows_from_an_event_comes_after_it_whatever_the_clocks_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine whose clock is an hour ahead fails at a picture; one with the right clock makes it afterwards."""
+    (tmp_path / "a.png").write_bytes(b"made")
+    for repeat, seconds in enumerate([2e9, 1e9, 1e9]):
+        monkeypatch.setattr(folder_journal.time, "time", lambda now=seconds: now)
+        with FolderJournal(tmp_path, run()) as journal:
+            assert journal.has_failed("a.png") is (repeat == 1)
+            if repeat == 0:
+                journal.failed("a.png", sha256="in", source="a.png", error="no memory", exit_code=8)
+            elif repeat == 1:
+                journal.started("a.png", sha256="in", source="a.png")
+                journal.done("a.png", sha256="in", source="a.png")
+            else:
+                assert not journal.was_started("a.png")
+
+
+def test_a_writer_that_begins_while_leftovers_are_removed_keeps_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, threads = FolderJournal.running_writers, []
+
+    def write() -> None:
+        with FolderJournal(tmp_path, run("second")):
+            (tmp_path / ".a.abcdefgh.png").touch()
+
+    def looked(self: FolderJournal) -> list[Path]:
+        found = real(self)
+        if self.writer == first.writer and not threads:
+            threads.append(threading.Thread(target=write))
+            threads[0].start()
+            threads[0].join(0.3)  # it would be done by then, if it did not have to wait
+        return found
+
+    first = FolderJournal(tmp_path, run(""))
+    monkeypatch.setattr(FolderJournal, "running_writers", looked)
+    with first:
+        first.remove_leftovers(["a.png"])
+    threads[0].join()
+
+    assert (tmp_path / ".a.abcdefgh.png").exists()
+
+
+def test_nothing_is_removed_where_running_writers_are_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(stream: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(folder_journal.fcntl, "flock", refuse)
+    (tmp_path / ".a.abcdefgh.png").touch()
+    with FolderJournal(tmp_path, run("")) as journal:
+        journal.remove_leftovers(["a.png"])
+
+    assert (tmp_path / ".a.abcdefgh.png").exists()
