@@ -24,9 +24,9 @@ from srdeploy.calibration.rewrites.streams import add_reader_scales
 from srdeploy.calibration.search.bound import Bound
 from srdeploy.calibration.search.choose import Choice, choose
 from srdeploy.calibration.search.evaluate import Evaluator, GraphQuality, OpenEngine, open_model
-from srdeploy.calibration.search.layer_times import Clock, LayerTimes, with_files
+from srdeploy.calibration.search.layer_times import Clock, EngineClock, LayerTimes, with_files
 from srdeploy.calibration.search.readback import Readback, read_back
-from srdeploy.calibration.search.sensitivity import Costs, LatencyComparison
+from srdeploy.calibration.search.sensitivity import Costs
 from srdeploy.core.artifact import atomic_files, sha256_of_bytes
 from srdeploy.core.contract import ModelContract
 from srdeploy.core.environment import int8_weights_overflow, package_versions
@@ -339,11 +339,15 @@ def _quantize_graph(job: _Job) -> _Outcome:
     def costs_of(decisions: Decisions) -> Costs | None:
         if options.cost == "macs":
             return None
+        int8, plain = builder.build(decisions)[0], model
         if job.clock is not None:
             islands = islands_of(decisions)
-            int8 = convert_to_half(builder.build(decisions)[0], Precision.FP16, islands)
-            return LayerTimes(builder.graph.layers, int8, convert_to_half(model, Precision.FP16, islands), job.clock)
-        return LatencyComparison(builder, evaluator, decisions, runnable) if runnable is not None else None
+            int8, plain = (convert_to_half(graph, Precision.FP16, islands) for graph in (int8, plain))
+            return LayerTimes(builder.graph.layers, int8, plain, job.clock)
+        if runnable is not None:
+            clock = EngineClock(runnable, evaluator.samples[0].image, target.value)
+            return LayerTimes(builder.graph.layers, int8, plain, clock)
+        return None
 
     choice = choose(
         builder, job.contract, options, runnable, calibration.samples, evaluator, journal, costs_of, job.progress, test

@@ -25,6 +25,7 @@ def cpu_session(
     threads: int | None = None,
     arithmetic: Arithmetic = "optimized",
     optimized_path: Path | None = None,
+    profile: Path | None = None,
     name: str = "the graph",
 ) -> Any:
     """Open a graph with ONNX Runtime's CPU kernels.
@@ -36,6 +37,7 @@ def cpu_session(
             "float" computes Q/DQ pairs as they are written, in float, and fuses the rest; "literal" computes node by
             node.
         optimized_path: where ONNX Runtime writes the graph that it really runs.
+        profile: the beginning of the name of the file that `end_profiling` of the session writes.
         name: of the graph, for messages.
 
     Returns:
@@ -54,6 +56,9 @@ def cpu_session(
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if optimized_path is not None:
         options.optimized_model_filepath = str(optimized_path)
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     if arithmetic == "float":
         # By default nodes that nothing waits for run last, so what they read (every tensor that is observed) stays in
         # memory: 7 GB instead of 0.7 GB for RCAN of full size at 128x128.

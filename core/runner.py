@@ -116,6 +116,18 @@ class KernelTime:
 
 
 @runtime_checkable
+class ProfiledRunner(Runner, Protocol):
+    """A runner that knows what each of its kernels takes."""
+
+    def kernel_times(self, feeds: Mapping[str, NDArray[Any]]) -> list[KernelTime]:
+        """Return the time of each kernel, measured with an engine of its own that is opened for it.
+
+        Raises:
+            UsageError: as `run`; or a built engine, which no longer knows the nodes of the ONNX file.
+        """
+
+
+@runtime_checkable
 class MeteredRunner(Runner, Protocol):
     """A runner on a GPU whose own allocator knows what a run took."""
 

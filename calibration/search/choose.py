@@ -46,10 +46,8 @@ from srdeploy.core.samples import Sample
 
 STRENGTHS = (0.5, 0.7)
 AUTOMATIC_METHODS: tuple[Method, ...] = ("mse", "percentile")  # entropy lost everywhere it was measured
-SENSITIVITY_TIME = 0.4
-"""Share of the time left that goes into finding out which layers bring the error."""
-COST_TIME = 0.4
-"""Share of the time left after that which goes into what exact layers cost; the rest evaluates graphs."""
+SENSITIVITY_TIME = 0.5
+"""Share of the time left that goes into finding out which layers bring the error; the rest evaluates graphs."""
 AS_WRITTEN_DB = 3.0
 """Engines differ from a graph's own arithmetic by codes rounded the other way, which halves the error power at most."""
 
@@ -280,12 +278,13 @@ def _meet_bound(
     sensitivities = measure_sensitivities(
         builder, tuning, decisions, deadline.part(SENSITIVITY_TIME), journal, progress
     )
-    sensitivities = measure_costs(builder, decisions, sensitivities, costs, deadline.part(COST_TIME), journal, progress)
+    sensitivities = measure_costs(builder, decisions, sensitivities, costs, journal, progress)
     paid_in = costs.note if costs is not None else PAID_IN_MACS
     points = [first]
     done: list[Change] = []
     left = {entry.layers: entry.error for entry in sensitivities}
     total = max(sum(left.values()), 1e-30)
+    forecast = Forecast(first.deciding.fidelity_db)
     changes = [change for entry in sensitivities for change in entry.changes]
     with progress.task("searching the bound", total=len(changes)) as advance:
         while changes:
@@ -302,9 +301,11 @@ def _meet_bound(
                     if change.layers == best.layers
                 ]
             changes = others
-            if changes and not options.bound.may_be_satisfied_by(first.deciding, sum(left.values()) / total):
+            share = sum(left.values()) / total
+            if changes and not options.bound.may_be_satisfied_by(first.deciding, forecast(share)):
                 continue
             points.append(measure(_apply_changes(decisions, done, total)))
+            forecast.learn(share, points[-1].deciding.fidelity_db)
             advance(0, note=f"{points[-1].deciding.drop_db:.4f} dB")
             if options.bound.is_satisfied_by(points[-1].deciding):
                 taken = points[-1]
@@ -325,6 +326,31 @@ def _meet_bound(
         expected=str(options.bound),
         next_step="allow a larger drop, search longer with srdeploy quantize --time-budget, or use FP16",
     )
+
+
+class Forecast:
+    """Predicts which share of a graph's error power is left after changes, and learns from what they did.
+
+    Errors of single layers add up to the graph's only if they are independent. In decibels, what changes gain is taken
+    to be a fixed part of what the sum of errors promises: all of it at first, then what the last graph gained.
+
+    Args:
+        fidelity_db: of the graph before any change.
+    """
+
+    def __init__(self, fidelity_db: float) -> None:
+        self._start = fidelity_db
+        self._kept = 1.0
+
+    def __call__(self, promised: float) -> float:
+        """Return the share to expect where the sum of errors promises a share, both 0..1."""
+        return float(promised**self._kept)
+
+    def learn(self, promised: float, fidelity_db: float) -> None:
+        """Take what a graph measured into account."""
+        if promised < 1:
+            gained, expected = fidelity_db - self._start, -10 * math.log10(max(promised, 1e-9))
+            self._kept = min(max(gained / expected, 0.1), 1.0)
 
 
 def _apply_changes(decisions: Decisions, changes: Iterable[Change], total: float) -> Decisions:

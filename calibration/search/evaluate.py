@@ -146,19 +146,14 @@ class Evaluator:
         """Evaluate an open engine."""
         return self._quality(run_image(runner, sample.image) for sample in self.samples)
 
-    def latencies_ms(
-        self, *runners: Runner, repeats: int = 5, seconds: float = 0.0, fastest: bool = False
-    ) -> tuple[float, ...]:
+    def latencies_ms(self, *runners: Runner, repeats: int = 5, fastest: bool = False) -> tuple[float, ...]:
         """Return each runner's median time in milliseconds for the first sample, interleaved: no benchmark, a guide.
 
         The `fastest` instead of the median is what a processor can do; others on the machine only ever add to it.
-        Small networks take more turns than `repeats`, until `seconds` have passed: a few short runs may all be
-        interrupted.
         """
         pixels = self.samples[0].image
         times: list[list[float]] = [[] for _ in runners]
-        end = time.perf_counter() + seconds
-        while len(times[-1]) < repeats or time.perf_counter() < end:
+        for _ in range(repeats):
             for own, runner in zip(times, runners, strict=True):
                 start = time.perf_counter()
                 run_image(runner, pixels)

@@ -1,26 +1,32 @@
-"""What exact layers cost on a GPU: one build in 8 bits and one in floats, timed kernel by kernel.
+"""What exact layers cost on the target's engine: the graph in 8 bits and the one in floats, timed kernel by kernel.
 
 The time of a kernel belongs to the layers in it. A kernel without a layer, which converts, quantizes or adds, belongs
 to the layers that read its result: their type is the reason why it is there or what it costs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol, TypeVar
 
+import numpy as np
 import onnx
+from numpy.typing import NDArray
 
+from srdeploy.calibration.search.evaluate import OpenEngine
 from srdeploy.calibration.search.sensitivity import Change
+from srdeploy.core.contract import INPUT
 from srdeploy.core.onnx_graph import Layer
-from srdeploy.core.runner import KernelTime
+from srdeploy.core.runner import KernelTime, ProfiledRunner
+from srdeploy.core.shapes import format_shape
 
 Result = TypeVar("Result")
 
 
-class Clock(Protocol):
-    """Builds graphs with the target's engine, on the processor that they are for, and times them there."""
+class KernelClock(Protocol):
+    """Opens graphs with the target's engine, on the processor that they are for, and times their kernels."""
 
     @property
     def place(self) -> str:
@@ -29,8 +35,38 @@ class Clock(Protocol):
     def kernel_times(self, path: Path) -> Sequence[KernelTime]:
         """Return the time of each kernel of a graph's engine."""
 
+
+class Clock(KernelClock, Protocol):
+    """Times whole graphs too."""
+
     def latencies_ms(self, *paths: Path) -> tuple[float, ...]:
         """Return the milliseconds of each graph's engine, copies excluded; the engines take turns."""
+
+
+@dataclass(frozen=True)
+class EngineClock:
+    """Times kernels with an engine that opens ONNX files on this machine.
+
+    Attributes:
+        open_engine: the engine.
+        image: (N, C, H, W) float32 in 0..1, what it computes meanwhile.
+        name: of the engine, for people.
+    """
+
+    open_engine: OpenEngine
+    image: NDArray[np.float32]
+    name: str
+
+    @property
+    def place(self) -> str:
+        """Engine and input shape."""
+        return f"{self.name} on this machine at {format_shape(self.image.shape)}"
+
+    def kernel_times(self, path: Path) -> Sequence[KernelTime]:
+        """Return the time of each kernel of a graph's engine."""
+        with self.open_engine(path) as runner:
+            assert isinstance(runner, ProfiledRunner), f"{self.name} has no profiler"
+            return runner.kernel_times({INPUT: self.image})
 
 
 class LayerTimes:
@@ -40,10 +76,12 @@ class LayerTimes:
         layers: of the network.
         int8: the graph with all layers in 8 bits that may be.
         plain: the graph with none.
-        clock: builds and times both, at the first question.
+        clock: opens and times both, at the first question.
     """
 
-    def __init__(self, layers: Sequence[Layer], int8: onnx.ModelProto, plain: onnx.ModelProto, clock: Clock) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], int8: onnx.ModelProto, plain: onnx.ModelProto, clock: KernelClock
+    ) -> None:
         self._names = {layer.node: layer.name for layer in layers}
         self._models = (int8, plain)
         self._clock = clock

@@ -15,7 +15,7 @@ from srdeploy.calibration.int8.builder import Decisions, GraphBuilder
 from srdeploy.calibration.int8.placement import can_split, macs_share_of
 from srdeploy.calibration.journal import Journal
 from srdeploy.calibration.search.bound import Deadline
-from srdeploy.calibration.search.evaluate import Evaluator, OpenEngine, open_model
+from srdeploy.calibration.search.evaluate import Evaluator
 from srdeploy.core.onnx_graph import Layer
 from srdeploy.core.progress import SILENT, Progress
 
@@ -157,57 +157,31 @@ def measure_costs(
     decisions: Decisions,
     sensitivities: Sequence[Sensitivity],
     costs: Costs | None,
-    deadline: Deadline,
     journal: Journal,
     progress: Progress,
 ) -> list[Sensitivity]:
     """Return each group with the ways to make it more exact, and their costs.
 
-    Costs are measured on the engine for the groups that bring more than a percent of the error. For the others, and
-    without `costs`, they are multiply-adds, brought to the same scale: one more pass in 8 bits, or three more for
-    a float layer, as with VNNI.
+    Without `costs` they are multiply-adds, brought to the same scale: one more pass in 8 bits, or three more for a
+    float layer, as with VNNI.
     """
     layers = {layer.name: layer for layer in builder.graph.layers}
-    total = sum(entry.error for entry in sensitivities)
-    found: dict[tuple[str, ...], Sensitivity] = {}
+    found = []
     with progress.task("measuring what exact layers cost", total=len(sensitivities)) as advance:
-        # Largest error first: the time may not suffice for all groups, and these decide.
-        for entry in sorted(sensitivities, key=_error, reverse=True):
+        for entry in sensitivities:
             kinds = [False]
             if builder.recipe.allow_splits and all(can_split(builder.graph, layers[name]) for name in entry.layers):
                 kinds = [True, False]
             changes = []
             for split in kinds:
                 change = Change(entry.layers, split, entry.error, entry.macs_share * (1.0 if split else 3.0))
-                worth_measuring = entry.error >= 0.01 * total and not deadline.passed
-                if costs is not None and worth_measuring:
+                if costs is not None:
                     key = journal_key(f"cost:{split}:{entry.layers}", decisions)
                     change = replace(change, cost=journal.number(key, partial(costs.share, change)), measured=True)
                 changes.append(change)
-            found[entry.layers] = replace(entry, changes=tuple(changes))
+            found.append(replace(entry, changes=tuple(changes)))
             advance()
-    return [found[entry.layers] for entry in sensitivities]
-
-
-class LatencyComparison:
-    """Costs from comparing the latency of changed graphs with that of the plain one, on the engine."""
-
-    def __init__(
-        self, builder: GraphBuilder, evaluator: Evaluator, decisions: Decisions, open_engine: OpenEngine
-    ) -> None:
-        self._builder, self._evaluator, self._decisions, self._open = builder, evaluator, decisions, open_engine
-        self._plain = builder.build(decisions)[0]
-        self.note = "exact layers were paid for in milliseconds of the target's engine on this machine"
-
-    def share(self, change: "Change") -> float:
-        """Return by which part of the plain graph's latency a change makes it slower, at least a thousandth."""
-        model, _ = self._builder.build(change.applied(self._decisions, ""))
-        slower = []
-        for _ in range(3):  # where its buffers happen to lie makes an engine up to a quarter slower
-            with open_model(self._plain, self._open) as plain, open_model(model, self._open) as changed:
-                before, after = self._evaluator.latencies_ms(plain, changed, repeats=5, seconds=0.5, fastest=True)
-                slower.append(after / before - 1)
-        return max(sorted(slower)[1], 0.001)
+    return found
 
 
 def measure_fidelity(builder: GraphBuilder, evaluator: Evaluator, decisions: Decisions) -> float:

@@ -27,13 +27,14 @@ from srdeploy.core.contract import ModelContract
 from srdeploy.core.environment import cpu_count, machine, package_versions
 from srdeploy.core.errors import BuildError, CapabilityError, InputError, OutputError, UsageError
 from srdeploy.core.extras import import_extra
-from srdeploy.core.onnx_file import GraphFile
+from srdeploy.core.onnx_file import GraphFile, read_graph
 from srdeploy.core.onnx_graph import combined_label, type_label
 from srdeploy.core.ort import cpu_session
 from srdeploy.core.precision import Precision
 from srdeploy.core.progress import Progress
-from srdeploy.core.runner import RunnerInfo
+from srdeploy.core.runner import KernelTime, RunnerInfo
 from srdeploy.core.shapes import TensorSpec
+from srdeploy.runtime.engines.cpu_kernel_times import onnxruntime_kernel_times
 from srdeploy.runtime.engines.feeds import check_feeds
 from srdeploy.runtime.engines.gpu import Gpu
 from srdeploy.runtime.engines.merged_end import merge_end
@@ -124,7 +125,7 @@ def open_onnx(
             _refuse_full_scratch(error)
             raise
         built = _built(onnx.load(optimized), merged) if outputs is None else {}
-    return OnnxRuntimeRunner(session, graph.contract, built, threads, outputs)
+    return OnnxRuntimeRunner(session, graph.contract, built, threads, outputs, graph.path)
 
 
 def open_built(
@@ -162,8 +163,10 @@ class OnnxRuntimeRunner:
         built: Mapping[str, Any],
         threads: int | None,
         outputs: Sequence[str] | None,
+        source: Path | None = None,
     ) -> None:
         self._session = session
+        self._source = source
         self._inputs = tuple(_spec(value) for value in session.get_inputs())
         self._outputs = list(outputs) if outputs is not None else [value.name for value in session.get_outputs()]
         self._info = RunnerInfo(
@@ -204,6 +207,18 @@ class OnnxRuntimeRunner:
             return (time.perf_counter() - started) * 1000
 
         return compute
+
+    def kernel_times(self, feeds: Mapping[str, NDArray[Any]]) -> list[KernelTime]:
+        """Return the milliseconds of each kernel (see `ProfiledRunner`)."""
+        check_feeds(feeds, self._inputs, engine=self._info.name)
+        if self._source is None:
+            raise UsageError(f"{self._info.name} cannot be profiled", next_step="open the ONNX file")
+        graph, _ = merge_end(read_graph(self._source))
+        with _scratch_folder() as folder:
+            session = cpu_session(
+                graph.serialized(), threads=self._info.threads, profile=folder / "profile", name=str(self._source)
+            )
+            return onnxruntime_kernel_times(session, feeds, graph)
 
     def __enter__(self) -> Self:
         return self

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,12 +26,13 @@ from srdeploy.core.contract import ModelContract
 from srdeploy.core.environment import cpu_count, package_versions
 from srdeploy.core.errors import BuildError, CapabilityError, InputError, UsageError
 from srdeploy.core.extras import import_extra
-from srdeploy.core.onnx_file import GraphFile
+from srdeploy.core.onnx_file import GraphFile, read_graph
 from srdeploy.core.onnx_graph import Layer, combined_label
 from srdeploy.core.precision import Precision
 from srdeploy.core.progress import Progress
-from srdeploy.core.runner import RunnerInfo
+from srdeploy.core.runner import KernelTime, RunnerInfo
 from srdeploy.core.shapes import TensorSpec
+from srdeploy.runtime.engines.cpu_kernel_times import openvino_kernel_times
 from srdeploy.runtime.engines.feeds import check_feeds
 from srdeploy.runtime.engines.gpu import Gpu
 from srdeploy.runtime.engines.merged_end import merge_end, tile_end
@@ -141,7 +143,8 @@ def _open_graph(
     except Exception as error:
         raise InputError(f"OpenVINO cannot open {graph.path}: {_cause(error)}") from error
     built = _built(compiled, graph.layers, merged)
-    return OpenVinoRunner(compiled, graph.contract, graph.inputs, built, threads, outputs, native)
+    source = graph.path if whole else None
+    return OpenVinoRunner(compiled, graph.contract, graph.inputs, built, threads, outputs, native, source)
 
 
 def open_built(engine: Engine, *, threads: int | None, parity: bool, outputs: Sequence[str] | None) -> "OpenVinoRunner":
@@ -176,8 +179,10 @@ class OpenVinoRunner:
         threads: int | None,
         outputs: Sequence[str] | None,
         native: bool,
+        source: Path | None = None,
     ) -> None:
         self._compiled = compiled
+        self._source = source
         self._local = threading.local()
         self._inputs = inputs
         ports = {name: port for port in compiled.outputs for name in port.get_names()}
@@ -226,6 +231,16 @@ class OpenVinoRunner:
             return (time.perf_counter() - started) * 1000
 
         return compute
+
+    def kernel_times(self, feeds: Mapping[str, NDArray[Any]]) -> list[KernelTime]:
+        """Return the milliseconds of each kernel (see `ProfiledRunner`)."""
+        check_feeds(feeds, self._inputs, engine=self._info.name)
+        if self._source is None:
+            raise UsageError(f"{self._info.name} cannot be profiled", next_step="open the ONNX file, without --outputs")
+        graph = tile_end(merge_end(read_graph(self._source))[0])
+        configuration = {**_configuration(self._info.threads), "PERF_COUNT": True}
+        compiled = shared_core().compile_model(shared_core().read_model(graph.serialized()), DEVICE, configuration)
+        return openvino_kernel_times(compiled, feeds, graph)
 
     def __enter__(self) -> Self:
         return self

@@ -1,22 +1,19 @@
 """What the search for a bound pays for exact layers, and which change it makes first."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
-from numpy.typing import NDArray
 
-from srdeploy.calibration.fp32 import read_fp32_graph
 from srdeploy.calibration.images.dataset import CalibrationSet
 from srdeploy.calibration.int8.builder import Decisions
 from srdeploy.calibration.options import Cost, QuantizeOptions
 from srdeploy.calibration.quantize import QuantizeResult, artifacts_folder, quantize
 from srdeploy.calibration.search.bound import Bound
-from srdeploy.calibration.search.choose import remove_superfluous
-from srdeploy.calibration.search.evaluate import Evaluator, GraphQuality
+from srdeploy.calibration.search.choose import Forecast, remove_superfluous
+from srdeploy.calibration.search.evaluate import GraphQuality
 from srdeploy.calibration.search.sensitivity import Change
 from srdeploy.core.imaging.psnr import drop_for_fidelity
 from srdeploy.core.precision import Precision, Target
@@ -165,32 +162,16 @@ def test_images_of_another_kind_are_expected_to_lose_more() -> None:
     assert Bound(0.01, other_kinds=True).used_by(quality) == pytest.approx(expected / 0.01)
 
 
-def test_a_small_network_takes_turns_until_the_time_is_over(
-    network_paths: dict[str, Path], calibrations: dict[str, CalibrationSet]
-) -> None:
-    graph = read_fp32_graph(network_paths["residual"])
-    evaluator = Evaluator(graph.model, calibrations["residual"].held_out[:1], graph.contract)
+def test_a_forecast_learns_what_part_of_the_promised_error_goes_away() -> None:
+    forecast = Forecast(50.0)
+    before = forecast(0.1)
 
-    with opener(network_paths["residual"]) as runner:
-        few = Counted(runner)
-        evaluator.latencies_ms(few, repeats=3)
-        many = Counted(runner)
-        evaluator.latencies_ms(many, repeats=3, seconds=0.5)
+    forecast.learn(0.1, 55.0)  # 10 dB were promised
+    after = forecast(0.01)
 
-    assert few.runs == 3
-    assert many.runs > 10
-
-
-class Counted:
-    def __init__(self, runner: Runner) -> None:
-        self.runner, self.runs, self.info = runner, 0, runner.info
-
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        self.runs += 1
-        return self.runner.run(feeds)
-
-    def __enter__(self) -> "Counted":
-        return self
-
-    def __exit__(self, *details: object) -> None:
-        pass
+    assert before == pytest.approx(0.1)
+    assert after == pytest.approx(0.1)  # 20 dB promised, 10 dB expected
+    forecast.learn(0.01, 75.0)
+    assert forecast(0.01) == pytest.approx(0.01)  # never more than promised
+    forecast.learn(0.01, 49.0)
+    assert 0.01 < forecast(0.01) < 1.0  # nor nothing at all: the search has to go on
