@@ -6,7 +6,7 @@ rest of the graph computes (strong typing): `typed.py` brings scales and everyth
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
@@ -18,6 +18,10 @@ from srdeploy.calibration.int8.arithmetic import FP8_MAX, QuantParams, params_fo
 from srdeploy.core.onnx_graph import Graph
 
 _TYPES = {"int8": TensorProto.INT8, "uint8": TensorProto.UINT8, "float8e4m3fn": TensorProto.FLOAT8E4M3FN}
+
+OUTER_POWER = 0.125
+"""Share of a kernel's power that the low half of a split layer may do without: as much as the error that splitting
+leaves anyway, which is that of the weights."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ def insert_qdq(
         copy.CopyFrom(node)
         copy.input[:] = [renamed.get((node.name, name), name) for name in node.input]
         if node.name in splits:
-            tail, constants = _split_convolution(node, copy, params[node.input[0]], scale_type)
+            tail, constants = _split_convolution(node, copy, params[node.input[0]], weights[node.input[1]], scale_type)
             new += constants
             following = graph.only_consumer(node.output[0])
             added = _earlier_summand(graph, following, node, positions) if following is not None else None
@@ -146,7 +150,11 @@ def _earlier_summand(
 
 
 def _split_convolution(
-    node: onnx.NodeProto, first: onnx.NodeProto, params: QuantParams, scale_type: type[np.floating]
+    node: onnx.NodeProto,
+    first: onnx.NodeProto,
+    params: QuantParams,
+    weight: QuantWeight,
+    scale_type: type[np.floating],
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
     """Turn `first`, the quantized copy of `node`, into the high half and return the low half and the sum."""
     output, source = node.output[0], node.input[0]
@@ -162,7 +170,29 @@ def _split_convolution(
     first.output[:] = [high]
     before = helper.make_node("Sub", [source, first.input[0]], [rest], name=f"{rest}_subtract")
     total = helper.make_node("Add", [high, low], [output], name=f"{output}_sum")
-    return [before, *pair, second, total], constants
+    middle = _middle(weight)
+    if middle.codes.shape == weight.codes.shape:
+        return [before, *pair, second, total], constants
+    weights, more = _make_weight_node(f"{node.input[1]}_middle", middle, scale_type)
+    second.input[1] = weights.output[0]
+    for entry in second.attribute:
+        if entry.name in ("kernel_shape", "pads"):
+            size = middle.codes.shape[2:]
+            entry.ints[:] = size if entry.name == "kernel_shape" else [side // 2 for side in size] * 2
+    return [before, *pair, weights, second, total], [*constants, *more]
+
+
+def _middle(weight: QuantWeight) -> QuantWeight:
+    """Return the taps in the middle of a large kernel that read nearly all of what rounding leaves over.
+
+    The outer taps of a merged end are small: without them its 5x5 kernel costs as much as a 3x3 one.
+    """
+    power = np.square(weight.dequantized().astype(np.float64))
+    total, outer = power.sum(), 0
+    while min(power.shape[2:]) > 3 and power[:, :, 1:-1, 1:-1].sum() >= (1 - OUTER_POWER) * total:
+        power, outer = power[:, :, 1:-1, 1:-1], outer + 1
+    rows, columns = (slice(outer, size - outer) for size in weight.codes.shape[2:])
+    return replace(weight, codes=weight.codes[:, :, rows, columns].copy())
 
 
 def _make_activation_pair(

@@ -57,11 +57,12 @@ def openvino_kernel_times(compiled: Any, feeds: Feeds, graph: GraphFile) -> list
     writers = {output: node.name for node in graph.model.graph.node for output in node.output}
     found = []
     for kernel, ms in shortest.items():
-        # A conversion is named after the tensors' two ends.
-        listed = (originals.get(kernel) or kernel.replace("___", ",")).split(",")
+        listed = (originals.get(kernel) or kernel).split(",")
         parts = [name.removesuffix("/WithoutBiases") for name in listed]
-        nodes = dict.fromkeys(name if name in names else writers.get(name, "") for name in parts)
-        found.append(KernelTime(tuple(name for name in nodes if name), ms))
+        nodes = {name if name in names else writers.get(name, "") for name in parts} - {""}
+        if not nodes:  # a conversion is named after both its ends, and it is the reader that needs it
+            nodes = {max((name for name in names if parts[-1].endswith(name)), key=len, default="")} - {""}
+        found.append(KernelTime(tuple(sorted(nodes)), ms))
     return found
 
 
