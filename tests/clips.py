@@ -58,24 +58,25 @@ class Clips:
         options: dict[str, str] | None = None,
         pts: Sequence[int] | None = None,
         time_base: Fraction = Fraction(1, 25),
-        rate: int = 25,
+        rate: int | Fraction = 25,
         form: str | None = None,
         container: dict[str, str] | None = None,
         alpha: bool = False,
         sound: bool = False,
+        size: tuple[int, int] = (WIDTH, HEIGHT),
         prepare: Callable[[Any, Any], object] = lambda file, stream: None,
     ) -> Path:
         """`prepare` is called with the opened container and its stream before the first frame."""
         with av.open(f"file:{path}", "w", format=form, options=container or {}) as file:
             options = options or ({"crf": "10"} if codec == "libx264" else {})
             stream = file.add_stream(codec, rate=rate, options=options)
-            stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, pix_fmt
+            stream.width, stream.height, stream.pix_fmt = *size, pix_fmt
             stream.codec_context.time_base = time_base
             audio = file.add_stream("mp2", rate=48000, layout="mono") if sound else None
             prepare(file, stream)
             packets = []
             for place, number in enumerate(numbers):
-                frame = self.frame(number, pix_fmt, alpha=alpha)
+                frame = self.frame(number, pix_fmt, alpha=alpha, size=size)
                 frame.pts, frame.time_base = pts[place] if pts else place, time_base
                 packets += stream.encode(frame)
             packets += stream.encode(None)
@@ -85,14 +86,14 @@ class Clips:
                 file.mux(packet)
         return path
 
-    def frame(self, number: int, pix_fmt: str, *, alpha: bool = False) -> Any:
+    def frame(self, number: int, pix_fmt: str, *, alpha: bool = False, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Any:
         pixels = numbered(number)
         if alpha:
             opacity = np.full((HEIGHT, WIDTH, 1), 255, np.uint8)
             opacity[:, :20] = 0
             pixels = np.dstack([pixels, opacity])
         frame = av.VideoFrame.from_ndarray(pixels, format="rgba" if alpha else "rgb24")
-        return frame.reformat(format=pix_fmt)
+        return frame.reformat(*size, format=pix_fmt)
 
     def shown(self, path: Path) -> Shown:
         with av.open(f"file:{path}") as file:

@@ -333,6 +333,23 @@ def test_a_size_that_changes(user: User, clips: Clips) -> None:
             assert sum(1 for _ in file.decode(video=0)) == count
 
 
+@pytest.mark.advice("upscale/video/reader.py:VideoReader._info_of", "split it there")
+def test_pixels_and_their_aspect_that_change(user: User, clips: Clips) -> None:
+    def anamorphic(file: Any, stream: Any) -> None:
+        stream.codec_context.sample_aspect_ratio = Fraction(4, 3)
+
+    parts = [
+        clips.make(Path("plain.ts"), range(5), form="mpegts"),
+        clips.make(Path("wide.ts"), range(5), form="mpegts", prepare=anamorphic),
+        clips.make(Path("deep.ts"), range(5), form="mpegts", pix_fmt="yuv420p10le"),
+    ]
+    for part, message in zip(parts[1:], ("changes its pixel aspect", "changes its pixels at frame 5"), strict=True):
+        Path("a.ts").write_bytes(parts[0].read_bytes() + part.read_bytes())
+        assert message in user.refused(f"{UPSCALE} a.ts -o out.mkv")
+    for part in parts:
+        user.runs(f"{UPSCALE} {part} -o {part.stem}.mkv")
+
+
 @pytest.mark.advice("upscale/video/reader.py:VideoReader._check", "deinterlace it first, or pass --progressive")
 def test_interlaced_frames(user: User, clips: Clips) -> None:
     clips.make(Path("a.mp4"), range(4), options={"crf": "10", "x264-params": "tff=1:interlaced=1"})

@@ -7,7 +7,7 @@ from pathlib import Path
 from srdeploy.core.errors import UsageError
 from srdeploy.upscale.video.color import BT709
 from srdeploy.upscale.video.media import CannotHoldError, containers_of, pyav
-from srdeploy.upscale.video.probe import VideoInfo, has_alpha
+from srdeploy.upscale.video.probe import VideoInfo, chroma_of, has_alpha
 from srdeploy.upscale.video.side_data import Mastering
 
 _DEFAULT_CODECS = {".webm": "libvpx-vp9"}
@@ -146,18 +146,8 @@ def _wanted_formats(info: VideoInfo, *, odd: bool) -> list[str]:
     if info.rgb:
         planars = [planar + depth for depth in depths]
         return [*own, planars[0], *packed, *planars[1:], *(yuv[2] + depth for depth in depths)]
-    start = _chroma(info.pix_fmt)
+    start = chroma_of(info.pix_fmt)
     if odd:  # subsampled chroma needs even sizes
         start = 2
         own = own if info.pix_fmt.startswith(("gray", "ya")) else []
     return [*own, *(form + depth for depth in depths for form in yuv[start:])]
-
-
-def _chroma(pix_fmt: str) -> int:
-    """Return which of 4:2:0, 4:2:2 and 4:4:4 (0, 1, 2) keeps all chroma samples of a YUV format."""
-    form = pyav().VideoFormat(pix_fmt, 8, 8)
-    if len(form.components) < 3:
-        return 0
-    if form.chroma_width(8) == 8:
-        return 2
-    return 1 if form.chroma_height(8) == 8 else 0

@@ -71,8 +71,22 @@ def containers_of(codec: str) -> list[str]:
     return found
 
 
+def takes_stream(form: str, stream: Any) -> bool:
+    """Return True if a container of a format, such as "mp4", can begin with a copy of one stream."""
+    av = pyav()
+    try:
+        with av.open(io.BytesIO(), "w", format=form) as container:
+            container.add_stream_from_template(stream)
+            container.start_encoding()
+    except (av.FFmpegError, av.codec.codec.UnknownCodecError, ValueError):
+        return False
+    return True
+
+
 def open_video(path: Path) -> tuple[Any, Any]:
-    """Open a file and return (container, its first video stream that is not a cover picture).
+    """Open a file and return (container, the video stream that players show).
+
+    That is the first one with the default flag, else the first; not a cover picture, and one that can be decoded.
 
     Raises:
         InputError: empty, not a media file, or without a video stream that can be decoded.
@@ -87,16 +101,26 @@ def open_video(path: Path) -> tuple[Any, Any]:
         raise InputError(
             f"{path} is damaged or not a video ({error.strerror})", next_step="download or copy it again"
         ) from error
-    films = [stream for stream in container.streams.video if not is_cover(stream)]
-    if not films or films[0].codec_context is None or not films[0].width:
+    films = [s for s in container.streams.video if not is_cover(s) and s.codec_context is not None and s.width]
+    if not films:
         container.close()
         raise InputError(f"{path} holds no video stream that can be decoded", expected="a video")
-    return container, films[0]
+    default = av.stream.Disposition.default
+    return container, next((s for s in films if int(s.disposition) & int(default)), films[0])
 
 
 def is_cover(stream: Any) -> bool:
     """Return True if a video stream is one picture that illustrates the file, such as the cover of an album."""
     return bool(int(stream.disposition) & int(pyav().stream.Disposition.attached_pic))
+
+
+def time_code(container: Any, video: Any) -> str | None:
+    """Return the time code of the first frame that a file states, such as "10:00:00:00"; None if it states none.
+
+    MP4 and MOV keep it in a stream of its own, which FFmpeg reads from and writes for this tag.
+    """
+    tags = {key.lower(): value for tags in (container.metadata, video.metadata) for key, value in tags.items()}
+    return tags.get("timecode")
 
 
 def copied_streams(container: Any) -> list[Any]:

@@ -16,12 +16,16 @@ from srdeploy.upscale.video.media import (
     open_media,
     open_video,
     pyav,
+    takes_stream,
 )
 from srdeploy.upscale.video.parts import Segment
 from srdeploy.upscale.video.probe import VideoInfo
 from srdeploy.upscale.video.side_data import scaled_matrix
 from srdeploy.upscale.video.timestamps import PacketClock, container_tick, place_on_ticks
 
+_TS_NONSTRICT = 0x20000  # AVFMT_TS_NONSTRICT: packets of one time may follow each other
+_TAGS_OF_STREAMS = ("language", "title", "handler_name", "timecode")
+_NO_COVERS = (".webm", ".mov", ".m4v")
 _PREROLL = Fraction(1, 10)
 """Seconds of hidden sound in front of the shown part that are kept: encoders of sound state a delay that way."""
 
@@ -47,14 +51,16 @@ def join_segments(
     original, video = open_video(source)
     with original, open_media(segments[0].path) as first, create_media(output, _options(original, output)) as joined:
         film = _film(joined, first.streams.video[0], video, info, container_tick(output, info.time_base))
-        copied = {stream.index: _copied_stream(joined, stream) for stream in _kept_streams(original, output)}
+        kept = _kept_streams(original, output)
+        copied = {stream.index: _copied_stream(joined, stream) for stream in kept}
         for name, kind, data in _attachments(original, source) if _takes_attachments(output) else ():
             joined.add_attachment(name, kind, data)
         joined.metadata.update(original.metadata)
         joined.set_chapters(original.chapters())
+        _begin(joined, kept)
         packets = heapq.merge(
             _film_packets(segments, film, info, output),
-            _copied_packets(original, video, copied, source_packets),
+            _copied_packets(original, video, copied, least=_least_step(joined), packets=source_packets),
             key=lambda entry: entry[0],
         )
         _write(joined, packets)
@@ -74,7 +80,7 @@ def lost_streams(source: Path, output: Path) -> list[str]:
     lost = []
     if names and not _takes_attachments(output):
         lost.append(f"attachments ({names}): write an .mkv to keep them")
-    if covers and output.suffix.lower() == ".webm":
+    if covers and output.suffix.lower() in _NO_COVERS:
         lost.append("the cover picture: write an .mkv or .mp4 to keep it")
     return lost
 
@@ -104,19 +110,32 @@ def _attachments(original: Any, source: Path) -> Iterator[tuple[str, str, bytes]
                 return
 
 
+def _begin(joined: Any, kept: Sequence[Any]) -> None:
+    """Write the header: from here on the container's own clocks are known."""
+    try:
+        joined.start_encoding()
+    except pyav().FFmpegError as error:
+        _raise_system_error(error)
+        alone = (describe(stream) for stream in kept if not takes_stream(joined.format.name, stream))
+        raise _refused(joined, next(alone, f"the input's streams and tags together ({error.strerror})")) from error
+
+
 def _write(joined: Any, packets: Iterator[tuple[Fraction, Any]]) -> None:
-    av = pyav()
     kind = ""
     try:
         for _, packet in packets:
             kind = packet.stream.type
             joined.mux_one(packet)
         joined.close()  # packets that wait for those of other streams are written here
-    except av.FFmpegError as error:
-        known = isinstance(error, OSError) and error.errno and not isinstance(error, av.InvalidDataError | ValueError)
-        if known:
-            raise OSError(error.errno, error.strerror) from error
+    except pyav().FFmpegError as error:
+        _raise_system_error(error)
         raise _refused(joined, f"a packet of the input's {kind} stream ({error.strerror})") from error
+
+
+def _raise_system_error(error: Any) -> None:
+    """Raise errors such as of a full disk as those of the system, and pass over what FFmpeg says about media."""
+    if isinstance(error, OSError) and error.errno and not isinstance(error, pyav().InvalidDataError | ValueError):
+        raise OSError(error.errno, error.strerror) from error
 
 
 def _film(joined: Any, encoded: Any, original: Any, info: VideoInfo, tick: Fraction) -> Any:
@@ -134,14 +153,14 @@ def _film(joined: Any, encoded: Any, original: Any, info: VideoInfo, tick: Fract
     if info.display_matrix is not None:
         film.set_display_matrix(scaled_matrix(info.display_matrix, Fraction(encoded.width, info.width)))
     film.disposition = original.disposition
-    film.metadata.update({k: v for k, v in original.metadata.items() if k in ("language", "title", "handler_name")})
+    film.metadata.update({k: v for k, v in original.metadata.items() if k.lower() in _TAGS_OF_STREAMS})
     if info.alpha:
         film.metadata["alpha_mode"] = "1"
     return film
 
 
 def _kept_streams(original: Any, output: Path) -> list[Any]:
-    covers = [] if output.suffix.lower() in (".webm", ".mkv") else _covers(original)
+    covers = [] if output.suffix.lower() in (".mkv", *_NO_COVERS) else _covers(original)
     return [*copied_streams(original), *covers]
 
 
@@ -220,15 +239,24 @@ def _is_hidden(packet: Any) -> bool:
     return bool((packet.pts + (packet.duration or 0)) * packet.time_base < -_PREROLL)
 
 
+def _least_step(container: Any) -> int:
+    """Return how many ticks a packet must be later than the last one of its stream."""
+    return 0 if container.format.flags & _TS_NONSTRICT else 1
+
+
 def _copied_packets(
-    original: Any, video: Any, copied: dict[int, Any], source_packets: int | None
+    original: Any, video: Any, copied: dict[int, Any], *, least: int, packets: int | None
 ) -> Iterator[tuple[Fraction, Any]]:
-    """Yield (time in seconds, packet) of the copied streams, on the corrected clock, decoding times increasing."""
+    """Yield (time in seconds, packet) of the copied streams, on the corrected clock.
+
+    Decoding times increase in ticks of the output, or stay where the container takes that: Matroska counts
+    milliseconds, and packets of TrueHD last five sixths of one. Moved behind the last, they would run later and later.
+    """
     clock = PacketClock.of(original, video)
     last: dict[int, int] = {}
     clocked = {video.index, *(stream.index for stream in copied_streams(original))}
     streams = [stream for stream in original.streams if stream.index in clocked | set(copied)]
-    for packet in itertools.islice(original.demux(streams), source_packets):
+    for packet in itertools.islice(original.demux(streams), packets):
         index = packet.stream.index
         if not packet.size:
             continue
@@ -240,11 +268,12 @@ def _copied_packets(
             continue
         if index not in copied or _is_hidden(packet):
             continue
-        dts = packet.dts if packet.dts is not None else packet.pts
-        if index in last and dts <= last[index]:
-            dts = last[index] + 1
-        last[index] = packet.dts = dts
-        packet.pts = dts if packet.pts is None else max(packet.pts, dts)
-        when = dts * packet.time_base
-        packet.stream = copied[index]
+        when = (packet.dts if packet.dts is not None else packet.pts) * packet.time_base
+        stream = copied[index]
+        ratio = packet.time_base / stream.time_base
+        dts = round(when / stream.time_base)
+        last[index] = dts = max(dts, last[index] + least) if index in last else dts
+        packet.pts = dts if packet.pts is None else max(round(packet.pts * ratio), dts)
+        packet.dts, packet.duration = dts, round((packet.duration or 0) * ratio)
+        packet.time_base, packet.stream = stream.time_base, stream
         yield when, packet

@@ -157,9 +157,16 @@ class VideoPlan:
 
 def _notes_about(survey: Survey) -> Iterator[str]:
     if survey.clock_jumps:
-        yield f"the clock of the input jumps {survey.clock_jumps} times: the parts follow each other in the output"
+        times = "once" if survey.clock_jumps == 1 else f"{survey.clock_jumps} times"
+        yield f"the clock of the input jumps {times}: the parts follow each other in the output"
     if survey.damaged:
-        yield f"{survey.damaged} packets of the input are damaged: frames may be missing there, as in a player"
+        packets = "packet of the input is" if survey.damaged == 1 else "packets of the input are"
+        yield f"{survey.damaged} {packets} damaged: frames may be missing there, as in a player"
+    if survey.unreadable_bytes:
+        yield (
+            f"{survey.unreadable_bytes:,} bytes of the input cannot be read: frames may be missing there, as in a "
+            "player; download or copy it again"
+        )
     if survey.missing_seconds > _MISSING_SECONDS:
         yield (
             f"the input ends {survey.missing_seconds:.1f} s earlier than it states: part of it cannot be read, and "

@@ -89,8 +89,8 @@ def is_video(path: Path) -> bool:
         return False
 
 
-def info_of(container: Any, stream: Any, frame: Any) -> VideoInfo:
-    """Describe a stream by what it, its codec and its first decoded frame say.
+def info_of(container: Any, stream: Any, frame: Any, *, first: bool = True) -> VideoInfo:
+    """Describe a stream by what a decoded frame, its codec and it say; of a later frame only what itself says of color.
 
     Raises:
         InputError: pixels that cannot be converted to RGB: of a Bayer sensor, CIE XYZ, floating-point, or with a matrix
@@ -106,11 +106,12 @@ def info_of(container: Any, stream: Any, frame: Any) -> VideoInfo:
             next_step="convert it first",
         )
     rgb = form.is_rgb or form.has_palette
-    matrix = _stated_matrix(container, (int(context.colorspace), int(frame.colorspace)))
+    sources = (frame, context) if first else (frame,)
+    matrix = _stated_matrix(container, (int(source.colorspace) for source in sources))
     assumed = not matrix
     if assumed:
         matrix = BT709 if frame.height >= _HD_LINES else SMPTE170M
-    full = name in _FULL_RANGE_FORMATS or JPEG in (int(context.color_range), int(frame.color_range))
+    full = name in _FULL_RANGE_FORMATS or next(filter(None, (int(s.color_range) for s in sources)), MPEG) == JPEG
     aspect = stream.sample_aspect_ratio
     rate = stream.average_rate or stream.guessed_rate or Fraction(25)
     return VideoInfo(
@@ -152,6 +153,16 @@ def _stated_matrix(container: Any, stated: Iterable[int]) -> int:
     return 0
 
 
+def chroma_of(pix_fmt: str) -> int:
+    """Return which of 4:2:0, 4:2:2 and 4:4:4 (0, 1, 2) keeps all chroma samples of a YUV format."""
+    form = pyav().VideoFormat(pix_fmt, 8, 8)
+    if len(form.components) < 3:
+        return 0
+    if form.chroma_width(8) == 8:
+        return 2
+    return 1 if form.chroma_height(8) == 8 else 0
+
+
 def has_alpha(form: Any) -> bool:
     """Return True if a pixel format has an alpha channel. Palettes may have one: see `VideoReader`."""
     return len(form.components) in (2, 4) and not form.is_bayer
@@ -160,8 +171,11 @@ def has_alpha(form: Any) -> bool:
 def _other_streams(container: Any, video: Any) -> list[str]:
     """Return a description of each stream that is neither upscaled nor copied."""
     films = [s for s in container.streams.video if s.index != video.index and not is_cover(s)]
-    found = [f"{len(films)} further video streams" if len(films) > 1 else "the second video stream"] if films else []
-    data = list(container.streams.data)
+    found = [f"{len(films)} further video streams" if len(films) > 1 else "the other video stream"] if films else []
+    # Chapters of MP4 are a stream of texts that FFmpeg discards after reading them.
+    data = [
+        s for s in container.streams.data if "timecode" not in s.metadata and s.discard != pyav().stream.Discard.all
+    ]
     if data:
-        found.append("data streams (time codes, sensor data)" if len(data) > 1 else "the data stream")
+        found.append("data streams (such as sensor data)" if len(data) > 1 else "the data stream")
     return found

@@ -8,6 +8,7 @@ number of lines would make players guess another. Transfer curve and primaries a
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from numpy.typing import NDArray
 from srdeploy.core.errors import CapabilityError, InputError
 from srdeploy.upscale.video.color import JPEG, SWSCALE_MATRIX, accurate, rgb_from_yuv
 from srdeploy.upscale.video.media import copied_streams, open_video, pyav
-from srdeploy.upscale.video.probe import VideoInfo, info_of
+from srdeploy.upscale.video.probe import VideoInfo, chroma_of, info_of
 from srdeploy.upscale.video.survey import Survey, survey_video
-from srdeploy.upscale.video.timestamps import FrameClock, PacketClock
+from srdeploy.upscale.video.timestamps import FrameClock, PacketClock, is_broadcast
 
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 """FFmpeg's own decoders of these ignore the alpha that Matroska stores next to the picture."""
@@ -66,6 +67,8 @@ class VideoReader:
             if self._first is None:
                 raise InputError(f"{path} holds no frame that can be decoded", expected="a video")
             self.info: VideoInfo = self._with_rate(info_of(self._container, self._stream, self._first))
+            self._colors = _stated_colors(self._first), self.info
+            self._aspect = self._stream.codec_context.sample_aspect_ratio
         except BaseException:
             self.close()
             raise
@@ -85,7 +88,7 @@ class VideoReader:
             duration = int(frame.duration or 0)
             pts = clock.time_of(frame.pts, duration)
             if number >= skip:
-                yield Frame(self._pixels(frame), pts, duration)
+                yield Frame(self._pixels(frame, number), pts, duration)
 
     def can_seek(self) -> bool:
         """Return True if the n-th frame is the one at the n-th time of the survey, and can be decoded from a key frame.
@@ -113,7 +116,7 @@ class VideoReader:
             if frame.pts != next(expected):
                 raise LookupError(number)
             self._check(frame, number)
-            yield Frame(self._pixels(frame), int(frame.pts), int(frame.duration or 0))
+            yield Frame(self._pixels(frame, number), int(frame.pts), int(frame.duration or 0))
         if next(expected, None) is not None:
             raise LookupError(stop)
 
@@ -135,12 +138,14 @@ class VideoReader:
         self._container.close()
 
     def _with_rate(self, info: VideoInfo) -> VideoInfo:
-        """Measure the frame rate if the stream states none, as live recordings of browsers."""
+        """Measure the frame rate if the stream states none, as live recordings of browsers, or a wrong one, as DV."""
         times = self.survey.times
-        if self._stream.average_rate or len(times) < 2 or times[-1] <= times[0]:
+        if len(times) < 2 or times[-1] <= times[0]:
             return info
-        rate = (len(times) - 1) / ((times[-1] - times[0]) * info.time_base)
-        return replace(info, frame_rate=rate.limit_denominator(1001))
+        measured = (len(times) - 1) / ((times[-1] - times[0]) * info.time_base)
+        stated = (self._stream.average_rate, self._stream.guessed_rate) if self._stream.average_rate else ()
+        plausible = (Fraction(rate) for rate in stated if rate and measured / 2 < rate < measured * 2)
+        return replace(info, frame_rate=next(plausible, measured.limit_denominator(1001)))
 
     def _decode(self) -> Iterator[Any]:
         """Decode packets with corrected timestamps. What comes before the first decodable frame is skipped."""
@@ -177,6 +182,13 @@ class VideoReader:
                 expected="one size throughout",
                 next_step="split it there",
             )
+        aspect = self._stream.codec_context.sample_aspect_ratio
+        if (aspect or 1) != (self._aspect or 1) and is_broadcast(self._container):  # other containers state one
+            raise InputError(
+                f"{self.path} changes its pixel aspect at about frame {number}, from {self._aspect} to {aspect}",
+                expected="one aspect throughout",
+                next_step="split it there",
+            )
         if frame.interlaced_frame and not self._progressive:
             raise InputError(
                 f"{self.path} is marked as interlaced at frame {number}",
@@ -184,13 +196,33 @@ class VideoReader:
                 next_step="deinterlace it first, or pass --progressive if the mark is wrong",
             )
 
-    def _pixels(self, frame: Any) -> NDArray[Any]:
-        info = self.info
-        wide = info.bits > 8
+    def _info_of(self, frame: Any, number: int) -> VideoInfo:
+        """Return what a frame says about its own colors: joined recordings change their matrix or range.
+
+        Raises:
+            InputError: the output was begun with fewer bits, less chroma or no alpha, or with the other of RGB and YUV.
+        """
+        stated, info = self._colors
+        if _stated_colors(frame) != stated:
+            info = info_of(self._container, self._stream, frame, first=False)
+            self._colors = _stated_colors(frame), info
+            first = self.info
+            more = (info.alpha, info.bits, chroma_of(info.pix_fmt)), (first.alpha, first.bits, chroma_of(first.pix_fmt))
+            if info.rgb != first.rgb or any(one > other for one, other in zip(*more, strict=True)):
+                raise InputError(
+                    f"{self.path} changes its pixels at frame {number}, from {first.pix_fmt} to {info.pix_fmt}",
+                    expected="one format throughout",
+                    next_step="split it there",
+                )
+        return info
+
+    def _pixels(self, frame: Any, number: int) -> NDArray[Any]:
+        info = self._info_of(frame, number)
+        wide = self.info.bits > 8
         if wide and not info.rgb:
-            return self._from_wide_yuv(frame)
+            return self._from_wide_yuv(frame, info)
         palette = frame.format.has_palette
-        form = ("rgba64le" if wide else "rgba") if info.alpha or palette else ("rgb48le" if wide else "rgb24")
+        form = ("rgba64le" if wide else "rgba") if self.info.alpha or palette else ("rgb48le" if wide else "rgb24")
         converted = frame.reformat(
             format=form,
             src_colorspace=SWSCALE_MATRIX[info.matrix],
@@ -207,15 +239,14 @@ class VideoReader:
                     expected="an opaque palette, or a format with an alpha channel",
                     next_step="convert it to one, such as PNG in .mov (rgba)",
                 )
-            pixels = np.ascontiguousarray(pixels[..., :3])
+            pixels = pixels if self.info.alpha else np.ascontiguousarray(pixels[..., :3])
         return pixels
 
-    def _from_wide_yuv(self, frame: Any) -> NDArray[np.uint16]:
-        """Convert a frame of more than 8 bits through YUV planes of its own depth, chroma at full resolution."""
-        info = self.info
-        matrix = SWSCALE_MATRIX[info.matrix]
+    def _from_wide_yuv(self, frame: Any, info: VideoInfo) -> NDArray[np.uint16]:
+        """Convert a frame through YUV planes of the video's depth, more than 8 bits, chroma at full resolution."""
+        matrix, bits = SWSCALE_MATRIX[info.matrix], self.info.bits
         converted = frame.reformat(
-            format=f"yuva444p{info.bits}le" if info.alpha else f"yuv444p{info.bits}le",
+            format=f"yuva444p{bits}le" if self.info.alpha else f"yuv444p{bits}le",
             src_colorspace=matrix,
             dst_colorspace=matrix,
             src_color_range=info.range,
@@ -229,11 +260,15 @@ class VideoReader:
                 for plane in converted.planes
             ]
         )
-        rgb = rgb_from_yuv(planes[:3], info.matrix, full_range=info.range == JPEG, bits=info.bits)
-        if not info.alpha:
+        rgb = rgb_from_yuv(planes[:3], info.matrix, full_range=info.range == JPEG, bits=bits)
+        if not self.info.alpha:
             return rgb
-        alpha = np.rint(planes[3] * np.float32(65535 / (2**info.bits - 1))).astype(np.uint16)
+        alpha = np.rint(planes[3] * np.float32(65535 / (2**bits - 1))).astype(np.uint16)
         return np.dstack([rgb, alpha])
+
+
+def _stated_colors(frame: Any) -> tuple[str, int, int]:
+    return str(frame.format.name), int(frame.colorspace), int(frame.color_range)
 
 
 def decoder_of(stream: Any, path: Path) -> Any:
@@ -244,16 +279,23 @@ def decoder_of(stream: Any, path: Path) -> Any:
     """
     context = stream.codec_context
     if not context.is_open:  # it is after a seek
-        context.thread_type = "AUTO"
+        _prepare(context)
     mode = next((value for key, value in stream.metadata.items() if key.lower() == "alpha_mode"), "0")
     if mode != "1" or context.name not in _ALPHA_DECODERS:
         return context
     av = pyav()
     name = _ALPHA_DECODERS[context.name]
     try:
-        return av.CodecContext.create(name, "r")
+        return _prepare(av.CodecContext.create(name, "r"))
     except (av.FFmpegError, ValueError) as error:
         raise CapabilityError(
             f"{path} has an alpha channel, and this PyAV has no decoder {name} that reads it",
             next_step="install PyAV's wheel: pip install --force-reinstall --no-deps av",
         ) from error
+
+
+def _prepare(context: Any) -> Any:
+    """Let a decoder use threads, and cut off all hidden pixels at the left: for alignment FFmpeg leaves some."""
+    context.thread_type = "AUTO"
+    context.flags |= int(pyav().codec.context.Flags.unaligned)
+    return context

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from srdeploy.core.errors import InputError, UsageError
+from srdeploy.upscale.video.color import JPEG, LUMA_WEIGHTS, MPEG
 from srdeploy.upscale.video.encoding import Encoding
-from srdeploy.upscale.video.media import CannotHoldError, copied_streams, open_video, pyav
+from srdeploy.upscale.video.media import CannotHoldError, copied_streams, open_video, pyav, time_code
 from srdeploy.upscale.video.mux import join_segments
 from srdeploy.upscale.video.parts import Segment
 from srdeploy.upscale.video.probe import VideoInfo, info_of
@@ -22,7 +23,10 @@ from srdeploy.upscale.video.timestamps import container_tick, place_on_ticks
 from srdeploy.upscale.video.writer import VideoWriter
 
 _SOURCE_PACKETS = 200
-_TECHNICAL_TAGS = {"major_brand", "minor_version", "compatible_brands", "encoder", "duration", "variant_bitrate"}
+_RANGES = {MPEG: "limited", JPEG: "full"}
+_TECHNICAL_TAGS = {"major_brand", "minor_version", "compatible_brands", "encoder", "duration", "variant_bitrate",
+    "timecode",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class _ReadBack:
 
     info: VideoInfo
     tags: frozenset[str]
+    time_code: str | None
     dispositions: tuple[int, ...]
 
 
@@ -98,12 +103,21 @@ def _differences(reader: VideoReader, made: Path, output: Path, encoding: Encodi
     notes = []
     if before.info.mastering is not None and not before.info.mastering.equals(after.info.mastering):
         notes.append(f"not kept by {encoding.codec}: HDR10 metadata (--codec libx265 and libsvtav1 keep it)")
-    for name in ("matrix", "range", "primaries", "transfer"):
+    for name in ("matrix", "range", "primaries", "transfer") if before.info.rgb == after.info.rgb else ():
         one, other = getattr(before.info, name), getattr(after.info, name)
-        if one != other and before.info.rgb == after.info.rgb:
-            notes.append(f"not kept by {encoding.codec} in {output.suffix}: color {name} ({one} in H.273)")
+        if one == other or (name == "matrix" and LUMA_WEIGHTS[one] == LUMA_WEIGHTS[other]):
+            continue
+        if name in ("matrix", "range"):  # players would show other colors
+            raise CannotHoldError(
+                f"{output.suffix} with {encoding.codec} cannot state the input's color {name}"
+                f" ({_RANGES[one] if name == 'range' else f'{one} in H.273'})",
+                by_codec=True,
+            )
+        notes.append(f"not kept by {encoding.codec} in {output.suffix}: color {name} ({one} in H.273)")
     if any(one & ~other for one, other in zip(before.dispositions, after.dispositions, strict=True)):
         notes.append(f"not kept by {output.suffix}: flags of streams, such as default or forced")
+    if before.time_code not in (None, after.time_code):
+        notes.append(f"not kept by {output.suffix}: the time code {before.time_code}")
     lost = sorted(before.tags - after.tags)
     if lost:
         notes.append(f"not kept by {output.suffix}: tags {', '.join(lost)}")
@@ -114,8 +128,9 @@ def _read_back(path: Path, info: VideoInfo | None) -> _ReadBack:
     container, video = open_video(path)
     with container:
         tags = frozenset(key.lower() for key in container.metadata) - _TECHNICAL_TAGS
+        start = time_code(container, video)
         dispositions = tuple(int(stream.disposition) for stream in (video, *copied_streams(container)))
-    return _ReadBack(info or _first_info(path), tags, dispositions)
+    return _ReadBack(info or _first_info(path), tags, start, dispositions)
 
 
 def _first_info(path: Path) -> VideoInfo:

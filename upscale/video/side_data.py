@@ -1,10 +1,13 @@
 """Side data of frames: display matrix, HDR10 metadata, and what cannot be kept."""
 
+import functools
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
+
+from srdeploy.upscale.video.media import pyav
 
 _ONE = 1 << 16  # of the display matrix, 16.16 fixed point
 _IDENTITY = (_ONE, 0, 0, 0, _ONE, 0, 0, 0, 1 << 30)
@@ -18,7 +21,12 @@ _NOT_KEPT = {
     "S12M_TIMECODE": "time codes inside the video stream",
     "ICC_PROFILE": "the ICC profile",
     "AMBIENT_VIEWING_ENVIRONMENT": "the ambient viewing environment",
+    "EXIF": "EXIF metadata inside the video stream",
+    "LCEVC": "the LCEVC enhancement layer",
+    "VIEW_ID": "the second view of a stereoscopic (3D) video",
 }
+_NEWER_KINDS = {28: "LCEVC", 29: "VIEW_ID", 31: "EXIF"}
+"""AVFrameSideDataType of FFmpeg 8 for which PyAV 18 has no name."""
 
 
 @dataclass(frozen=True)
@@ -112,5 +120,18 @@ def _find(frame: Any, name: str) -> bytes | None:
 
 
 def _items(frame: Any) -> Iterator[tuple[str, bytes]]:
+    _name_all_kinds()
     for side in frame.side_data.keys():  # noqa: SIM118 - the container's keys are the entries themselves
         yield side.type.name, bytes(side)
+
+
+@functools.cache
+def _name_all_kinds() -> None:
+    """Let PyAV read frames whose side data has a number that its enumeration lacks: it would raise ValueError."""
+
+    def missing(cls: Any, value: int) -> Any:
+        member = object.__new__(cls)
+        member._name_, member._value_ = _NEWER_KINDS.get(value, f"KIND_{value}"), value
+        return cls._value2member_map_.setdefault(value, member)
+
+    pyav().sidedata.sidedata.Type._missing_ = classmethod(missing)

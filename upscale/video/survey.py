@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from srdeploy.core.errors import InputError
+from srdeploy.upscale.video.damage import unreadable_bytes
 from srdeploy.upscale.video.media import copied_streams, open_video, pyav
 from srdeploy.upscale.video.timestamps import PacketClock
 from srdeploy.upscale.video.truncation import refuse_truncated
@@ -25,6 +26,7 @@ class Survey:
         damaged: packets of the video stream that the container marks as damaged, as in broadcasts.
         missing_seconds: how much earlier the packets end than the file states, where it states that. Matroska readers
             skip what they cannot read without an error, to the next cluster.
+        unreadable_bytes: bytes amid the file that readers skip without an error.
     """
 
     packets: int
@@ -33,6 +35,7 @@ class Survey:
     clock_jumps: int
     damaged: int = 0
     missing_seconds: float = 0.0
+    unreadable_bytes: int = 0
 
 
 def survey_video(path: Path) -> Survey:
@@ -72,6 +75,7 @@ def survey_video(path: Path) -> Survey:
         clock.jumps,
         shown.damaged,
         max(stated - end, 0.0),
+        unreadable_bytes(path, container.format.name),
     )
 
 
@@ -102,11 +106,10 @@ class _Stamps:
         """Return the times of frames in order of presentation if the file states decoding times only, else None.
 
         AVI, and codecs wrapped from it, state no time of presentation; what FFmpeg reports is a guess, and wrong where
-        frames are dropped. Timestamps that only grow, in a stream whose frames are reordered, do not belong to
-        the frames of their packets either. Frame n is then shown at the n-th time.
+        frames are dropped. Times of presentation that only grow, in a stream whose frames are reordered, do not belong
+        to the frames of their packets either. Frame n is then shown at the n-th time.
         """
-        stamps = self.dts or self.pts
         if form == "avi":
-            return stamps
+            return self.dts or self.pts
         growing = self.pts is not None and all(one <= other for one, other in itertools.pairwise(self.pts))
-        return stamps if reorders and growing else None
+        return self.pts if reorders and growing else None

@@ -22,6 +22,11 @@ _FORWARD = 10
 _MATROSKA_TICK = Fraction(1, 1000)
 
 
+def is_broadcast(container: Any) -> bool:
+    """Return True for transport and program streams: the clock may jump, and nothing but the stream describes it."""
+    return bool(container.format.flags & _TS_DISCONT)
+
+
 @dataclass
 class _StreamClock:
     """One stream in `PacketClock`, in ticks of the stream.
@@ -71,7 +76,7 @@ class PacketClock:
     def of(cls, container: Any, video: Any) -> "PacketClock":
         """Make the clock of an opened file. A video that starts before 0 is moved there: MP4 would hide its start."""
         start = Fraction(0) if video.start_time is None else video.start_time * video.time_base
-        return cls(bool(container.format.flags & _TS_DISCONT), video.index, [max(Fraction(0), -start)])
+        return cls(is_broadcast(container), video.index, [max(Fraction(0), -start)])
 
     @property
     def jumps(self) -> int:

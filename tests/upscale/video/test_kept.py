@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from clips import numbered
 
 from srdeploy.core.errors import InputError, UsageError
 from srdeploy.upscale.upscaler import Upscaler
 from srdeploy.upscale.video.job import VideoOptions, upscale_video
+from srdeploy.upscale.video.media import time_code
 from srdeploy.upscale.video.reader import VideoReader
 
 av = pytest.importorskip("av")
@@ -175,8 +177,7 @@ def test_attachments_that_a_container_cannot_hold_are_named(up: Upscaler, clips:
     assert "not kept: attachments (font.ttf): write an .mkv to keep them" in report.notes
 
 
-@pytest.mark.parametrize("output", ["out.mp4", "out.mkv"])
-def test_cover_picture_and_tags_are_kept(output: str, up: Upscaler, clips: Any, tmp_path: Path) -> None:
+def _with_cover(clips: Any, tmp_path: Path) -> Path:
     cover = clips.make(tmp_path / "cover.mjpeg", range(1), codec="mjpeg", pix_fmt="yuvj420p", form="mjpeg")
     video = clips.make(tmp_path / "film.mp4")
 
@@ -184,9 +185,13 @@ def test_cover_picture_and_tags_are_kept(output: str, up: Upscaler, clips: Any, 
         streams[1].disposition = av.stream.Disposition.attached_pic
         file.metadata.update({"title": "a title", "comment": "said"})
 
-    source = clips.remux([video, cover], tmp_path / "a.mp4", prepare=prepare)
+    made: Path = clips.remux([video, cover], tmp_path / "a.mp4", prepare=prepare)
+    return made
 
-    report = upscale_video(up, source, tmp_path / output)
+
+@pytest.mark.parametrize("output", ["out.mp4", "out.mkv"])
+def test_cover_picture_and_tags_are_kept(output: str, up: Upscaler, clips: Any, tmp_path: Path) -> None:
+    report = upscale_video(up, _with_cover(clips, tmp_path), tmp_path / output)
 
     with av.open(str(tmp_path / output)) as file:
         assert {k.lower(): v for k, v in file.metadata.items()}["title"] == "a title"
@@ -194,6 +199,74 @@ def test_cover_picture_and_tags_are_kept(output: str, up: Upscaler, clips: Any, 
         assert [bool(int(s.disposition) & int(av.stream.Disposition.attached_pic)) for s in films] == [False, True]
     assert clips.shown(tmp_path / output).numbers == list(range(10))
     assert not any(note.startswith("not kept") for note in report.notes)
+
+
+@pytest.mark.parametrize("output", ["out.mov", "out.m4v", "out.webm"])
+def test_cover_picture_that_has_no_place_is_named(output: str, up: Upscaler, clips: Any, tmp_path: Path) -> None:
+    report = upscale_video(up, _with_cover(clips, tmp_path), tmp_path / output)
+
+    assert "not kept: the cover picture: write an .mkv or .mp4 to keep it" in report.notes
+    with av.open(str(tmp_path / output)) as file:
+        assert len(file.streams.video) == 1
+
+
+@pytest.mark.parametrize("output", ["out.mov", "out.mp4", "out.mkv"])
+@pytest.mark.parametrize("source", ["a.mov", "a.mkv"])
+def test_time_code_is_kept(source: str, output: str, up: Upscaler, clips: Any, tmp_path: Path) -> None:
+    def stamp(file: Any, stream: Any) -> None:
+        (stream if source == "a.mov" else file).metadata["timecode"] = "10:00:00:00"
+
+    report = upscale_video(up, clips.make(tmp_path / source, prepare=stamp), tmp_path / output)
+
+    assert not any("not kept" in note for note in report.notes)
+    with av.open(str(tmp_path / output)) as file:
+        assert time_code(file, file.streams.video[0]) == "10:00:00:00"
+
+
+@pytest.mark.parametrize("output", ["out.mp4", "out.mkv"])
+def test_chapters_are_kept_and_their_stream_is_not_called_lost(
+    output: str, up: Upscaler, clips: Any, tmp_path: Path
+) -> None:
+    tick = Fraction(1, 1000)
+    chapters = [
+        {"id": 1, "start": 0, "end": 200, "time_base": tick, "metadata": {"title": "Anfänge"}},
+        {"id": 2, "start": 200, "end": 400, "time_base": tick, "metadata": {"title": "第二"}},
+    ]
+    source = clips.make(tmp_path / "a.mp4", prepare=lambda file, stream: file.set_chapters(chapters))
+
+    report = upscale_video(up, source, tmp_path / output)
+
+    with av.open(str(tmp_path / output)) as file:
+        found = [
+            (float(c["start"] * c["time_base"]), float(c["end"] * c["time_base"]), c["metadata"]["title"])
+            for c in file.chapters()
+        ]
+    assert found == [(0.0, 0.2, "Anfänge"), (0.2, 0.4, "第二")]
+    assert not any("not kept" in note for note in report.notes)
+
+
+def test_side_data_that_pyav_has_no_name_for_is_read(up: Upscaler, clips: Any, tmp_path: Path) -> None:
+    """Frames with EXIF, as of cameras: asking PyAV for their side data raised ValueError."""
+    source = clips.make(tmp_path / "a.mov", range(2), codec="tiff", pix_fmt="rgb24")
+
+    report = upscale_video(up, source, tmp_path / "out.mkv")
+
+    assert "not kept: EXIF metadata inside the video stream" in report.notes
+    assert clips.shown(tmp_path / "out.mkv").numbers == [0, 1]
+
+
+def test_hidden_pixels_at_the_left_stay_hidden(up: Upscaler, clips: Any, tmp_path: Path) -> None:
+    """FFmpeg's decoders leave some of them unless asked not to, for the sake of alignment."""
+    options = {"crf": "10", "x264-params": "crop-rect=24,0,8,0"}
+    source = clips.make(tmp_path / "a.mp4", range(2), options=options)
+
+    upscale_video(up, source, tmp_path / "out.mp4", VideoOptions(quality=1))
+
+    reader = VideoReader(tmp_path / "out.mp4")
+    (first, *_) = [frame.pixels for frame in reader.frames()]
+    reader.close()
+    assert first.shape == (96, 64, 3)
+    assert np.abs(first[::2, ::2].astype(int) - numbered(0)[:, 24:56]).mean() < 4
 
 
 def test_place_of_a_phone_is_kept(up: Upscaler, clips: Any, tmp_path: Path) -> None:
@@ -275,7 +348,7 @@ def test_second_video_stream_is_named(up: Upscaler, clips: Any, tmp_path: Path) 
 
     report = upscale_video(up, source, tmp_path / "out.mkv")
 
-    assert "not kept: the second video stream" in report.notes
+    assert "not kept: the other video stream" in report.notes
     assert clips.shown(tmp_path / "out.mkv").numbers == list(range(10))
 
 
@@ -323,6 +396,10 @@ def test_pixel_aspect_is_refused_where_it_would_be_lost(
     assert list(tmp_path.iterdir()) == [source]
 
 
+def _limited(file: Any, stream: Any) -> None:
+    stream.codec_context.color_range, stream.codec_context.colorspace = 1, 6  # alone, libx264 does not write the first
+
+
 def _anamorphic(file: Any, stream: Any) -> None:
     stream.codec_context.sample_aspect_ratio = ASPECT
 
@@ -366,3 +443,65 @@ def test_matrices_that_cannot_be_converted_are_refused(up: Upscaler, clips: Any,
 
     with pytest.raises(InputError, match="color matrix YCgCo; expected BT.601"):
         upscale_video(up, source, tmp_path / "out.mkv")
+
+
+def test_range_that_players_would_guess_wrong_is_refused(up: Upscaler, clips: Any, tmp_path: Path) -> None:
+    """MOV states no range, nor does ProRes: the picture would have too much contrast."""
+    source = clips.make(tmp_path / "a.mp4", range(2), pix_fmt="yuvj420p")
+
+    with pytest.raises(UsageError, match=r"prores_ks cannot state the input's color range \(full\); pass --codec"):
+        upscale_video(up, source, tmp_path / "out.mov", VideoOptions(codec="prores_ks"))
+
+    assert list(tmp_path.iterdir()) == [source]
+
+
+class TestChanges:
+    """Joined recordings whose second part differs."""
+
+    def _joined(self, clips: Any, folder: Path, first: str, second: str, **changes: Any) -> Path:
+        parts = [
+            clips.make(
+                folder / f"{place}.ts",
+                range(10 * place, 10 * place + 10),
+                pix_fmt=pix_fmt,
+                form="mpegts",
+                options={"crf": "10", "bf": "0"},
+                **more,
+            )
+            for place, (pix_fmt, more) in enumerate([(first, {}), (second, {k: v for k, v in changes.items() if v})])
+        ]
+        (folder / "a.ts").write_bytes(b"".join(part.read_bytes() for part in parts))
+        return folder / "a.ts"
+
+    # where a second part states no range, FFmpeg's decoder of H.264 goes on with that of the first
+    @pytest.mark.parametrize("pair", ["yuv420p yuvj420p", "yuvj420p yuv420p", "yuv444p10le yuv420p"])
+    def test_each_frame_is_read_by_its_own_colors(self, pair: str, up: Upscaler, clips: Any, tmp_path: Path) -> None:
+        source = self._joined(clips, tmp_path, *pair.split(), prepare=_limited if pair.endswith("yuv420p") else None)
+
+        upscale_video(up, source, tmp_path / "out.mkv", VideoOptions(quality=1))
+
+        reader = VideoReader(tmp_path / "out.mkv")
+        frames = [frame.pixels for frame in reader.frames()]
+        reader.close()
+        peak = np.iinfo(frames[0].dtype).max
+        errors = [
+            abs(pixels[::2, ::2].mean() * (255 / peak) - numbered(number).mean())
+            for number, pixels in enumerate(frames)
+        ]
+        assert len(errors) == 20
+        assert max(errors) < 2
+
+    @pytest.mark.parametrize("second", ["yuv420p10le", "yuv422p"])
+    def test_what_the_output_cannot_take_up_is_refused(
+        self, second: str, up: Upscaler, clips: Any, tmp_path: Path
+    ) -> None:
+        source = self._joined(clips, tmp_path, "yuv420p", second)
+
+        with pytest.raises(InputError, match=f"changes its pixels at frame 10, from yuv420p to {second}; .*split it"):
+            upscale_video(up, source, tmp_path / "out.mkv")
+
+    def test_pixel_aspect_of_a_broadcast(self, up: Upscaler, clips: Any, tmp_path: Path) -> None:
+        source = self._joined(clips, tmp_path, "yuv420p", "yuv420p", prepare=_anamorphic)
+
+        with pytest.raises(InputError, match="changes its pixel aspect at about frame .*, from None to 32/27"):
+            upscale_video(up, source, tmp_path / "out.mkv")

@@ -5,6 +5,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from srdeploy.core.errors import UsageError
@@ -109,6 +110,27 @@ def test_encoders_are_tried(
 
     assert not computed
     assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize("sound", ["flac", "libopus"])
+def test_stream_that_the_header_refuses_is_named(sound: str, up: Upscaler, clips: Any, tmp_path: Path) -> None:
+    """Some are refused when the header is written, not when they are added."""
+    with av.open(str(clips.make(tmp_path / "v.mkv"))) as film, av.open(str(tmp_path / "a.mkv"), "w") as made:
+        picture = made.add_stream_from_template(film.streams[0])
+        tone = made.add_stream(sound, rate=48000, layout="mono")
+        kind = "s16" if tone.codec_context.codec.name != "libopus" else "flt"
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, 19200), {"s16": np.int16, "flt": np.float32}[kind]), format=kind, layout="mono"
+        )
+        frame.sample_rate, frame.pts = 48000, 0
+        packets = [*film.demux(video=0), *tone.encode(frame), *tone.encode(None)]
+        for packet in packets:
+            if packet.size:
+                packet.stream = tone if packet.stream.type == "audio" else picture
+                made.mux(packet)
+
+    with pytest.raises(UsageError, match=rf"\.mov cannot hold the input's audio stream \({sound.removeprefix('lib')}"):
+        upscale_video(up, tmp_path / "a.mkv", tmp_path / "out.mov")
 
 
 def test_frames_made_for_one_container_are_reused_for_another(
