@@ -1,15 +1,18 @@
 """Shared fixtures. Tests make their own small networks and images; reference data is optional."""
 
 import os
+import random
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from hypothesis import HealthCheck, settings
 from onnx import TensorProto, helper, numpy_helper
 
 from srdeploy.core.contract import ModelContract
@@ -20,6 +23,20 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DATA = Path(__file__).parent / "data"
+_TORCH_SEED = 67280421310721
+"""What PyTorch begins with, so that it makes no difference whether a test is the first to import it."""
+
+# The same examples every time, and no limit on their time: a test that fails does so on every machine, at every run.
+# `pytest --hypothesis-profile=default` looks for others.
+settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +52,15 @@ def reference_data() -> Path:
 
 
 GraphFactory = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    """Begin every test with the same random numbers, whichever tests the process has run before."""
+    random.seed(0)
+    np.random.seed(0)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.default_generator.manual_seed(_TORCH_SEED)
 
 
 @pytest.fixture(autouse=True)

@@ -297,7 +297,7 @@ main()
     while "measured some" not in (line := process.stderr.readline()):
         assert line, "it ended before it was interrupted"
     process.send_signal(signal.SIGINT)
-    _, rest = process.communicate(timeout=60)
+    _, rest = process.communicate(timeout=120)
     kept = [line for path in (tmp_path / "cache").rglob("*.jsonl") for line in path.read_text().splitlines()]
 
     assert process.returncode == 130, rest

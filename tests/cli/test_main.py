@@ -197,7 +197,7 @@ def test_a_signal_unwinds_and_exits_with_its_code(number: signal.Signals, code: 
     assert process.stdout.readline() == "ready\n"
 
     process.send_signal(number)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=120)
 
     assert process.returncode == code
     assert out == "cleaned\n"

@@ -80,7 +80,7 @@ def test_the_installed_wheel_starts_from_anywhere(wheel: Path, tmp_path: Path) -
     )
 
     done = subprocess.run(
-        [sys.executable, "-P", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        [sys.executable, "-P", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
 
     assert done.returncode == 0, done.stderr

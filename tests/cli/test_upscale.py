@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -172,33 +171,50 @@ def test_help_ends_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.rstrip().endswith("--status photos_x4/")
 
 
+WAITING = """
+import signal, sys
+from srdeploy.cli.main import main
+from srdeploy.upscale.video.job import _VideoJob
+compute = _VideoJob._compute
+def waiting(self, frame):
+    if self.parts.finished:
+        print("one segment is finished", file=sys.stderr, flush=True)
+        signal.pause()
+    return compute(self, frame)
+_VideoJob._compute = waiting
+main()
+"""
+"""Runs a command that upscales a video, and waits for a signal when the first segment is finished."""
+
+
 def test_ctrl_c_in_a_video_keeps_finished_segments_and_the_next_run_goes_on(model: Path, tmp_path: Path) -> None:
     av = pytest.importorskip("av")
     source = tmp_path / "clip.mp4"
     with av.open(str(source), "w") as container:
         stream = container.add_stream("libx264", rate=25)
         stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
-        for number in range(1500):
+        for number in range(400):
             pixels = np.full((64, 64, 3), number % 256, np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p")))
         container.mux(stream.encode(None))
-    command = [sys.executable, "-m", "srdeploy.cli.main", "upscale", model, source, "-o", tmp_path / "out.mp4"]
-    child = subprocess.Popen([*command, "--threads", "1"], stderr=subprocess.PIPE, text=True)
+    words = ["upscale", str(model), str(source), "-o", str(tmp_path / "out.mp4"), "--threads", "1"]
+    child = subprocess.Popen([sys.executable, "-c", WAITING, *words], stderr=subprocess.PIPE, text=True)
     parts = tmp_path / "out.mp4.parts"
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and not list(parts.glob("0*.mkv")):
-        time.sleep(0.01)
+    assert child.stderr is not None
+    while "one segment is finished" not in (line := child.stderr.readline()):
+        assert line, "it ended before it was interrupted"
     child.send_signal(signal.SIGINT)
-    errors = child.communicate(timeout=60)[1]
+    errors = child.communicate(timeout=120)[1]
 
     assert child.returncode == 130
     assert "run the same command to resume" in errors
     assert not (tmp_path / "out.mp4").exists()
     assert sorted(path.suffix for path in parts.iterdir())[0] == ".jsonl"
     assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-    again = subprocess.run([*command, "--threads", "1", "--json"], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "srdeploy.cli.main", *words, "--json"]
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
     document = json.loads(again.stdout)
-    assert document["frames"] == 1500
+    assert document["frames"] == 400
     assert document["frames_resumed"] >= 120
     assert not parts.exists()
 

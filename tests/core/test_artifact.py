@@ -231,7 +231,7 @@ def test_a_signal_during_the_renames_arrives_after_them(tmp_path: Path, name: st
             print("interrupted afterwards")
     """)
 
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
 
     assert done.stdout == "interrupted afterwards\n", done.stderr
     assert names(tmp_path) == ["a", "b"]

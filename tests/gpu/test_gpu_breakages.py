@@ -76,6 +76,8 @@ def run(test: Callable[..., None], values: dict[str, Any]) -> None:
     wanted = inspect.signature(test).parameters
     with contextlib.ExitStack() as stack, warnings.catch_warnings():
         warnings.simplefilter("error")
+        if "monkeypatch" in wanted:
+            values["monkeypatch"] = stack.enter_context(pytest.MonkeyPatch.context())
         if "runner" in wanted:
             values["runner"] = stack.enter_context(open_engine(values["built"]))
         test(**{name: values[name] for name in wanted})

@@ -4,9 +4,9 @@ A missing wait seldom shows on an idle GPU. So everything here keeps streams bus
 compares with what the CPU computes from the same graph. On simulated GPUs the work runs as late as its order allows.
 """
 
-import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from srdeploy.runtime.engines.sidecar import read_engine
 from srdeploy.runtime.engines.tensorrt.full import FULL
 from srdeploy.runtime.engines.tensorrt.open import open_plan
 from srdeploy.runtime.engines.tensorrt.rtx import RTX
-from srdeploy.runtime.engines.tensorrt.runner import CAPTURE_AFTER, MAX_PLANS, TensorRtRunner
+from srdeploy.runtime.engines.tensorrt.runner import CAPTURE_AFTER, MAX_PLANS, TensorRtRunner, _Plan
 
 Expected = Callable[[np.ndarray], np.ndarray]
 TURNS = CAPTURE_AFTER + 3
@@ -172,30 +172,31 @@ def test_a_larger_shape_does_not_disturb_a_smaller_one(runner: TensorRtRunner, e
         assert_same(result.cpu().numpy(), expected(small))
 
 
-def test_threads_compute_at_the_same_time(runner: TensorRtRunner, expected: Expected) -> None:
-    pictures = [image(1, 3, 24 + 8 * index, 32, seed=index) for index in range(3)]
-    wanted = [expected(picture) for picture in pictures]
-    failures: list[str] = []
-    together = threading.Barrier(len(pictures))  # threads that start one after the other may never overlap
+def test_threads_compute_at_the_same_time(
+    runner: TensorRtRunner, expected: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All have begun the copy of a picture of the same shape before one goes on: a plan in common has the last one."""
+    together = threading.Barrier(3, timeout=120)
+    load = _Plan.load
 
-    def work(index: int) -> None:
-        for _ in range(2 * TURNS):
-            together.wait()
-            try:
-                assert_same(run_image(runner, pictures[index]), wanted[index])
-            except Exception as error:
-                failures.append(f"{type(error).__name__}: {error}")
+    def load_together(self: _Plan, picture: np.ndarray) -> None:
+        load(self, picture)
+        together.wait()
 
-    switching = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)  # threads change in the middle of a run, not between runs
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(pictures))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    sys.setswitchinterval(switching)
+    def work(index: int) -> list[np.ndarray]:
+        try:
+            return [run_image(runner, image(1, 3, 24, 32, seed=10 * index + turn)) for turn in range(TURNS)]
+        except Exception:
+            together.abort()  # nobody waits for this thread any more
+            raise
 
-    assert failures == []
+    with monkeypatch.context() as patch, ThreadPoolExecutor(together.parties) as threads:
+        patch.setattr(_Plan, "load", load_together)
+        answers = list(threads.map(work, range(together.parties)))
+
+    for index, results in enumerate(answers):
+        for turn, result in enumerate(results):
+            assert_same(result, expected(image(1, 3, 24, 32, seed=10 * index + turn)))
 
 
 def test_rtx_records_its_graph_once_per_shape(

@@ -392,14 +392,16 @@ def test_folders_with_failures(user: User) -> None:
 
 @pytest.mark.advice("upscale/folders.py:FolderReport.advice", "--format webp --quality 95 encodes faster, and so does ")
 def test_encoding_that_limits_the_speed(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Deflate takes 50 ms more here, so that it is the slowest on any machine; JPEG does not run it."""
-    real = PngImagePlugin._save
+    """Deflate takes an hour more by the clock here, so that it is the slowest on any machine; JPEG does not run it."""
+    real, hours = PngImagePlugin._save, []
 
     def slow(*arguments: Any, **options: Any) -> None:
-        time.sleep(0.05)
+        hours.append(3600.0)
         real(*arguments, **options)
 
     monkeypatch.setitem(Image.SAVE, "PNG", slow)
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + sum(hours))
+    monkeypatch.setattr("srdeploy.upscale.folders.time", clock)
     printed = user.runs("upscale good.onnx photos -o out --threads 1")
 
     assert "encodes faster" in printed

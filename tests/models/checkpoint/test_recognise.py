@@ -202,7 +202,7 @@ def test_joining_blocks_in_the_other_order_would_show() -> None:
     assert (right - wrong).abs().max() > 1e-3
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_no_key_is_ever_ignored(data: st.DataObject) -> None:
     """Removing, renaming or adding any single key of any small file is refused."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_fuzzing.references import CASES, Case, Sizes, Weights
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -23,7 +23,7 @@ IDS = [f"{case.dialect}-{index}" for index, case in enumerate(CASES)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
-@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5)
 @given(data=st.data(), seed=st.integers(0, 2**20))
 def test_a_loaded_file_computes_what_its_source_computes(
     tmp_path: Path, case: Case, data: st.DataObject, seed: int
@@ -95,7 +95,7 @@ def test_a_file_written_back_under_its_sources_names_is_the_same_network(tmp_pat
     assert set(weights) - set(written) <= {key for key in weights if key.endswith("num_batches_tracked")}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_damaged_key_sets_end_in_success_or_a_documented_error(data: st.DataObject) -> None:
     """Shapes, types and names are changed at random; whatever is accepted must build a network."""

@@ -187,13 +187,13 @@ def test_gc_keeps_what_another_process_has_made_since_it_looked(
     seen = cache.entries(check=True)
     build(small_onnx(), tmp_path / "two")  # finds it broken, and builds it again
 
-    monkeypatch.setattr(EngineCache, "entries", lambda self, *, check=False: seen)
-    removed = cache.gc()
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(EngineCache, "entries", lambda self, *, check=False: seen)
+        removed = cache.gc()
 
     assert seen[0].problem is not None
     assert removed == []
-    assert [each.problem for each in EngineCache(cache.root).entries(check=True)] == [None]
+    assert [each.problem for each in cache.entries(check=True)] == [None]
 
 
 def test_an_entry_that_another_process_removes_meanwhile_is_none(

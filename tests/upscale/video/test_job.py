@@ -1,10 +1,8 @@
 """Videos: timing, colour, audio and subtitles kept; resumable; damaged ones refused."""
 
-import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -238,6 +236,24 @@ def test_odd_sizes_are_stored_without_subsampling(nearest_onnx: Callable[..., Pa
     assert pixels(tmp_path / "b.mkv")[0].shape == (99, 141, 3)
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from srdeploy.upscale.upscaler import Upscaler
+from srdeploy.upscale.video.job import VideoOptions, upscale_video
+from srdeploy.upscale.video.parts import Parts
+add = Parts.add
+def add_three(self, segment):
+    if len(self.finished) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    add(self, segment)
+Parts.add = add_three
+up = Upscaler.open(Path(sys.argv[1]), threads=1)
+upscale_video(up, Path(sys.argv[2]), Path(sys.argv[3]), VideoOptions(segment_frames=20))
+"""
+"""Upscales a video and kills itself when the fourth segment has its file and is not recorded yet."""
+
+
 class TestResume:
     """Runs that end early are taken up where their last whole segment ended."""
 
@@ -279,25 +295,15 @@ class TestResume:
         self, nearest_onnx: Callable[..., Path], up: Upscaler, tmp_path: Path
     ) -> None:
         source = clip(tmp_path / "a.mp4", frames=400)
-        code = (
-            "import sys; from pathlib import Path; from srdeploy.upscale.upscaler import Upscaler;"
-            "from srdeploy.upscale.video.job import VideoOptions, upscale_video;"
-            "upscale_video(Upscaler.open(Path(sys.argv[1]), threads=1), Path(sys.argv[2]), Path(sys.argv[3]),"
-            " VideoOptions(segment_frames=20))"
-        )
-        child = subprocess.Popen([sys.executable, "-c", code, nearest_onnx(), source, tmp_path / "b.mp4"])
-        parts = tmp_path / "b.mp4.parts"
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and len(list(parts.glob("0*.mkv"))) < 3:
-            time.sleep(0.005)
-        os.kill(child.pid, signal.SIGKILL)
-        child.wait()
+        child = subprocess.run([sys.executable, "-c", KILLED, nearest_onnx(), source, tmp_path / "b.mp4"])
+        assert child.returncode == -signal.SIGKILL
         assert not (tmp_path / "b.mp4").exists()
+        assert len(list((tmp_path / "b.mp4.parts").glob("0*.mkv"))) == 4
 
         report = upscale_video(up, source, tmp_path / "b.mp4", VideoOptions(segment_frames=20))
 
         assert report.frames == 400
-        assert report.resumed >= 40
+        assert report.resumed == 60
         assert len(facts(tmp_path / "b.mp4")["times"]) == 400
         assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 

@@ -243,7 +243,7 @@ options = BuildOptions(profiles=(ShapeProfile(shape, shape, shape),), use_cache=
 output = Path({str(tmp_path / "e.plan")!r})
 build_engine(Path({str(path)!r}), output, engine="tensorrt", options=options, progress=Steps())
 """
-    setting = Setting("10.16.1.11", gpus=(ADA,), build_step_seconds=0.5)
+    setting = Setting("10.16.1.11", gpus=(ADA,), build_step_seconds=3600)
     with simulated(tmp_path_factory.mktemp("machine"), setting):
         process = subprocess.Popen(
             [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
@@ -251,7 +251,7 @@ build_engine(Path({str(path)!r}), output, engine="tensorrt", options=options, pr
     assert process.stdout is not None
     process.stdout.readline()  # the builder is at work
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=120)
 
     assert "KeyboardInterrupt" in stderr
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]

@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -196,18 +195,19 @@ def test_the_whole_log_is_kept(small_onnx: GraphFactory, tmp_path: Path) -> None
 def test_ctrl_c_ends_the_build_at_once_and_leaves_nothing(small_onnx: GraphFactory, tmp_path: Path) -> None:
     path = small_onnx(dtype="float16", features=64)
     script = (
+        "import contextlib, psutil\n"
         "from pathlib import Path\n"
         "from srdeploy.core.shapes import ShapeProfile\n"
         "from srdeploy.runtime.engines.options import BuildOptions\n"
         "from srdeploy.runtime.engines.registry import build_engine\n"
+        "def advance(amount=1, note=None):\n"
+        "    if note == 'building engine':\n"
+        "        (worker,) = psutil.Process().children()\n"
+        "        worker.suspend()  # its build would never end\n"
+        "    print(note, flush=True)\n"
         "class Told:\n"
         "    def note(self, message): print(message, flush=True)\n"
-        "    def task(self, description, total=None):\n"
-        "        import contextlib\n"
-        "        @contextlib.contextmanager\n"
-        "        def told():\n"
-        "            yield lambda amount=1, note=None: print(note, flush=True)\n"
-        "        return told()\n"
+        "    def task(self, description, total=None): return contextlib.nullcontext(advance)\n"
         f"p = ShapeProfile((1, 3, 8, 8), (1, 3, 8, 8), (1, 3, 8, 8))\n"
         f"build_engine(Path({str(path)!r}), Path({str(tmp_path / 'e.rtx')!r}), engine='tensorrt-rtx',"
         f" options=BuildOptions(profiles=(p,)), progress=Told())\n"
@@ -219,13 +219,11 @@ def test_ctrl_c_ends_the_build_at_once_and_leaves_nothing(small_onnx: GraphFacto
     for line in process.stdout:  # wait until the builder is at work
         if "building engine" in line:
             break
-    pressed = time.monotonic()
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=120)
 
     assert "KeyboardInterrupt" in stderr
     assert process.returncode != 0
-    assert time.monotonic() - pressed < 10
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
