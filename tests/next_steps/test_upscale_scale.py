@@ -167,6 +167,7 @@ def test_segments_that_fail(user: User, monkeypatch: pytest.MonkeyPatch, dies: b
             made._take(2, upscale_segment(up, job, 2, plan.parts.path(2)), SILENT, advance)
             made._finished(3)
     plan.keep_or_remove_parts(caught.value, SILENT)
+    plan.close()
     reader.close()
 
     assert "resuming after 5 frames" in user.runs("upscale good.onnx a.mkv -o out.mkv --threads 1")

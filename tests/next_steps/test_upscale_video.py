@@ -13,6 +13,7 @@ import pytest
 from next_steps.conftest import User
 
 from srdeploy.upscale.video import reader
+from srdeploy.upscale.video.parts import Parts
 
 av = pytest.importorskip("av")
 
@@ -86,6 +87,17 @@ def recoded(source: Path, target: Path, codec: str, pix_fmt: str, change: Callab
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Containers and codecs
+
+
+@pytest.mark.advice("upscale/video/parts.py:_hold", "wait for it, or choose another output name")
+def test_another_run_to_the_same_output(user: User, clips: Clips) -> None:
+    clips.make(Path("a.mp4"), range(3))
+    other = Parts(Path("out.mp4.parts"), "key")
+
+    user.refused(f"{UPSCALE} a.mp4 -o out.mp4")
+    user.runs(f"{UPSCALE} a.mp4 -o other.mp4")
+    other.close()
+    user.runs(f"{UPSCALE} a.mp4 -o out.mp4")
 
 
 @pytest.mark.advice("upscale/video/plan.py:check_video_output", "a name ending in .mp4")

@@ -48,31 +48,33 @@ def upscale_video_on_cluster(
     source, output = source.resolve(), output.resolve()
     check_video_output(source, output)
     started = time.monotonic()
-    with (
-        atomic_file(output, force=options.force) as temporary,
-        contextlib.closing(VideoReader(source, progressive=options.progressive)) as reader,
-    ):
-        pool = RayPool(
-            ray,
-            share,
-            replace(model, visible=(source, output.parent)),
-            lambda actor, task: actor.run_segment.remote(*task),
-            mixed_engines=mixed_engines,
-        )
-        try:
-            first = pool.first()
-            plan = VideoPlan(reader, output, options, first.contract, first.identity)
+    with contextlib.ExitStack() as held:
+        with (
+            atomic_file(output, force=options.force) as temporary,
+            contextlib.closing(VideoReader(source, progressive=options.progressive)) as reader,
+        ):
+            pool = RayPool(
+                ray,
+                share,
+                replace(model, visible=(source, output.parent)),
+                lambda actor, task: actor.run_segment.remote(*task),
+                mixed_engines=mixed_engines,
+            )
             try:
-                notes = plan.rehearse(progress)
-                driver = _Driver(ray, pool, plan, options)
-                report = driver.run(reader.can_seek(), progress)
-            except BaseException as error:
-                plan.keep_or_remove_parts(error, progress)
-                raise
-        finally:
-            pool.close()
-        plan.join(temporary, progress)
-    plan.parts.remove()
+                first = pool.first()
+                plan = VideoPlan(reader, output, options, first.contract, first.identity)
+                held.callback(plan.close)
+                try:
+                    notes = plan.rehearse(progress)
+                    driver = _Driver(ray, pool, plan, options)
+                    report = driver.run(reader.can_seek(), progress)
+                except BaseException as error:
+                    plan.keep_or_remove_parts(error, progress)
+                    raise
+            finally:
+                pool.close()
+            plan.join(temporary, progress)
+        plan.parts.remove()
     report.notes = notes
     report.seconds = time.monotonic() - started
     return report

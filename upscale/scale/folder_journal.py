@@ -16,7 +16,6 @@ A writer holds a lock on its file while it runs, which the system releases when 
 file is a running writer.
 """
 
-import fcntl
 import os
 import platform
 import re
@@ -29,8 +28,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
+from srdeploy.core import file_lock
 from srdeploy.core.artifact import output_errors, sha256_of_file
 from srdeploy.core.errors import UsageError
 from srdeploy.core.journal import Journal
@@ -84,12 +84,9 @@ def is_locked(path: Path) -> bool:
     """Return True if a running process writes to a journal file."""
     try:
         with path.open("rb") as stream:
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # gone, or a file system without locks
+            return file_lock.is_held(stream)
+    except OSError:  # gone
         return False
-    return False
 
 
 class FolderJournal:
@@ -121,7 +118,7 @@ class FolderJournal:
             self._refuse_other_settings()
             with output_errors(path):
                 self._stream = path.open("ab")
-            self._seen_by_others = _lock(self._stream)
+            self._seen_by_others = file_lock.hold(self._stream)  # waits: `is_locked` takes it for a moment too
             try:
                 facts = {name: value for name, value in vars(run).items() if name != "others"}
                 self._append({"run": self.writer, "pid": os.getpid(), **facts})
@@ -269,17 +266,5 @@ def _one_writer_begins(journals: Path) -> Iterator[None]:
     with output_errors(path):
         stream = path.open("ab")
     with stream:
-        _lock(stream)
+        file_lock.hold(stream)
         yield
-
-
-def _lock(stream: BinaryIO) -> bool:
-    """Hold a lock on a file until it is closed, and wait for it: `is_locked` holds it for a moment too.
-
-    False on a file system without locks: running writers are not seen there.
-    """
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-    except OSError:
-        return False
-    return True

@@ -96,19 +96,21 @@ def upscale_video(
     options = options or VideoOptions()
     check_video_output(source, output)
     started = time.monotonic()
-    with (
-        atomic_file(output, force=options.force) as temporary,
-        contextlib.closing(VideoReader(source, progressive=options.progressive)) as reader,
-    ):
-        plan = VideoPlan(reader, output, options, up.contract, up.identity)
-        try:
-            notes = plan.rehearse(progress)
-            report = _VideoJob(up, plan, options).run(progress)
-        except BaseException as error:
-            plan.keep_or_remove_parts(error, progress)
-            raise
-        plan.join(temporary, progress)
-    plan.parts.remove()
+    with contextlib.ExitStack() as held:
+        with (
+            atomic_file(output, force=options.force) as temporary,
+            contextlib.closing(VideoReader(source, progressive=options.progressive)) as reader,
+        ):
+            plan = VideoPlan(reader, output, options, up.contract, up.identity)
+            held.callback(plan.close)
+            try:
+                notes = plan.rehearse(progress)
+                report = _VideoJob(up, plan, options).run(progress)
+            except BaseException as error:
+                plan.keep_or_remove_parts(error, progress)
+                raise
+            plan.join(temporary, progress)
+        plan.parts.remove()
     report.notes = notes
     report.seconds = time.monotonic() - started
     return report

@@ -2,13 +2,16 @@
 
 import contextlib
 import itertools
+import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from srdeploy.core import file_lock
 from srdeploy.core.artifact import output_errors, sha256_of_file
+from srdeploy.core.errors import UsageError
 from srdeploy.core.journal import Journal
 
 _JOURNAL = "segments.jsonl"
@@ -29,19 +32,20 @@ class Segment:
 def adopt_parts(folder: Path, others: Iterable[Path], key: str) -> None:
     """Take over the first of the other folders that holds segments made with the same key, if `folder` is absent.
 
-    The same video written to another container: segments do not depend on it.
+    The same video written to another container: segments do not depend on it. A folder that a run uses now stays its.
     """
     if folder.exists():
         return
     for other in others:
-        with contextlib.suppress(OSError):
-            if key in (other / _JOURNAL).read_text(encoding="utf-8", errors="replace"):
+        with contextlib.suppress(OSError), _opened(other) as descriptor:
+            same = key in (other / _JOURNAL).read_text(encoding="utf-8", errors="replace")
+            if same and file_lock.hold_now(descriptor):
                 other.rename(folder)
                 return
 
 
 class Parts:
-    """The finished segments of one video, in OUTPUT.parts/.
+    """The finished segments of one video, in OUTPUT.parts/; close it to let another run have them.
 
     Attributes:
         folder: OUTPUT.parts/.
@@ -57,18 +61,22 @@ class Parts:
             suffix: of their container.
 
         Raises:
+            UsageError: another run writes them now.
             OutputError: the folder cannot be written.
         """
         self.folder = folder
         self.finished: dict[int, Segment] = {}
         self._key = key
         self._suffix = suffix
-        self._journal = Journal(folder / _JOURNAL)
-        self._take_up()
-        with output_errors(folder):
-            for path in folder.iterdir():
-                if path not in (folder / _JOURNAL, *(segment.path for segment in self.finished.values())):
-                    path.unlink()
+        with contextlib.ExitStack() as held:
+            _hold(folder, held)
+            self._journal = Journal(folder / _JOURNAL)
+            self._take_up()
+            with output_errors(folder):
+                for path in folder.iterdir():
+                    if path not in (folder / _JOURNAL, *(segment.path for segment in self.finished.values())):
+                        path.unlink()
+            self._held = held.pop_all()
 
     @property
     def segments(self) -> list[Segment]:
@@ -102,6 +110,10 @@ class Parts:
         """Remove the folder; the video is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def close(self) -> None:
+        """Let another run use the folder."""
+        self._held.close()
+
     def _take_up(self) -> None:
         whole: dict[int, Mapping[str, Any]] = {}
         for entry in self._journal.entries:
@@ -121,3 +133,29 @@ class Parts:
             return Segment(path, tuple(int(value) for value in entry["pts"]), int(entry["last_duration"]))
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+
+def _hold(folder: Path, held: contextlib.ExitStack) -> None:
+    """Make a folder if it is missing, and hold its lock: two runs would remove each other's files."""
+    while True:
+        with output_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as opened:
+            descriptor = opened.enter_context(_opened(folder))
+            if not file_lock.hold_now(descriptor):
+                raise UsageError(
+                    f"another run writes the segments of a video into {folder}",
+                    next_step="wait for it, or choose another output name",
+                )
+            if os.path.samestat(os.fstat(descriptor), folder.stat()):  # else the other has just removed or moved it
+                held.enter_context(opened.pop_all())
+                return
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

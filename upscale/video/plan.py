@@ -83,7 +83,7 @@ class VideoPlan:
             identity: see `srdeploy.upscale.upscaler.Upscaler.identity`.
 
         Raises:
-            UsageError: the container or codec cannot hold the result.
+            UsageError: the container or codec cannot hold the result, or another run writes the same output now.
             OutputError: the folder of the output cannot be written.
         """
         info = reader.info
@@ -99,6 +99,10 @@ class VideoPlan:
         folder, *others = (output.with_name(f"{output.stem}{suffix}.parts") for suffix in (output.suffix, *CONTAINERS))
         adopt_parts(folder, others, key)
         self.parts = Parts(folder, key, self.encoding.segment_suffix)
+
+    def close(self) -> None:
+        """Let another run use the segments."""
+        self.parts.close()
 
     def describe_encoding(self) -> dict[str, Any]:
         """Return codec, stored format and options as JSON values."""

@@ -1,6 +1,7 @@
 """The journal of an output folder with several writers."""
 
 import errno
+import fcntl
 import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -168,7 +169,7 @@ def test_nothing_is_removed_where_running_writers_are_not_seen(tmp_path: Path, m
     def refuse(stream: object, operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(folder_journal.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     (tmp_path / ".a.abcdefgh.png").touch()
     with FolderJournal(tmp_path, run("")) as journal:
         journal.remove_leftovers(["a.png"])

@@ -1,5 +1,6 @@
 """Videos: timing, colour, audio and subtitles kept; resumable; damaged ones refused."""
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -11,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from srdeploy.core import file_lock
 from srdeploy.core.errors import InputError, OutputError, SrdeployError, UsageError
 from srdeploy.upscale.read_compute_write import Pipeline
 from srdeploy.upscale.upscaler import Upscaler
 from srdeploy.upscale.video.encoding import Encoding
 from srdeploy.upscale.video.job import VideoOptions, upscale_video
+from srdeploy.upscale.video.parts import Parts, Segment
 from srdeploy.upscale.video.probe import is_video
 from srdeploy.upscale.video.reader import Frame, VideoReader
 from srdeploy.upscale.video.writer import VideoWriter
@@ -306,6 +309,48 @@ class TestResume:
         assert report.resumed == 60
         assert len(facts(tmp_path / "b.mp4")["times"]) == 400
         assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+    def test_runs_at_once_leave_each_others_segments_alone(
+        self, up: Upscaler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A second run to the same output, and one to another container, when the first has finished a segment."""
+        source = clip(tmp_path / "a.mp4", frames=12)
+        options = VideoOptions(segment_frames=4)
+        add, begun = Parts.add, []
+
+        def add_and_begin_others(self: Parts, segment: Segment) -> None:
+            add(self, segment)
+            if not begun:
+                begun.append(segment)
+                with pytest.raises(UsageError, match="another run writes the segments of a video"):
+                    upscale_video(up, source, tmp_path / "b.mp4", options)
+                begun.append(upscale_video(up, source, tmp_path / "b.mkv", options))
+
+        monkeypatch.setattr(Parts, "add", add_and_begin_others)
+        first = upscale_video(up, source, tmp_path / "b.mp4", options)
+
+        for report in (first, begun[1]):
+            assert (report.frames, report.resumed) == (12, 0)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "b.mkv", "b.mp4"]
+
+    def test_a_folder_that_another_run_removes_meanwhile_is_made_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It was opened before it was removed, and the lock of what is gone keeps nobody out."""
+        folder = tmp_path / "b.mp4.parts"
+        real, removed = file_lock.hold_now, []
+
+        def hold_late(descriptor: int) -> bool:
+            if not removed:
+                removed.append(folder.rmdir())
+            return real(descriptor)
+
+        monkeypatch.setattr(file_lock, "hold_now", hold_late)
+        with contextlib.closing(Parts(folder, "key")):
+            assert folder.is_dir()
+            with pytest.raises(UsageError, match="another run"):
+                Parts(folder, "key")
+        Parts(folder, "key").close()
 
     def test_segments_of_another_video_or_changed_ones_are_not_taken_up(
         self, up: Upscaler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
