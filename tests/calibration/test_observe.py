@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from peak_memory import environment
 
 from srdeploy.calibration.images.dataset import CalibrationSet
 from srdeploy.calibration.int8.arithmetic import fake_quantize, params_for_range
@@ -162,9 +163,9 @@ def test_ranges_of_another_model_are_refused(tmp_path: Path) -> None:
 
 
 _PEAK_OF_A_PASS = """
-import resource, sys
 import numpy as np, onnx
 from onnx import TensorProto, helper
+from peak_memory import peak_kib
 from srdeploy.calibration.observe import observe
 from srdeploy.core.onnx_graph import Graph
 
@@ -174,14 +175,15 @@ values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 16, "h", 
 graph = helper.make_graph(nodes, "chain", values[:1], values[1:])
 model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
 observe(Graph(model), names[1:], [np.zeros((1, 16, 8, 8), np.float32)], threads=1)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_kib()
 observe(Graph(model), names[1:], [np.ones((1, 16, 256, 256), np.float32)], threads=1)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak_kib() - before)
 """
 
 
 def test_observed_tensors_are_freed_one_after_the_other() -> None:
-    done = subprocess.run([sys.executable, "-c", _PEAK_OF_A_PASS], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", _PEAK_OF_A_PASS]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment())
 
-    # Forty maps of 4 MiB are alive together when their statistics run last.
-    assert int(done.stdout) < 80 * 1024
+    # Forty maps of 4 MiB are alive together when their statistics run last; at least one is.
+    assert 4 * 1024 < int(done.stdout) < 80 * 1024
