@@ -62,8 +62,7 @@ def choose_encoding(
         CannotHoldError: it cannot store the frames, or the container cannot hold it. Bits, chroma and alpha are never
             reduced.
     """
-    name = codec or _DEFAULT_CODECS.get(output.suffix.lower(), "libx264")
-    formats = _formats_of(name)
+    name, formats = _encoder(codec or _DEFAULT_CODECS.get(output.suffix.lower(), "libx264"))
     if quality is not None and name not in DEFAULT_QUALITY:
         raise UsageError(
             f"--quality {quality} for {name}", expected="a codec with a CRF: " + ", ".join(DEFAULT_QUALITY)
@@ -89,10 +88,14 @@ def choose_encoding(
     return Encoding(name, stored, options, tuple(notes), suffix)
 
 
-def _formats_of(codec: str) -> list[str]:
+def _encoder(codec: str) -> tuple[str, list[str]]:
+    """Return an encoder's own name, libx264 for h264, and the pixel formats that it takes."""
     av = pyav()
     try:
-        return [form.name for form in av.Codec(codec, "w").video_formats or ()]
+        encoder = av.Codec(codec, "w")
+        if encoder.type != "video":
+            raise ValueError(codec)
+        return str(encoder.name), [form.name for form in encoder.video_formats or ()]
     except (av.FFmpegError, ValueError) as error:
         raise UsageError(
             f"video codec {codec!r}", expected="an encoder of this PyAV: libx264, libx265, libsvtav1, libvpx-vp9, ffv1"

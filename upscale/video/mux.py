@@ -232,11 +232,16 @@ def _reordering(segment: Segment) -> int:
     return max(place - rank for place, (_, rank) in enumerate(ranked_packets(segment)))
 
 
-def _is_hidden(packet: Any) -> bool:
-    """Return True if an edit list hides a packet that decoders do not need to start with the shown part."""
+def _is_hidden(packet: Any, *, begun: bool) -> bool:
+    """Return True if an edit list hides a packet that decoders do not need to start with the shown part.
+
+    Args:
+        packet: of sound or subtitles.
+        begun: a packet of its stream was shown before.
+    """
     if not packet.is_discard or packet.pts is None:
         return False
-    return bool((packet.pts + (packet.duration or 0)) * packet.time_base < -_PREROLL)
+    return begun or bool((packet.pts + (packet.duration or 0)) * packet.time_base < -_PREROLL)
 
 
 def _least_step(container: Any) -> int:
@@ -254,6 +259,7 @@ def _copied_packets(
     """
     clock = PacketClock.of(original, video)
     last: dict[int, int] = {}
+    begun: set[int] = set()
     clocked = {video.index, *(stream.index for stream in copied_streams(original))}
     streams = [stream for stream in original.streams if stream.index in clocked | set(copied)]
     for packet in itertools.islice(original.demux(streams), packets):
@@ -266,8 +272,10 @@ def _copied_packets(
             packet.pts = packet.dts = 0
         if packet.dts is None and packet.pts is None:
             continue
-        if index not in copied or _is_hidden(packet):
+        if index not in copied or _is_hidden(packet, begun=index in begun):
             continue
+        if not packet.is_discard:
+            begun.add(index)
         when = (packet.dts if packet.dts is not None else packet.pts) * packet.time_base
         stream = copied[index]
         ratio = packet.time_base / stream.time_base

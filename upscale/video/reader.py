@@ -25,6 +25,8 @@ from srdeploy.upscale.video.timestamps import FrameClock, PacketClock, is_broadc
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 """FFmpeg's own decoders of these ignore the alpha that Matroska stores next to the picture."""
 
+_LEAST_RATE = Fraction(1, 1001)
+
 
 @dataclass(frozen=True, eq=False)
 class Frame:
@@ -145,7 +147,7 @@ class VideoReader:
         measured = (len(times) - 1) / ((times[-1] - times[0]) * info.time_base)
         stated = (self._stream.average_rate, self._stream.guessed_rate) if self._stream.average_rate else ()
         plausible = (Fraction(rate) for rate in stated if rate and measured / 2 < rate < measured * 2)
-        return replace(info, frame_rate=next(plausible, measured.limit_denominator(1001)))
+        return replace(info, frame_rate=next(plausible, max(measured.limit_denominator(1001), _LEAST_RATE)))
 
     def _decode(self) -> Iterator[Any]:
         """Decode packets with corrected timestamps. What comes before the first decodable frame is skipped."""

@@ -16,7 +16,7 @@ from typing import Any
 from srdeploy.upscale.video.media import CannotHoldError
 
 _TS_DISCONT = 0x0200  # AVFMT_TS_DISCONT: the format allows its clock to jump (transport and program streams)
-_BACK = Fraction(1, 10)
+_BACK = 0.1
 _FORWARD = 10
 """Seconds backward, and forward where the format allows jumps, that start a new clock (as in FFmpeg's tool)."""
 _MATROSKA_TICK = Fraction(1, 1000)
@@ -63,11 +63,13 @@ class PacketClock:
     longest stream of the last epoch ended. Streams enter an epoch one after the other, because packets are interleaved.
 
     Attributes:
-        jumps_allowed: the format's clock may jump forward too.
+        back, forward: seconds from packet to packet below and above which a new clock starts. MP4 has one clock,
+            and FFmpeg goes back in it for hidden packets that decoding needs where a further edit begins.
         video: index of the video stream, whose epoch subtitles follow.
     """
 
-    jumps_allowed: bool
+    back: float
+    forward: float
     video: int
     _offsets: list[Fraction]
     _streams: dict[int, _StreamClock] = field(default_factory=dict)
@@ -76,7 +78,9 @@ class PacketClock:
     def of(cls, container: Any, video: Any) -> "PacketClock":
         """Make the clock of an opened file. A video that starts before 0 is moved there: MP4 would hide its start."""
         start = Fraction(0) if video.start_time is None else video.start_time * video.time_base
-        return cls(is_broadcast(container), video.index, [max(Fraction(0), -start)])
+        back = math.inf if "mp4" in container.format.name else _BACK
+        forward = _FORWARD if is_broadcast(container) else math.inf
+        return cls(-back, forward, video.index, [max(Fraction(0), -start)])
 
     @property
     def jumps(self) -> int:
@@ -107,8 +111,8 @@ class PacketClock:
 
     def _begin(self, index: int, packet: Any) -> _StreamClock:
         tick = Fraction(packet.time_base)
-        forward = float(_FORWARD / tick) if self.jumps_allowed else math.inf
-        own = _StreamClock(packet.stream.type in ("video", "audio"), tick, float(-_BACK / tick), forward)
+        timed = packet.stream.type in ("video", "audio")
+        own = _StreamClock(timed, tick, self.back / float(tick), self.forward / float(tick))
         self._streams[index] = own
         self._enter(own, self.jumps)
         return own

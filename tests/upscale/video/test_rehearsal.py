@@ -112,6 +112,17 @@ def test_encoders_are_tried(
     assert list(tmp_path.iterdir()) == [source]
 
 
+def test_general_name_of_a_codec_is_that_of_its_encoder(up: Upscaler, clips: Any, tmp_path: Path) -> None:
+    """With the quality that is stated for it."""
+    source = clips.make(tmp_path / "a.mp4", range(2))
+
+    report = upscale_video(up, source, tmp_path / "out.mp4", VideoOptions(codec="h264"))
+
+    assert (report.encoding["codec"], report.encoding["options"]["crf"]) == ("libx264", "16")
+    with pytest.raises(UsageError, match="video codec 'aac'; expected an encoder"):
+        upscale_video(up, source, tmp_path / "out.mkv", VideoOptions(codec="aac"))
+
+
 @pytest.mark.parametrize("sound", ["flac", "libopus"])
 def test_stream_that_the_header_refuses_is_named(sound: str, up: Upscaler, clips: Any, tmp_path: Path) -> None:
     """Some are refused when the header is written, not when they are added."""

@@ -1,7 +1,8 @@
 """Every frame that a player shows is there once, in order, with its time, whatever wrote the file."""
 
 import itertools
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,6 +36,53 @@ def _cut(clips: Any, folder: Path) -> Path:
     )
 
 
+def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    while data:
+        length = int.from_bytes(data[:4], "big")
+        yield data[4:8], data[8:length]
+        data = data[length:]
+
+
+def _box(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I4s", len(content) + 8, name) + content
+
+
+def _edited_list(path: Path, edits: dict[int, list[tuple[int, int]]]) -> None:
+    """Give tracks of an MP4 file edits, by place of the track: (duration in ms, first time in ticks of the track)."""
+    lists = {
+        place: _box(b"edts", _box(b"elst", struct.pack(">II", 0, len(entries))
+                    + b"".join(struct.pack(">Iihh", *entry, 1, 0) for entry in entries)))
+        for place, entries in edits.items()
+    }  # fmt: skip
+    tracks = itertools.count()
+
+    def track(content: bytes) -> bytes:
+        own = lists[next(tracks)]
+        parts = [(name, data) for name, data in _boxes(content) if name != b"edts"]
+        return b"".join(_box(name, data) + (own if name == b"tkhd" else b"") for name, data in parts)
+
+    def movie(content: bytes) -> bytes:
+        return b"".join(_box(name, track(data) if name == b"trak" else data) for name, data in _boxes(content))
+
+    boxes = list(_boxes(path.read_bytes()))
+    path.write_bytes(b"".join(_box(name, movie(data) if name == b"moov" else data) for name, data in boxes))
+
+
+def _with_two_edits(clips: Any, folder: Path) -> Path:
+    """An editor kept two parts, the second from between two key frames; 512 ticks per frame, B-frames delay two."""
+    options = REORDERED | {"g": "12"}
+    made: Path = clips.make(folder / "a.mp4", range(40), options=options, sound=True)
+    parts = [(400, 2), (400, 20)]
+    _edited_list(
+        made,
+        {
+            0: [(duration, 512 * first + 1024) for duration, first in parts],
+            1: [(duration, 1920 * first) for duration, first in parts],
+        },
+    )
+    return made
+
+
 def _joined(clips: Any, folder: Path) -> Path:
     one, two = (
         clips.make(folder / f"{n}.ts", range(20 * n, 20 * n + 20), form="mpegts", options=REORDERED, sound=True)
@@ -61,6 +109,8 @@ def _in_mkv_as_in_avi(clips: Any, folder: Path) -> Path:
 
 CASES: dict[str, tuple[Callable[[Any, Path], Path], list[int], list[int] | None]] = {
     "edit list": (_cut, list(range(15, 40)), None),
+    # FFmpeg places the second part a frame later than its edit
+    "two edits": (_with_two_edits, [*range(2, 12), *range(20, 30)], [*[1] * 9, 2, *[1] * 9]),
     "H.264 with B-frames in AVI": (lambda c, f: c.make(f / "a.avi", options=REORDERED), list(range(10)), None),
     "MPEG-4 with B-frames in AVI": (
         lambda c, f: c.make(f / "a.avi", codec="mpeg4", options={"bf": "2"}), list(range(10)), None,
@@ -288,6 +338,29 @@ def test_rate_that_is_not_stated_is_measured(clips: Any, tmp_path: Path) -> None
     reader.close()
 
     assert float(reader.info.frame_rate) == pytest.approx(6 / 0.201, rel=1e-3)
+
+
+def test_sound_that_a_further_edit_hides_stays_hidden(up: Upscaler, clips: Any, tmp_path: Path) -> None:
+    source = _with_two_edits(clips, tmp_path)
+
+    upscale_video(up, source, tmp_path / "out.mp4")
+
+    with av.open(str(source)) as file:
+        shown = [bytes(packet) for packet in file.demux(audio=0) if packet.size and not packet.is_discard]
+    with av.open(str(tmp_path / "out.mp4")) as file:
+        packets = [packet for packet in file.demux(audio=0) if packet.size]
+    assert [bytes(packet) for packet in packets][-len(shown) :] == shown
+    assert float(packets[-1].pts * packets[-1].time_base) == pytest.approx(0.8, abs=0.05)
+    assert all(packet.pts < 0 for packet in packets[: -len(shown)])
+
+
+def test_pause_of_days_is_kept(up: Upscaler, clips: Any, tmp_path: Path) -> None:
+    """Three frames in a month are a rate below what a fraction of small numbers states."""
+    source = clips.make(tmp_path / "a.mkv", range(3), pts=[0, 1, 25 * 86_400 * 25], options={"crf": "10", "bf": "0"})
+
+    upscale_video(up, source, tmp_path / "out.mkv")
+
+    assert clips.shown(tmp_path / "out.mkv").times == [0, FRAME, 25 * 86_400]
 
 
 class TestTimesOfTheContainer:
