@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 _Bytes = NDArray[np.uint8]
 _SEGMENT = b"\x18\x53\x80\x67"
 _CLUSTER = b"\x1f\x43\xb6\x75"
-_OF_SEGMENT = {
-    _CLUSTER, b"\x11\x4d\x9b\x74", b"\x15\x49\xa9\x66", b"\x16\x54\xae\x6b", b"\x1c\x53\xbb\x6b", b"\x19\x41\xa4\x69",
-    b"\x10\x43\xa7\x70", b"\x12\x54\xc3\x67", b"\xec", b"\xbf",
+_OUTSIDE_CLUSTERS = {
+    b"\x1a\x45\xdf\xa3", _SEGMENT, _CLUSTER, b"\x11\x4d\x9b\x74", b"\x15\x49\xa9\x66", b"\x16\x54\xae\x6b",
+    b"\x1c\x53\xbb\x6b", b"\x19\x41\xa4\x69", b"\x10\x43\xa7\x70", b"\x12\x54\xc3\x67", b"\xec", b"\xbf",
 }  # fmt: skip
-"""Clusters, seek head, info, tracks, cues, attachments, chapters, tags; void and checksum."""
+"""File, segment, cluster, seek head, info, tracks, cues, attachments, chapters, tags; void and checksum."""
 _SYNC = 0x47
 _PACKET_BYTES = (188, 192, 204)
 _STEP = 1 << 16  # packets that are looked at together
@@ -43,31 +43,42 @@ def unreadable_bytes(path: Path, form: str) -> int:
 
 
 def _gaps_in_matroska(data: mmap.mmap) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of what is no element of the first segment or of a cluster, up to the next cluster."""
-    _, _, header = _element(data, 0)
-    name, position, stop = _element(data, header or 0)
-    end = min(stop or len(data), len(data)) if name == _SEGMENT else 0
-    while position < end:
+    """Yield (start, stop) of what is no element of a file, a segment or a cluster, up to the next cluster.
+
+    Live recordings state no lengths, and joined ones are several files; what follows a file's stated end is no gap.
+    """
+    position, stated_end = 0, None
+    while position < len(data):
         name, content, stop = _element(data, position)
+        if name == _SEGMENT:
+            position, stated_end = content, stop
+            continue
         if name == _CLUSTER:
-            limit = end if stop is None else min(stop, end)
+            limit = len(data) if stop is None else min(stop, len(data))
             position = _end_of_elements(data, content, limit)
-            if position == limit or (stop is None and data[position : position + 4] in _OF_SEGMENT):
+            if position == limit or (stop is None and data[position : position + 4] in _OUTSIDE_CLUSTERS):
                 continue
-        elif stop is not None and (stop == end or (stop < end and {name, _element(data, stop)[0]} & _OF_SEGMENT)):
+        elif stop is not None and _can_end(data, name, stop):
             position = stop
             continue
-        found = data.find(_CLUSTER, position + 1, end)
-        found = end if found < 0 else found
+        found = data.find(_CLUSTER, position + 1)
+        if found < 0 and stated_end is not None and position >= stated_end:
+            return
+        found = len(data) if found < 0 else found
         yield position, found
         position = found
+
+
+def _can_end(data: mmap.mmap, name: bytes, stop: int) -> bool:
+    """Return True if an element that is known, or followed by one that is known, can end at a place."""
+    return stop == len(data) or (stop < len(data) and bool({name, _element(data, stop)[0]} & _OUTSIDE_CLUSTERS))
 
 
 def _end_of_elements(data: mmap.mmap, position: int, limit: int) -> int:
     """Return where the elements of a cluster end: at the limit, or at what is none of them."""
     while position < limit:
         name, _, stop = _element(data, position)
-        if not name or (len(name) == 4 and name in _OF_SEGMENT) or stop is None or stop > limit:
+        if not name or (len(name) == 4 and name in _OUTSIDE_CLUSTERS) or stop is None or stop > limit:
             break
         position = stop
     return position

@@ -5,8 +5,9 @@ players read it, BT.601 below 720 lines and BT.709 from there on; the output the
 number of lines would make players guess another. Transfer curve and primaries are passed on as they are.
 """
 
+import bisect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -83,8 +84,8 @@ class VideoReader:
         """
         info = self.info
         step = max(1, round(1 / info.frame_rate / info.time_base))
-        clock = FrameClock(step, self.survey.times if self.survey.in_decoding_order else ())
         first, self._first = self._first, None
+        clock = FrameClock(step, self._times_in_order(first))
         for number, frame in enumerate(itertools.chain([first], self._decoded)):
             self._check(frame, number)
             duration = int(frame.duration or 0)
@@ -138,6 +139,17 @@ class VideoReader:
     def close(self) -> None:
         """Close the file."""
         self._container.close()
+
+    def _times_in_order(self, first: Any) -> Sequence[int]:
+        """Return the times of the first frame and those that follow if the file states decoding times only, else none.
+
+        A frame in AVI is shown when the decoder gives it back: `dts` is that of the packet at which it does so.
+        """
+        survey = self.survey
+        if not survey.in_decoding_order:
+            return ()
+        late = self._container.format.name == "avi" and first.dts is not None
+        return survey.times[bisect.bisect_left(survey.times, first.dts) if late else 0 :]
 
     def _with_rate(self, info: VideoInfo) -> VideoInfo:
         """Measure the frame rate if the stream states none, as live recordings of browsers, or a wrong one, as DV."""

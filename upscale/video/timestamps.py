@@ -143,8 +143,8 @@ class FrameClock:
 
     def time_of(self, pts: int | None, duration: int) -> int:
         """Return the next frame's timestamp, given what the decoder says about it."""
-        if self._number < len(self.in_order):
-            pts = self.in_order[self._number]
+        if self.in_order:
+            pts = self.in_order[self._number] if self._number < len(self.in_order) else None
         if pts is None:
             pts = 0 if self._last is None else self._last + (self._last_duration or self.step)
         if self._last is not None and pts <= self._last:

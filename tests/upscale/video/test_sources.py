@@ -118,6 +118,10 @@ CASES: dict[str, tuple[Callable[[Any, Path], Path], list[int], list[int] | None]
         lambda c, f: c.make(f / "a.avi", range(6), options={"crf": "10", "bf": "0"}, pts=[0, 1, 2, 6, 7, 8]),
         list(range(6)), [1, 1, 4, 1, 1],
     ),
+    "empty chunks in AVI with B-frames": (
+        lambda c, f: c.make(f / "a.avi", range(12), options=REORDERED, pts=[*range(6), *range(9, 15)]),
+        list(range(12)), [1, 1, 1, 1, 1, 4, 1, 1, 1, 1, 1],
+    ),
     "times of AVI in Matroska": (_in_mkv_as_in_avi, list(range(10)), None),
     "raw H.264": (lambda c, f: c.make(f / "a.h264", form="h264", options=REORDERED), list(range(10)), None),
     "raw HEVC": (
@@ -362,6 +366,23 @@ def test_pause_of_days_is_kept(up: Upscaler, clips: Any, tmp_path: Path) -> None
     assert clips.shown(tmp_path / "out.mkv").times == [0, FRAME, 25 * 86_400]
 
 
+def test_picture_of_an_avi_starts_when_its_decoder_gives_it_back(up: Upscaler, clips: Any, tmp_path: Path) -> None:
+    """Two B-frames: players show each frame two places later than its packet, and the sound was laid to that."""
+    source = clips.make(tmp_path / "a.avi", options=REORDERED, sound=True)
+
+    upscale_video(up, source, tmp_path / "out.mkv")
+
+    with av.open(str(source)) as file:
+        first = next(file.decode(video=0))
+        late = first.dts * first.time_base
+    with av.open(str(source)) as file:
+        late -= next(packet.pts * packet.time_base for packet in file.demux(audio=0))
+    with av.open(str(tmp_path / "out.mkv")) as file:
+        sound = next(packet.pts * packet.time_base for packet in file.demux(audio=0))
+    assert clips.shown(tmp_path / "out.mkv").times[0] - sound == pytest.approx(late, abs=1e-3)
+    assert late >= 2 * FRAME
+
+
 class TestTimesOfTheContainer:
     """Matroska counts milliseconds."""
 
@@ -465,13 +486,15 @@ class TestUnreadableBytes:
         assert numbers == clips.shown(source).numbers
         assert 5 < len(numbers) < 60
 
-    @pytest.mark.parametrize("name", [*CONTAINERS, "live.mkv", "padded.ts", "tail.mkv", "tail.mp4"])
+    @pytest.mark.parametrize("name", [*CONTAINERS, "live.mkv", "live twice.mkv", "padded.ts", "tail.mkv", "tail.mp4"])
     def test_none_in_a_whole_file(self, name: str, clips: Any, tmp_path: Path) -> None:
-        live = {"container": {"live": "1"}} if name == "live.mkv" else {}
+        live = {"container": {"live": "1"}} if name.startswith("live") else {}
         source = clips.make(tmp_path / name, range(60), options=self.PLAIN, **live)
         data = source.read_bytes()
         if name.startswith("tail"):
             source.write_bytes(data + bytes(777))
+        if name == "live twice.mkv":
+            source.write_bytes(data + data)
         if name == "padded.ts":  # as on Blu-ray: four bytes of a clock before each packet
             source.write_bytes(b"".join(b"\0\0\0\1" + data[at : at + 188] for at in range(0, len(data), 188)))
 
