@@ -11,11 +11,15 @@ import pytest
 from onnx import TensorProto, numpy_helper
 
 from srdeploy.calibration.fp32 import read_fp32_graph
+from srdeploy.calibration.images.dataset import make_calibration_set
+from srdeploy.calibration.options import QuantizeOptions
+from srdeploy.calibration.quantize import quantize
 from srdeploy.cli.main import run
 from srdeploy.core.contract import GraphForm, ModelContract
 from srdeploy.core.errors import ExportError, InputError, UsageError
 from srdeploy.core.manifest import read_verified
 from srdeploy.core.onnx_file import GraphFile, read_graph
+from srdeploy.core.precision import Precision, Target
 from srdeploy.export.exporter import export_form, export_onnx
 from srdeploy.export.form_checks import check_against_plain
 from srdeploy.export.forms import formed_graph
@@ -23,6 +27,7 @@ from srdeploy.models.checkpoint.load import LoadedCheckpoint
 from srdeploy.models.networks.spec import NetworkConfig
 
 Plain = Callable[[str], Path]
+PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +77,27 @@ def test_the_form_computes_what_the_plain_graph_and_the_product_do(
     manifest = read_verified(result.path)[1]
     assert [(source.role, source.sha256) for source in manifest.sources] == [("onnx", original.sha256)]
     assert manifest.details["form"] == json.loads(json.dumps(form.to_json()))
+
+
+def test_an_8_bit_graph_of_fixed_size_computes_what_the_plain_one_does(plain: Plain, tmp_path: Path) -> None:
+    contract = read_graph(plain("rcan-x2")).contract
+    calibration = make_calibration_set(PHOTOS, contract=contract, count=4, crop=16, whole=1)
+    quantized = tmp_path / "int8.onnx"
+    quantize(
+        plain("rcan-x2"),
+        quantized,
+        precision=Precision.INT8,
+        target=Target.OPENVINO,
+        calibration=calibration,
+        options=QuantizeOptions(strength=0.5, method="minmax"),
+    )
+
+    for number, height in enumerate(range(20, 60, 4)):
+        form = GraphForm((1, contract.channels, height, 32))
+        result = export_form(quantized, tmp_path / f"formed{number}.onnx", form=form)
+
+        assert result.form_check is not None
+        assert set(result.form_check.max_abs.values()) == {0.0}
 
 
 def test_a_static_graph_computes_no_sizes(plain: Plain) -> None:
