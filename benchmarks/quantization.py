@@ -12,7 +12,8 @@ What is measured, for each checkpoint and each INT8 graph, all running in OpenVI
 - share of the multiply-adds that OpenVINO's runtime model says it computes in 8 bits;
 - latency at --size, all graphs, FP32 and eager PyTorch taking turns over five openings of every engine: medians, and
   the median of the ratios of each turn to FP32 with its 95 % interval. FP32 is the graph as exported; "FP32, merged
-  end" is the FP32 engine that srdeploy makes of it.
+  end" is the FP32 engine that srdeploy makes of it. Sizes are free, as in what `build` makes of an exported graph, or
+  with --fixed-shape known to OpenVINO, as in what it makes of `export --static`.
 
 What limits it: all graphs share one machine; only ratios of one run are comparable, and only when nothing
 else runs: `conditions` of the result has load and clock before and after. All methods see the same calibration crops.
@@ -54,12 +55,15 @@ from srdeploy.core.contract import ModelContract
 from srdeploy.core.imaging.files import find_images
 from srdeploy.core.imaging.read import network_input, rgb8
 from srdeploy.core.imaging.resize import imresize
+from srdeploy.core.onnx_file import read_graph
 from srdeploy.core.precision import Precision, Target
 from srdeploy.core.runner import Runner, run_image
+from srdeploy.core.shapes import Shape
 from srdeploy.models.checkpoint.load import load_checkpoint
 from srdeploy.runtime.bench.conditions import conditions
 from srdeploy.runtime.bench.ratios import ratio_of_rounds
 from srdeploy.runtime.engines.eager import open_eager
+from srdeploy.runtime.engines.merged_end import merge_end, tile_end
 from srdeploy.runtime.engines.registry import open_engine
 
 OPENINGS = 5
@@ -115,6 +119,9 @@ def main() -> None:
     )
     parser.add_argument("--crops", type=int, default=48)
     parser.add_argument("--size", type=int, default=64, help="height and width of the latency input")
+    parser.add_argument(
+        "--fixed-shape", action="store_true", help="time graphs that OpenVINO knows the size of; default: any size"
+    )
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--peers", nargs="*", default=["nncf", "onnxruntime"])
@@ -187,9 +194,10 @@ def compare(source: Path, checkpoint: Path, arguments: argparse.Namespace, bound
     shape = (1, contract.channels, arguments.size, arguments.size)
     eager = open_eager(load_checkpoint(checkpoint), threads=arguments.threads)
     times: list[list[float]] = [[] for _ in range(len(entries) + 1)]
+    fixed = shape if arguments.fixed_shape else None
     for opening in range(OPENINGS):
-        if opening:
-            runners = [opened(entry, contract, arguments.threads) for entry in entries]
+        if opening or fixed:
+            runners = [opened(entry, contract, arguments.threads, fixed) for entry in entries]
         for own, measured in zip(times, latencies([*runners, eager], shape, arguments.repeats), strict=True):
             own += measured
     entries.append(Entry("eager PyTorch FP32", checkpoint, int8_macs=0.0))
@@ -303,21 +311,27 @@ def with_metadata(path: Path, source: Path) -> None:
         onnx.save(model, path)
 
 
-def opened(entry: Entry, contract: ModelContract, threads: int | None) -> Runner:
+def opened(entry: Entry, contract: ModelContract, threads: int | None, fixed: Shape | None = None) -> Runner:
+    """Open a graph with OpenVINO: ours as srdeploy does, others as they are; `fixed` sets the size of the input."""
     path = entry.path
-    if path.suffix != ".xml" and not entry.as_exported:
+    ours = path.suffix != ".xml" and not entry.as_exported
+    if ours and fixed is None:
         return opener_for(threads)(path)
     import openvino
 
     from srdeploy.runtime.engines import openvino as openvino_engine
 
+    graph = read_graph(path.with_name(path.name.replace(".nncf.xml", ".onnx")))
+    merged: tuple[str, ...] = ()
+    if ours:
+        graph, merged = merge_end(graph)
     core = openvino.Core()
-    compiled = core.compile_model(core.read_model(path), "CPU", openvino_engine._configuration(threads))
-    from srdeploy.core.onnx_file import read_graph
-
-    reference = read_graph(path.with_name(path.name.replace(".nncf.xml", ".onnx")))
-    built = openvino_engine._built(compiled, reference.layers, ())
-    return openvino_engine.OpenVinoRunner(compiled, contract, reference.inputs, built, threads, None, True)
+    network = core.read_model(tile_end(graph).serialized() if ours else path)
+    if fixed:
+        network.reshape(list(fixed))
+    compiled = core.compile_model(network, "CPU", openvino_engine._configuration(threads))
+    built = openvino_engine._built(compiled, graph.layers, merged)
+    return openvino_engine.OpenVinoRunner(compiled, contract, graph.inputs, built, threads, None, True)
 
 
 def hr_samples(folder: Path, contract: ModelContract) -> list[Any]:
