@@ -101,7 +101,7 @@ class Cluster:
         log.close()
 
     def _wait(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 180
         while not condition():
             if time.monotonic() > deadline or self._nodes[-1].poll() is not None:
                 raise RuntimeError((self.folder / f"start{len(self._nodes) - 1}.log").read_text())

@@ -239,7 +239,7 @@ def test_a_cluster_that_is_busy(user: User, advised: Cluster, monkeypatch: pytes
         assert command is not None
         words = [sys.executable, "-m", "ray.scripts.scripts", *shlex.split(command[1])[1:]]
         environment = {**os.environ, "RAY_ADDRESS": ""}
-        shown, deadline = "", time.monotonic() + 60  # the cluster collects it every few seconds
+        shown, deadline = "", time.monotonic() + 180  # the cluster collects it every few seconds
         while "2.0/2.0 CPU" not in shown:
             assert time.monotonic() < deadline, shown
             shown = subprocess.run(words, capture_output=True, text=True, check=True, env=environment).stdout

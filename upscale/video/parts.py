@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from srdeploy.core.errors import UsageError
 from srdeploy.core.journal import Journal
 
 _JOURNAL = "segments.jsonl"
+_TRIES, _PAUSE_SECONDS = 20, 0.05
+"""A run that takes a folder over, or removes its own, holds the lock for a moment only."""
 
 
 @dataclass(frozen=True)
@@ -137,19 +140,20 @@ class Parts:
 
 def _hold(folder: Path, held: contextlib.ExitStack) -> None:
     """Make a folder if it is missing, and hold its lock: two runs would remove each other's files."""
-    while True:
+    for _ in range(_TRIES):
         with output_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as opened:
             descriptor = opened.enter_context(_opened(folder))
             if not file_lock.hold_now(descriptor):
-                raise UsageError(
-                    f"another run writes the segments of a video into {folder}",
-                    next_step="wait for it, or choose another output name",
-                )
-            if os.path.samestat(os.fstat(descriptor), folder.stat()):  # else the other has just removed or moved it
+                time.sleep(_PAUSE_SECONDS)
+            elif os.path.samestat(os.fstat(descriptor), folder.stat()):  # else another has just removed or moved it
                 held.enter_context(opened.pop_all())
                 return
+    raise UsageError(
+        f"another run writes the segments of a video into {folder}",
+        next_step="wait for it, or choose another output name",
+    )
 
 
 @contextlib.contextmanager

@@ -333,6 +333,20 @@ class TestResume:
             assert (report.frames, report.resumed) == (12, 0)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "b.mkv", "b.mp4"]
 
+    def test_a_run_that_only_looks_keeps_nobody_out(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        real, refused = file_lock.hold_now, []
+
+        def hold_late(descriptor: int) -> bool:
+            if len(refused) < 3:
+                refused.append(descriptor)
+                return False
+            return real(descriptor)
+
+        monkeypatch.setattr(file_lock, "hold_now", hold_late)
+        Parts(tmp_path / "b.mp4.parts", "key").close()
+
+        assert len(refused) == 3
+
     def test_a_folder_that_another_run_removes_meanwhile_is_made_again(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
