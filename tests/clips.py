@@ -1,6 +1,7 @@
 """Small clips whose frames carry their number, in every shape that people's files have."""
 
-from collections.abc import Callable, Iterable, Sequence
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -31,6 +32,19 @@ def number_of(pixels: NDArray[Any]) -> int:
     middle = pixels[3 * height // 8 : 5 * height // 8, ..., :3]
     bars = (middle[:, (bit + 1) * bar + bar // 4 : (bit + 2) * bar - bar // 4] for bit in range(6))
     return sum(1 << bit for bit, values in enumerate(bars) if values.mean() > 120)
+
+
+def boxes_of(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yield name and content of the boxes of an MP4 file or box."""
+    while data:
+        length = int.from_bytes(data[:4], "big")
+        yield data[4:8], data[8:length]
+        data = data[length:]
+
+
+def box(name: bytes, content: bytes) -> bytes:
+    """Return a box of MP4."""
+    return struct.pack(">I4s", len(content) + 8, name) + content
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 _Bytes = NDArray[np.uint8]
-_SEGMENT = b"\x18\x53\x80\x67"
+SEGMENT = b"\x18\x53\x80\x67"
 _CLUSTER = b"\x1f\x43\xb6\x75"
 _OUTSIDE_CLUSTERS = {
-    b"\x1a\x45\xdf\xa3", _SEGMENT, _CLUSTER, b"\x11\x4d\x9b\x74", b"\x15\x49\xa9\x66", b"\x16\x54\xae\x6b",
+    b"\x1a\x45\xdf\xa3", SEGMENT, _CLUSTER, b"\x11\x4d\x9b\x74", b"\x15\x49\xa9\x66", b"\x16\x54\xae\x6b",
     b"\x1c\x53\xbb\x6b", b"\x19\x41\xa4\x69", b"\x10\x43\xa7\x70", b"\x12\x54\xc3\x67", b"\xec", b"\xbf",
 }  # fmt: skip
 """File, segment, cluster, seek head, info, tracks, cues, attachments, chapters, tags; void and checksum."""
@@ -49,8 +49,8 @@ def _gaps_in_matroska(data: mmap.mmap) -> Iterator[tuple[int, int]]:
     """
     position, stated_end = 0, None
     while position < len(data):
-        name, content, stop = _element(data, position)
-        if name == _SEGMENT:
+        name, content, stop = ebml_element(data, position)
+        if name == SEGMENT:
             position, stated_end = content, stop
             continue
         if name == _CLUSTER:
@@ -71,20 +71,20 @@ def _gaps_in_matroska(data: mmap.mmap) -> Iterator[tuple[int, int]]:
 
 def _can_end(data: mmap.mmap, name: bytes, stop: int) -> bool:
     """Return True if an element that is known, or followed by one that is known, can end at a place."""
-    return stop == len(data) or (stop < len(data) and bool({name, _element(data, stop)[0]} & _OUTSIDE_CLUSTERS))
+    return stop == len(data) or (stop < len(data) and bool({name, ebml_element(data, stop)[0]} & _OUTSIDE_CLUSTERS))
 
 
 def _end_of_elements(data: mmap.mmap, position: int, limit: int) -> int:
     """Return where the elements of a cluster end: at the limit, or at what is none of them."""
     while position < limit:
-        name, _, stop = _element(data, position)
+        name, _, stop = ebml_element(data, position)
         if not name or (len(name) == 4 and name in _OUTSIDE_CLUSTERS) or stop is None or stop > limit:
             break
         position = stop
     return position
 
 
-def _element(data: mmap.mmap, position: int) -> tuple[bytes, int, int | None]:
+def ebml_element(data: mmap.mmap, position: int) -> tuple[bytes, int, int | None]:
     """Return an EBML element's name (empty if it is none), where its content begins, and ends if it says so."""
     first = data[position] if position < len(data) else 0
     count = 9 - first.bit_length()

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from srdeploy.core.errors import CapabilityError, InputError
 from srdeploy.upscale.video.color import JPEG, SWSCALE_MATRIX, accurate, rgb_from_yuv
+from srdeploy.upscale.video.cropping import Crop, container_crop
 from srdeploy.upscale.video.media import copied_streams, open_video, pyav
 from srdeploy.upscale.video.probe import VideoInfo, chroma_of, info_of
 from srdeploy.upscale.video.survey import Survey, survey_video
@@ -69,7 +70,8 @@ class VideoReader:
             self._first = next(self._decoded, None)
             if self._first is None:
                 raise InputError(f"{path} holds no frame that can be decoded", expected="a video")
-            self.info: VideoInfo = self._with_rate(info_of(self._container, self._stream, self._first))
+            self._crop = container_crop(path, self._container.format.name, self._stream)
+            self.info: VideoInfo = self._with_rate(self._shown(info_of(self._container, self._stream, self._first)))
             self._colors = _stated_colors(self._first), self.info
             self._aspect = self._stream.codec_context.sample_aspect_ratio
         except BaseException:
@@ -91,7 +93,7 @@ class VideoReader:
             duration = int(frame.duration or 0)
             pts = clock.time_of(frame.pts, duration)
             if number >= skip:
-                yield Frame(self._pixels(frame, number), pts, duration)
+                yield Frame(self._cut(self._pixels(frame, number)), pts, duration)
 
     def can_seek(self) -> bool:
         """Return True if the n-th frame is the one at the n-th time of the survey, and can be decoded from a key frame.
@@ -119,7 +121,7 @@ class VideoReader:
             if frame.pts != next(expected):
                 raise LookupError(number)
             self._check(frame, number)
-            yield Frame(self._pixels(frame, number), int(frame.pts), int(frame.duration or 0))
+            yield Frame(self._cut(self._pixels(frame, number)), int(frame.pts), int(frame.duration or 0))
         if next(expected, None) is not None:
             raise LookupError(stop)
 
@@ -150,6 +152,15 @@ class VideoReader:
             return ()
         late = self._container.format.name == "avi" and first.dts is not None
         return survey.times[bisect.bisect_left(survey.times, first.dts) if late else 0 :]
+
+    def _size(self, frame: Any) -> tuple[int, int]:
+        crop = self._crop
+        return frame.width - crop.left - crop.right, frame.height - crop.top - crop.bottom
+
+    def _shown(self, info: VideoInfo) -> VideoInfo:
+        """Return the description of what is left when the container's crop is cut off."""
+        width, height = self._size(info)
+        return replace(info, width=width, height=height)
 
     def _with_rate(self, info: VideoInfo) -> VideoInfo:
         """Measure the frame rate if the stream states none, as live recordings of browsers, or a wrong one, as DV."""
@@ -190,7 +201,7 @@ class VideoReader:
         info = self.info
         if frame.is_corrupt:
             raise InputError(f"{self.path}: frame {number} is damaged", next_step="download or copy the file again")
-        if (frame.width, frame.height) != (info.width, info.height):
+        if self._size(frame) != (info.width, info.height):
             raise InputError(
                 f"{self.path} changes its size at frame {number}, to {frame.width}x{frame.height}",
                 expected="one size throughout",
@@ -229,6 +240,11 @@ class VideoReader:
                     next_step="split it there",
                 )
         return info
+
+    def _cut(self, pixels: NDArray[Any]) -> NDArray[Any]:
+        """Cut off what the container hides."""
+        height, width = pixels.shape[:2]
+        return pixels if self._crop == Crop() else np.ascontiguousarray(pixels[self._crop.cut(width, height)])
 
     def _pixels(self, frame: Any, number: int) -> NDArray[Any]:
         info = self._info_of(frame, number)
@@ -270,7 +286,7 @@ class VideoReader:
         )
         planes = np.stack(
             [
-                np.frombuffer(plane, np.uint16).reshape(-1, plane.line_size // 2)[: info.height, : info.width]
+                np.frombuffer(plane, np.uint16).reshape(-1, plane.line_size // 2)[: frame.height, : frame.width]
                 for plane in converted.planes
             ]
         )

@@ -2,13 +2,14 @@
 
 import itertools
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from clips import box, boxes_of
 
 from srdeploy.core.errors import InputError, UsageError
 from srdeploy.upscale.upscaler import Upscaler
@@ -36,21 +37,10 @@ def _cut(clips: Any, folder: Path) -> Path:
     )
 
 
-def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    while data:
-        length = int.from_bytes(data[:4], "big")
-        yield data[4:8], data[8:length]
-        data = data[length:]
-
-
-def _box(name: bytes, content: bytes) -> bytes:
-    return struct.pack(">I4s", len(content) + 8, name) + content
-
-
 def _edited_list(path: Path, edits: dict[int, list[tuple[int, int]]]) -> None:
     """Give tracks of an MP4 file edits, by place of the track: (duration in ms, first time in ticks of the track)."""
     lists = {
-        place: _box(b"edts", _box(b"elst", struct.pack(">II", 0, len(entries))
+        place: box(b"edts", box(b"elst", struct.pack(">II", 0, len(entries))
                     + b"".join(struct.pack(">Iihh", *entry, 1, 0) for entry in entries)))
         for place, entries in edits.items()
     }  # fmt: skip
@@ -58,14 +48,14 @@ def _edited_list(path: Path, edits: dict[int, list[tuple[int, int]]]) -> None:
 
     def track(content: bytes) -> bytes:
         own = lists[next(tracks)]
-        parts = [(name, data) for name, data in _boxes(content) if name != b"edts"]
-        return b"".join(_box(name, data) + (own if name == b"tkhd" else b"") for name, data in parts)
+        parts = [(name, data) for name, data in boxes_of(content) if name != b"edts"]
+        return b"".join(box(name, data) + (own if name == b"tkhd" else b"") for name, data in parts)
 
     def movie(content: bytes) -> bytes:
-        return b"".join(_box(name, track(data) if name == b"trak" else data) for name, data in _boxes(content))
+        return b"".join(box(name, track(data) if name == b"trak" else data) for name, data in boxes_of(content))
 
-    boxes = list(_boxes(path.read_bytes()))
-    path.write_bytes(b"".join(_box(name, movie(data) if name == b"moov" else data) for name, data in boxes))
+    boxes = list(boxes_of(path.read_bytes()))
+    path.write_bytes(b"".join(box(name, movie(data) if name == b"moov" else data) for name, data in boxes))
 
 
 def _with_two_edits(clips: Any, folder: Path) -> Path:
