@@ -25,7 +25,7 @@ srdeploy upscale rcan_x4.srd photo.png -o photo_x4.png
 def command(options: DeployOptions) -> int:
     """Export CHECKPOINT, quantize it, build engines, verify and measure them; write it all as one bundle.
 
-    An engine that misses its gate or cannot be built is left out of the bundle and named with its reason; the exit
+    An engine that misses its gate or cannot be built is excluded from the bundle and named with its reason; the exit
     code is then 6 (gate) or 5 (build), and the bundle holds the others.
     """
     from srdeploy.cli.pipeline.deploy import deploy
@@ -39,13 +39,13 @@ def command(options: DeployOptions) -> int:
 
 
 def show(outcome: "Outcome") -> None:
-    """Print the result: one line per engine, those left out with their reason, and where the report is."""
+    """Print the result: one line per engine, those excluded with their reason, and where the report is."""
     references = [
         row for result in outcome.benches if (row := result.row(result.rows[0].runner.name, "end-to-end")) is not None
     ]
     rows = [[_reference_name(row), "reference", "", "", "1.00x", row.median_label] for row in references]
     rows += [_row(engine, outcome) for engine in outcome.engines]
-    rows += [[outcome.name_of(left), "left out", "", "", "", ""] for left in outcome.left_out]
+    rows += [[outcome.name_of(left), "excluded", "", "", "", ""] for left in outcome.excluded]
     measured = ""
     if references:
         devices = " and ".join("the CPU" if row.runner.device == "cpu" else row.runner.device for row in references)
@@ -58,8 +58,8 @@ def show(outcome: "Outcome") -> None:
             console.print(fastest.sentence, markup=False)
         if result.exchange is not None and result.exchange.changed:
             warning_line(result.exchange.sentence)
-    for left in outcome.left_out:
-        warning_line(f"{outcome.name_of(left)} was left out ({left.stage}): {left.reason}")
+    for left in outcome.excluded:
+        warning_line(f"{outcome.name_of(left)} was excluded ({left.stage}): {left.reason}")
     console.print(f"report: {outcome.bundle / 'report' / 'report.html'}", soft_wrap=True, markup=False)
 
 
@@ -86,9 +86,9 @@ def to_json(outcome: "Outcome") -> dict[str, Any]:
             }
             for engine in outcome.engines
         ],
-        "left_out": [
+        "excluded": [
             {"engine": left.engine, "precision": str(left.precision), "stage": left.stage, "reason": left.reason}
-            for left in outcome.left_out
+            for left in outcome.excluded
         ],
         "bench_shape": format_shape(outcome.benches[0].shape) if outcome.benches else None,
         "seconds": outcome.seconds,

@@ -169,9 +169,9 @@ def _bundle(document: Mapping[str, Any]) -> None:
         for entry in document["engines"]
     ]
     table("Engines", ("file", "engine", "precision", "verified", "fidelity dB", "median ms", "x eager"), engines)
-    if document["left_out"]:
+    if document["excluded"]:
         reasons = [
-            (each["engine"], each["precision"], f"{each['stage']}: {each['reason']}") for each in document["left_out"]
+            (each["engine"], each["precision"], f"{each['stage']}: {each['reason']}") for each in document["excluded"]
         ]
         table("Left out", ("engine", "precision", "why"), reasons)
     _contract(document)

@@ -169,7 +169,7 @@ def bundle_document(path: Path) -> dict[str, Any]:
         "card_edited": card.is_file() and sha256_of_file(card) != bundle.files.get(CARD),
         "signature": None if signature is None else asdict(signature),
         "engines": [asdict(engine) for engine in bundle.engines],
-        "left_out": [asdict(entry) for entry in bundle.left_out],
+        "excluded": [asdict(entry) for entry in bundle.excluded],
         "sources": [{"role": each.role, "name": each.name, "sha256": each.sha256} for each in bundle.manifest.sources],
         "versions": dict(bundle.manifest.versions),
         **_contract_document(bundle.contract),

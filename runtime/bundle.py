@@ -10,7 +10,7 @@
     model.sig                         a signature, if the bundle was signed
 
 Engines are code, so a file is opened only if its SHA-256 is the manifest's. Engines that missed their gate are not in
-the bundle; the manifest lists them under `left_out` with the reason.
+the bundle; the manifest lists them under `excluded` with the reason.
 """
 
 import json
@@ -66,7 +66,7 @@ class BundleEngine:
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class Excluded:
     """A requested engine that is not in the bundle, and why."""
 
     engine: str
@@ -84,7 +84,7 @@ class Bundle:
     manifest: Manifest
     contract: ModelContract
     engines: tuple[BundleEngine, ...]
-    left_out: tuple[LeftOut, ...]
+    excluded: tuple[Excluded, ...]
 
     @property
     def files(self) -> Mapping[str, str]:
@@ -148,7 +148,7 @@ def write_bundle_manifest(
     contract: ModelContract,
     checkpoint: Source,
     engines: Sequence[BundleEngine],
-    left_out: Sequence[LeftOut] = (),
+    excluded: Sequence[Excluded] = (),
     details: Mapping[str, Any] | None = None,
     versions: Mapping[str, str] | None = None,
 ) -> Manifest:
@@ -159,7 +159,7 @@ def write_bundle_manifest(
         contract: of the FP32 graph.
         checkpoint: the file it all came from.
         engines: those in the folder, best first: the order in which `choose_engine` considers them.
-        left_out: requested engines that are not in the folder.
+        excluded: requested engines that are not in the folder.
         details: further entries, as JSON values.
         versions: of the packages that were used.
     """
@@ -173,7 +173,7 @@ def write_bundle_manifest(
             "files": files,
             "contract": {name.removeprefix(PREFIX): text for name, text in contract.to_metadata().items()},
             "engines": [_engine_to_json(engine) for engine in engines],
-            "left_out": [asdict(entry) for entry in left_out],
+            "excluded": [asdict(entry) for entry in excluded],
         },
         versions=versions or {},
     )
@@ -199,8 +199,8 @@ def read_bundle(path: Path) -> Bundle:
         files = manifest.details["files"]
         metadata = {PREFIX + name: value for name, value in manifest.details["contract"].items()}
         engines = tuple(_engine_from_json(entry) for entry in manifest.details["engines"])
-        left_out = tuple(
-            LeftOut(**{**entry, "precision": Precision(entry["precision"])}) for entry in manifest.details["left_out"]
+        excluded = tuple(
+            Excluded(**{**entry, "precision": Precision(entry["precision"])}) for entry in manifest.details["excluded"]
         )
         consistent = manifest.kind == "bundle" and manifest.sha256 == tree_hash(files)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -213,7 +213,7 @@ def read_bundle(path: Path) -> Bundle:
             next_step="copy the whole folder again, or deploy again",
         )
     contract = ModelContract.from_metadata(metadata, name=str(path / MANIFEST))
-    return Bundle(path, manifest, contract, engines, left_out)
+    return Bundle(path, manifest, contract, engines, excluded)
 
 
 def choose_engine(

@@ -80,13 +80,13 @@ def finish(
     document = _write_report(work, kept, contract, checkpoint, calibration, verdicts, benches, lines)
     (work.folder / CARD).write_text(model_card(document), encoding="utf-8")
     write_reproduce_script(work.folder / "reproduce.sh", lines, versions=versions)
-    left_out = tuple(entry for entry, _, _ in work.left_out)
+    excluded = tuple(entry for entry, _, _ in work.excluded)
     write_bundle_manifest(
         work.folder,
         contract=contract,
         checkpoint=source,
         engines=engines,
-        left_out=left_out,
+        excluded=excluded,
         details={
             "command": command_line("deploy", work.options),
             "evidence": checkpoint.evidence.to_json(),
@@ -99,7 +99,7 @@ def finish(
         bundle=work.options.output,
         contract=contract,
         engines=tuple(engines),
-        left_out=left_out,
+        excluded=excluded,
         verdicts=verdicts.by_name,
         benches=tuple(benches),
         seconds=work.seconds,
@@ -124,7 +124,7 @@ def _drop_failed(work: Work, failed: Sequence[Candidate], verdicts: Verdicts) ->
     for candidate in failed:
         verdict = verdicts.of(candidate)
         assert verdict is not None
-        work.leave_out(candidate, "verify", "; ".join(verdict.failures), GateError.exit_code)
+        work.exclude(candidate, "verify", "; ".join(verdict.failures), GateError.exit_code)
         if candidate.file != candidate.onnx:
             _remove(work.folder / candidate.file)
 
@@ -213,13 +213,13 @@ def _entries(work: Work, kept: Sequence[Candidate], verdicts: Verdicts) -> list[
                 size_bytes=path.stat().st_size if kept_graph else None,
                 sha256=sha256_of_file(path) if kept_graph else None,
                 verify=verdict,
-                left_out=not kept_graph,
+                excluded=not kept_graph,
             )
         )
-    for left, name, _ in work.left_out:
+    for left, name, _ in work.excluded:
         result = verdicts.by_name.get(name)  # where there is one, its failures are the reason
         reason = None if result is not None else f"{left.stage}: {left.reason}"
-        entries.append(EngineEntry(name, left.engine, left.precision, verify=result, reason=reason, left_out=True))
+        entries.append(EngineEntry(name, left.engine, left.precision, verify=result, reason=reason, excluded=True))
     return entries
 
 

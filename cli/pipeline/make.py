@@ -133,7 +133,7 @@ def quantize_all(
             refused[onnx] = error
     for entry in candidates:
         if entry.onnx in refused:
-            work.leave_out(entry, "quantize", str(refused[entry.onnx]), refused[entry.onnx].exit_code)
+            work.exclude(entry, "quantize", str(refused[entry.onnx]), refused[entry.onnx].exit_code)
     return [entry for entry in candidates if entry.onnx not in refused]
 
 
@@ -217,7 +217,7 @@ def build_all(
         except SrdeployError as error:
             if not isinstance(error, BuildError) and candidate.precision not in OPTIONAL:
                 raise
-            work.leave_out(candidate, "build", str(error), error.exit_code)
+            work.exclude(candidate, "build", str(error), error.exit_code)
     report.append(", ".join(entry.name for entry in built))
     return built
 

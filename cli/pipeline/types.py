@@ -31,7 +31,7 @@ from srdeploy.core.shapes import Shape, ShapeProfile
 
 if TYPE_CHECKING:
     from srdeploy.runtime.bench.latency import BenchResult
-    from srdeploy.runtime.bundle import BundleEngine, LeftOut
+    from srdeploy.runtime.bundle import BundleEngine, Excluded
     from srdeploy.runtime.verify.parity import VerifyResult
 
 FP32_ONNX = "model.fp32.onnx"
@@ -206,7 +206,7 @@ class Outcome:
         bundle: the folder.
         contract: of the FP32 graph.
         engines: those inside, best first.
-        left_out: requested engines that are not inside, with the reason.
+        excluded: requested engines that are not inside, with the reason.
         verdicts: by candidate or graph name, of what ran here.
         benches: latencies, one result per device; empty when no engine can run here.
         seconds: wall time by stage.
@@ -216,15 +216,15 @@ class Outcome:
     bundle: Path
     contract: ModelContract
     engines: "tuple[BundleEngine, ...]"
-    left_out: "tuple[LeftOut, ...]"
+    excluded: "tuple[Excluded, ...]"
     verdicts: "Mapping[str, VerifyResult]"
     benches: "tuple[BenchResult, ...]"
     seconds: dict[str, float]
     exit_code: int
 
-    def name_of(self, entry: "BundleEngine | LeftOut") -> str:
+    def name_of(self, entry: "BundleEngine | Excluded") -> str:
         """Return the name of an engine in tables: `Candidate.name`."""
-        all_entries: list[BundleEngine | LeftOut] = [*self.engines, *self.left_out]
+        all_entries: list[BundleEngine | Excluded] = [*self.engines, *self.excluded]
         same = sum((other.engine, other.precision) == (entry.engine, entry.precision) for other in all_entries)
         return f"{entry.engine} {entry.precision}" + (f" on {entry.device}" if same > 1 else "")
 
@@ -238,7 +238,7 @@ class Work:
     progress: Progress
     seconds: dict[str, float] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
-    left_out: "list[tuple[LeftOut, str, int]]" = field(default_factory=list)
+    excluded: "list[tuple[Excluded, str, int]]" = field(default_factory=list)
     sensitivity: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     searches: list[dict[str, Any]] = field(default_factory=list)
     compression: Mapping[str, Any] | None = None
@@ -261,12 +261,12 @@ class Work:
     @property
     def exit_code(self) -> int:
         """0, or the code of the first engine that was excluded and is not optional."""
-        return next((code for entry, _, code in self.left_out if entry.precision not in OPTIONAL), 0)
+        return next((code for entry, _, code in self.excluded if entry.precision not in OPTIONAL), 0)
 
-    def leave_out(self, candidate: Candidate, stage: str, reason: str, exit_code: int) -> None:
+    def exclude(self, candidate: Candidate, stage: str, reason: str, exit_code: int) -> None:
         """Record an engine that does not become part of the bundle."""
-        from srdeploy.runtime.bundle import LeftOut
+        from srdeploy.runtime.bundle import Excluded
 
-        left = LeftOut(candidate.engine, candidate.precision, stage, reason, candidate.device)
-        self.left_out.append((left, candidate.name, exit_code))
-        self.progress.note(f"left out: {candidate.name} ({stage}): {reason}")
+        left = Excluded(candidate.engine, candidate.precision, stage, reason, candidate.device)
+        self.excluded.append((left, candidate.name, exit_code))
+        self.progress.note(f"excluded: {candidate.name} ({stage}): {reason}")

@@ -38,7 +38,7 @@ class EngineEntry:
         precision_built: what was read back from the built engine; None when nothing was read back.
         verify: the verdict; None for what did not run here.
         reason: why it did not run here or was excluded; None when the failures of `verify` are the reasons.
-        left_out: it was asked for and is not delivered; then `reason` or the verdict's failures say why.
+        excluded: it was asked for and is not delivered; then `reason` or the verdict's failures say why.
         measured: it ran here for its latency, and was not verified.
     """
 
@@ -51,13 +51,13 @@ class EngineEntry:
     precision_built: str | None = None
     verify: VerifyResult | None = None
     reason: str | None = None
-    left_out: bool = False
+    excluded: bool = False
     measured: bool = False
 
     @property
     def status(self) -> Status:
         """Where this engine stands: "passed" and "failed" are verdicts of a run."""
-        if self.left_out:
+        if self.excluded:
             return "left-out"
         if self.verify is None:
             return "measured" if self.measured else "not-run"

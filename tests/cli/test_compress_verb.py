@@ -148,7 +148,7 @@ def test_deploy_spends_one_bound_on_compression_and_int8(checkpoint: Path, photo
     bundle = read_bundle(options.output)
     bundle.verify()
     assert {"model.original.onnx", "model.fp32.onnx"} <= set(bundle.files)
-    assert {str(entry.precision) for entry in bundle.engines} == {"fp32", "int8"}, outcome.left_out
+    assert {str(entry.precision) for entry in bundle.engines} == {"fp32", "int8"}, outcome.excluded
     compression = read_graph(options.output / "model.int8.openvino.onnx").contract.compression
     assert compression is not None
     assert compression["max_psnr_drop_db"] == float(DROP) / 2

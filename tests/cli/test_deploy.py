@@ -1,4 +1,4 @@
-"""deploy: one command writes a bundle that holds up, names what it left out, and leaves nothing when it fails."""
+"""deploy: one command writes a bundle that holds up, names what it excluded, and leaves nothing when it fails."""
 
 import json
 import os
@@ -84,12 +84,12 @@ def test_every_engine_asked_for_is_in_the_bundle_or_named_with_its_reason(bundle
     asked = {(engine, str(p)) for engine in ("onnxruntime", "openvino") for p in (Precision.FP32, Precision.INT8)}
 
     inside = {(entry.engine, str(entry.precision)) for entry in bundle.engines}
-    outside = {(entry.engine, str(entry.precision)) for entry in bundle.left_out}
+    outside = {(entry.engine, str(entry.precision)) for entry in bundle.excluded}
 
     assert inside | outside == asked
     assert not inside & outside
     assert {("onnxruntime", "fp32"), ("openvino", "fp32")} <= inside
-    assert all(entry.reason for entry in bundle.left_out)
+    assert all(entry.reason for entry in bundle.excluded)
 
 
 def test_fp32_engines_agree_with_the_eager_network(bundle: Bundle) -> None:
@@ -103,8 +103,8 @@ def test_the_document_tells_what_the_manifest_tells(deployed: tuple[Path, dict[s
     _, document = deployed
 
     assert [entry["file"] for entry in document["engines"]] == [entry.file for entry in bundle.engines]
-    assert [entry["reason"] for entry in document["left_out"]] == [entry.reason for entry in bundle.left_out]
-    assert document["exit_code"] == (6 if bundle.left_out else 0)
+    assert [entry["reason"] for entry in document["excluded"]] == [entry.reason for entry in bundle.excluded]
+    assert document["exit_code"] == (6 if bundle.excluded else 0)
     assert set(document["seconds"]) == {"load", "export", "calibrate", "quantize", "build", "verify", "bench", "report"}
 
 
@@ -114,7 +114,7 @@ def test_the_report_has_a_line_per_engine_and_the_commands(bundle: Bundle) -> No
     lines = {line["name"]: line["status"] for line in report["engines"]}
     assert lines["openvino fp32"] == "passed"
     assert lines["graph fp16"] in ("passed", "left-out")
-    assert {f"{entry.engine} {entry.precision}" for entry in bundle.left_out} <= set(lines)
+    assert {f"{entry.engine} {entry.precision}" for entry in bundle.excluded} <= set(lines)
     script = (bundle.path / "reproduce.sh").read_text()
     assert script.endswith("\n".join(report["commands"]) + "\n"), "the report states what the script runs"
     assert report["commands"][1].startswith("#   srdeploy deploy ")
@@ -353,9 +353,9 @@ def test_a_bound_that_cannot_be_kept_is_exit_6_with_the_float_engines_in_the_bun
     bundle = read_bundle(output)
     bundle.verify()
     assert [str(entry.precision) for entry in bundle.engines] == ["fp32"]
-    assert [(entry.engine, str(entry.precision)) for entry in bundle.left_out] == [("openvino", "int8")]
+    assert [(entry.engine, str(entry.precision)) for entry in bundle.excluded] == [("openvino", "int8")]
     assert not list(output.glob("model.int8*"))
-    assert "openvino int8 was left out" in capfd.readouterr().err
+    assert "openvino int8 was excluded" in capfd.readouterr().err
 
 
 def test_a_gpu_engine_is_built_here_and_marked_as_not_run(

@@ -24,7 +24,7 @@ from srdeploy.models.choices import MEANS, Choices
 from srdeploy.models.dialects import official_rcan, rcan_it
 from srdeploy.models.dialects.base import Dialect
 from srdeploy.models.networks.rcan import Rcan, RcanConfig
-from srdeploy.runtime.bundle import BundleEngine, LeftOut, write_bundle_manifest
+from srdeploy.runtime.bundle import BundleEngine, Excluded, write_bundle_manifest
 
 CONTRACT = ModelContract("rcan", {"scale": 2}, 2, "rgb", Precision.FP32, None, 1e6, 256, "0" * 64)
 
@@ -74,7 +74,7 @@ def bundle(path: Path) -> Path:
         contract=CONTRACT,
         checkpoint=Source("checkpoint", "net.pt", "0" * 64),
         engines=[BundleEngine("engines/a.engine", "openvino", Precision.FP32, True, float("inf"), 1.5, 2.0)],
-        left_out=[LeftOut("tensorrt", Precision.FP16, "build", "no GPU")],
+        excluded=[Excluded("tensorrt", Precision.FP16, "build", "no GPU")],
     )
     return path
 

@@ -315,11 +315,11 @@ def test_an_engine_on_a_gpu_gets_no_cpu_threads(
     assert devices == ["cpu", "cuda:0"]
 
 
-def test_only_an_optional_precision_may_be_left_out_without_an_exit_code(tmp_path: Path) -> None:
+def test_only_an_optional_precision_may_be_excluded_without_an_exit_code(tmp_path: Path) -> None:
     work = Work(DeployOptions(checkpoint=tmp_path, images=tmp_path, output=tmp_path), tmp_path, RichProgress())
 
-    work.leave_out(Candidate("tensorrt", Precision.FP8, "model.fp8.tensorrt.onnx"), "build", "no kernel", 5)
+    work.exclude(Candidate("tensorrt", Precision.FP8, "model.fp8.tensorrt.onnx"), "build", "no kernel", 5)
     assert work.exit_code == 0
 
-    work.leave_out(Candidate("tensorrt", Precision.INT8, "model.int8.tensorrt.onnx"), "quantize", "the gate", 6)
+    work.exclude(Candidate("tensorrt", Precision.INT8, "model.int8.tensorrt.onnx"), "quantize", "the gate", 6)
     assert work.exit_code == 6

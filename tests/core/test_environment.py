@@ -10,7 +10,7 @@ from srdeploy.core.environment import cpu_count, machine, memory_bytes, package_
 from srdeploy.core.progress import SILENT
 
 
-def test_versions_are_those_installed_and_missing_ones_are_left_out() -> None:
+def test_versions_are_those_installed_and_missing_ones_are_omitted() -> None:
     versions = package_versions(["numpy", "no-such-distribution-zq"])
 
     assert versions == {"numpy": importlib.metadata.version("numpy")}

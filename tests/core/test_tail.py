@@ -78,7 +78,7 @@ def test_a_merged_end_computes_the_same_at_every_size(steps: list[tuple[int, str
     assert largest_difference(model, merged) < 3e-5
 
 
-def test_a_correction_left_out_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_correction_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     model = end_of_a_network([(2, "CRD")])
     merged, _ = merge_tail(model)
     for tensor in merged.graph.initializer:
@@ -118,7 +118,7 @@ def test_an_end_that_is_read_elsewhere_stays() -> None:
     assert merge_tail(model)[1] == ()
 
 
-def test_merging_that_would_cost_more_is_left_out() -> None:
+def test_merging_that_would_cost_more_is_not_done() -> None:
     narrow = end_of_a_network([(2, "CRD")], features=1)  # 3 * 4 * 25 for 9 * 4 + 3 * 4 * 9 multiply-adds
 
     assert merge_tail(narrow)[1] == ()

@@ -112,7 +112,7 @@ def test_the_bundle_prefers_the_engine_that_is_for_the_gpu(outcome: Outcome, opt
 
 
 def test_an_fp8_engine_that_cannot_be_made_is_reported_and_fails_nothing(outcome: Outcome) -> None:
-    left = [entry for entry in outcome.left_out if entry.precision is Precision.FP8]
+    left = [entry for entry in outcome.excluded if entry.precision is Precision.FP8]
     made = [entry for entry in outcome.engines if entry.precision is Precision.FP8]
 
     assert len(left) + len(made) == 1

@@ -103,7 +103,7 @@ def _walk(node: ast.AST, function: tuple[str, ...]) -> Iterator[tuple[tuple[str,
     """Yield nodes with the names of the functions and classes around them.
 
     Docstrings, help texts (their examples are run from the commands themselves), next steps and what an error found
-    are left out.
+    are omitted.
     """
     for child in ast.iter_child_nodes(node):
         inside = function

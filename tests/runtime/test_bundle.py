@@ -13,7 +13,7 @@ from srdeploy.core.manifest import Source
 from srdeploy.core.precision import Precision
 from srdeploy.runtime.bundle import (
     BundleEngine,
-    LeftOut,
+    Excluded,
     choose_engine,
     is_bundle,
     machine_obstacles,
@@ -53,7 +53,7 @@ def bundle(tmp_path: Path) -> Path:
         contract=CONTRACT,
         checkpoint=Source("checkpoint", "net.pt", "00" * 32),
         engines=(PLAN, INT8, FP32),
-        left_out=(LeftOut("onnxruntime", Precision.INT8, "verify", "30.0 dB; expected 40.0 dB"),),
+        excluded=(Excluded("onnxruntime", Precision.INT8, "verify", "30.0 dB; expected 40.0 dB"),),
         details={"command": ["srdeploy", "deploy"]},
     )
     return folder
@@ -66,7 +66,7 @@ def test_a_bundle_reads_back(bundle: Path) -> None:
     assert is_bundle(bundle)
     assert opened.contract == CONTRACT
     assert opened.engines == (PLAN, INT8, FP32)
-    assert [entry.reason for entry in opened.left_out] == ["30.0 dB; expected 40.0 dB"]
+    assert [entry.reason for entry in opened.excluded] == ["30.0 dB; expected 40.0 dB"]
     assert opened.manifest.details["command"] == ["srdeploy", "deploy"]
     assert opened.onnx().read_bytes() == b"onnx"
     assert opened.file("engines/ov.bin").read_bytes() == b"engines/ov.bin"

@@ -104,7 +104,7 @@ def test_every_pickle_protocol_is_read(tmp_path: Path, protocol: int, legacy: bo
     assert_same(read(tmp_path, stream.getvalue()).tensors, STATE)
 
 
-def test_names_that_safetensors_left_out_as_copies_are_read(tmp_path: Path) -> None:
+def test_names_that_safetensors_omitted_as_copies_are_read(tmp_path: Path) -> None:
     network = torch.nn.ModuleDict({"a": torch.nn.PReLU(), "b": torch.nn.Conv2d(1, 1, 1)})
     network["c"] = network["a"]
     save_model(network, str(tmp_path / "net.safetensors"))

@@ -104,13 +104,13 @@ def searched(share: float, latency: float | None, drop: float, taken: bool = Fal
 
 @pytest.fixture(scope="module")
 def document() -> dict[str, Any]:
-    """A report with everything in it: passed, failed on NaN, left out, not run, studies, sensitivity."""
+    """A report with everything in it: passed, failed on NaN, excluded, not run, studies, sensitivity."""
     plain = EngineEntry("openvino fp32", "openvino", Precision.FP32, "a.blob", 1_300_000, "0" * 64, "30 fp32",
                         judged(Enlarger("openvino fp32", noise=1e-6)))  # fmt: skip
     int8 = EngineEntry("openvino int8", "openvino", Precision.INT8, "b.blob", 400_000, "1" * 64, "29 int8, 1 fp32",
                        judged(Enlarger("openvino int8", Precision.INT8, 2e-3)))  # fmt: skip
     broken = judged(Enlarger("onnxruntime int8", Precision.INT8, 0.01, broken=True))
-    left = EngineEntry("onnxruntime int8", "onnxruntime", Precision.INT8, verify=broken, left_out=True)
+    left = EngineEntry("onnxruntime int8", "onnxruntime", Precision.INT8, verify=broken, excluded=True)
     absent = EngineEntry(
         "tensorrt-rtx fp16", "tensorrt-rtx", Precision.FP16, "c.plan", 900_000, reason="no NVIDIA GPU here"
     )
