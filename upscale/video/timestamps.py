@@ -7,6 +7,7 @@ frames strictly increasing times.
 
 import math
 from array import array
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -39,6 +40,8 @@ class _StreamClock:
         epoch: index of the stream's epoch.
         shift: what is added to timestamps in this epoch.
         end: corrected time when the last packet ends; None at the start of an epoch.
+        recent: corrected times of presentation of as many packets as a frame can be decoded before it is shown; None
+            where the file states decoding times. A packet that is shown before all of them starts a new clock.
     """
 
     timed: bool
@@ -48,10 +51,27 @@ class _StreamClock:
     epoch: int = 0
     shift: int = 0
     end: int | None = None
+    recent: deque[int] | None = None
 
-    def jumps(self, dts: int) -> bool:
-        """Return True if a packet's decoding time does not follow the last packet's."""
-        return self.end is not None and not self.back <= dts + self.shift - self.end <= self.forward
+    def jumps(self, stamp: int) -> bool:
+        """Return True if a packet's time does not follow those of the last packets."""
+        time = stamp + self.shift
+        if self.recent is not None:
+            return len(self.recent) == self.recent.maxlen and time - min(self.recent) < self.back
+        return self.end is not None and not self.back <= time - self.end <= self.forward
+
+    def follow(self, stamp: int, duration: int) -> None:
+        """Remember a packet that does not jump."""
+        time = stamp + self.shift
+        self.end = time + duration if self.end is None else max(self.end, time + duration)
+        if self.recent is not None:
+            self.recent.append(time)
+
+    def enter(self, epoch: int, offset: Fraction) -> None:
+        """Take another offset in seconds."""
+        self.epoch, self.end, self.shift = epoch, None, round(offset / self.tick)
+        if self.recent is not None:
+            self.recent.clear()
 
 
 @dataclass
@@ -66,11 +86,14 @@ class PacketClock:
         back, forward: seconds from packet to packet below and above which a new clock starts. MP4 has one clock,
             and FFmpeg goes back in it for hidden packets that decoding needs where a further edit begins.
         video: index of the video stream, whose epoch subtitles follow.
+        reordered: places by which its frames are reordered, in files that state no decoding times (Matroska); FFmpeg
+            guesses them from times of presentation, and wrong where these start again.
     """
 
     back: float
     forward: float
     video: int
+    reordered: int
     _offsets: list[Fraction]
     _streams: dict[int, _StreamClock] = field(default_factory=dict)
 
@@ -80,7 +103,8 @@ class PacketClock:
         start = Fraction(0) if video.start_time is None else video.start_time * video.time_base
         back = math.inf if "mp4" in container.format.name else _BACK
         forward = _FORWARD if is_broadcast(container) else math.inf
-        return cls(-back, forward, video.index, [max(Fraction(0), -start)])
+        reordered = int(video.codec_context.has_b_frames) if "matroska" in container.format.name else 0
+        return cls(-back, forward, video.index, reordered, [max(Fraction(0), -start)])
 
     @property
     def jumps(self) -> int:
@@ -98,28 +122,29 @@ class PacketClock:
             video = self._streams.get(self.video)
             if video is not None and video.epoch != own.epoch:
                 self._enter(own, video.epoch)
-        elif dts is not None and own.jumps(dts):  # times of presentation are out of order: not evidence of a jump
-            if own.epoch == self.jumps:
-                self._offsets.append(self._end() - dts * own.tick)
-            self._enter(own, own.epoch + 1)
+        stamp = dts if own.recent is None else pts
+        if own.timed and stamp is not None:
+            if own.jumps(stamp):
+                if own.epoch == self.jumps:
+                    self._offsets.append(self._end() - stamp * own.tick)
+                self._enter(own, own.epoch + 1)
+            own.follow(stamp, packet.duration or 0)
         if dts is not None:
             packet.dts = dts + own.shift
-            end = dts + own.shift + (packet.duration or 0)
-            own.end = end if own.end is None else max(own.end, end)
         if pts is not None:
             packet.pts = pts + own.shift
 
     def _begin(self, index: int, packet: Any) -> _StreamClock:
         tick = Fraction(packet.time_base)
         timed = packet.stream.type in ("video", "audio")
-        own = _StreamClock(timed, tick, self.back / float(tick), self.forward / float(tick))
+        recent = deque[int](maxlen=2 * self.reordered + 1) if index == self.video and self.reordered else None
+        own = _StreamClock(timed, tick, self.back / float(tick), self.forward / float(tick), recent=recent)
         self._streams[index] = own
         self._enter(own, self.jumps)
         return own
 
     def _enter(self, own: _StreamClock, epoch: int) -> None:
-        own.epoch, own.end = epoch, None
-        own.shift = round(self._offsets[epoch] / own.tick)
+        own.enter(epoch, self._offsets[epoch])
 
     def _end(self) -> Fraction:
         """Return the corrected time in seconds when the longest audio or video stream ends."""

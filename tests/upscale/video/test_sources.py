@@ -82,6 +82,12 @@ def _joined(clips: Any, folder: Path) -> Path:
     return folder / "a.ts"
 
 
+def _joined_matroska(clips: Any, folder: Path) -> Path:
+    parts = [clips.make(folder / f"{n}.mkv", range(20 * n, 20 * n + 20), options=REORDERED) for n in (0, 1)]
+    (folder / "a.mkv").write_bytes(b"".join(part.read_bytes() for part in parts))
+    return folder / "a.mkv"
+
+
 def _without_start(clips: Any, folder: Path) -> Path:
     """A broadcast that was switched on between two key frames."""
     whole = clips.make(
@@ -127,6 +133,7 @@ CASES: dict[str, tuple[Callable[[Any, Path], Path], list[int], list[int] | None]
     ),
     "one frame of a codec that reorders": (lambda c, f: c.make(f / "a.mp4", range(1), options=REORDERED), [0], None),
     "clock starts again": (_joined, list(range(40)), None),
+    "joined Matroska with B-frames": (_joined_matroska, list(range(40)), None),
     "clock wraps": (
         lambda c, f: c.make(f / "a.ts", form="mpegts", container={"output_ts_offset": "95443.5"}),
         list(range(10)), None,
