@@ -41,6 +41,7 @@ from srdeploy.runtime.engines.sidecar import Engine
 
 FAMILY = "openvino"
 DEVICE = "CPU"
+_CORE = threading.Lock()
 REFUSED_OPTIONS = CPU_REFUSED_OPTIONS
 _LABELS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "u8": "int8", "i8": "int8", "I8": "int8"}
 _CONVOLUTIONS = ("Convolution", "Deconvolution")
@@ -62,7 +63,6 @@ def precisions(found: Gpu | None) -> tuple[Precision, ...]:
     return Precision.FP32, Precision.INT8
 
 
-@functools.cache
 def shared_core() -> Any:
     """Return the process's one `openvino.Core`, which is never freed.
 
@@ -73,6 +73,12 @@ def shared_core() -> Any:
     Raises:
         MissingExtraError: OpenVINO is not installed.
     """
+    with _CORE:  # two threads at once would both make one
+        return _core()
+
+
+@functools.cache
+def _core() -> Any:
     return import_extra("openvino", "cpu").Core()
 
 

@@ -84,11 +84,11 @@ def runtime_log(trt: Any) -> Iterator[tuple[Any, Log]]:
     The native logger prints to standard output, which belongs to the caller: it is redirected while the block runs, one
     block at a time, and below fatal errors it is silent outside. Lines of other threads are written out afterwards.
     """
-    logger = _LOGGERS.get(trt.__name__)
-    if logger is None:
-        logger = _LOGGERS[trt.__name__] = trt.Logger(trt.Logger.INTERNAL_ERROR)
     log = Log()
     with _REDIRECTED:
+        logger = _LOGGERS.get(trt.__name__)
+        if logger is None:
+            logger = _LOGGERS[trt.__name__] = trt.Logger(trt.Logger.INTERNAL_ERROR)
         logger.min_severity = trt.Logger.ERROR
         try:
             with _standard_output(log):

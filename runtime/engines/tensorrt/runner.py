@@ -284,7 +284,8 @@ class _Lane:
 
     def activation_bytes(self) -> int:
         """Return the size of all activation buffers; plans share them."""
-        return sum({plan.memory.data_ptr(): plan.memory.numel() for plan in self.plans.values()}.values())
+        plans = list(self.plans.values())  # the lane's own thread may add one
+        return sum({plan.memory.data_ptr(): plan.memory.numel() for plan in plans}.values())
 
     def plan(self, shape: tuple[int, ...], *, slot: int = 0, eager: bool = False) -> _Plan:
         """Return the plan of an input shape, created at its first use.

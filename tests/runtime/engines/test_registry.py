@@ -76,6 +76,31 @@ except KeyboardInterrupt:
     assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr[-2000:]
 
 
+def test_threads_that_open_openvino_at_once_share_one_core() -> None:
+    # In a process of its own, since the real one must never be freed.
+    script = """
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from srdeploy.runtime.engines import openvino
+made, second = [], threading.Event()
+def core():
+    made.append(object())
+    if len(made) > 1:
+        second.set()
+    second.wait(0.3)  # it comes by then, unless it has to wait
+    return made[-1]
+openvino.import_extra = lambda *names: SimpleNamespace(Core=core)
+with ThreadPoolExecutor(2) as threads:
+    found = list(threads.map(lambda _: openvino.shared_core(), range(2)))
+print(len(made), found == made * 2)
+"""
+
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+
+    assert done.stdout == "1 True\n"
+
+
 @pytest.mark.parametrize("engine", CPU)
 @pytest.mark.parametrize(
     ("kwargs", "tolerance"),

@@ -2,11 +2,15 @@
 
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from srdeploy.runtime.engines.tensorrt import log
 from srdeploy.runtime.engines.tensorrt.log import (
     MAX_PROBLEMS,
     Log,
@@ -102,3 +106,31 @@ def test_a_log_file_reads_back_with_messages_of_several_lines(tmp_path: Path) ->
         ("VERBOSE", "table\nName: a\n[not a severity] b"),
         ("ERROR", "bad"),
     ]
+
+
+def test_threads_that_open_engines_at_once_share_one_logger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT keeps a pointer to the first one: it must not be freed because another took its place."""
+    made: list[Any] = []
+    second = threading.Event()
+
+    class Logger:
+        INTERNAL_ERROR, ERROR = 0, 1
+
+        def __init__(self, severity: int) -> None:
+            made.append(self)
+            if len(made) > 1:
+                second.set()
+            second.wait(0.3)  # it comes by then, unless it has to wait
+
+    bindings = SimpleNamespace(__name__="fake", Logger=Logger)
+    monkeypatch.setattr(log, "_LOGGERS", {})
+
+    def opened(index: int) -> Any:
+        with log.runtime_log(bindings) as (logger, _):
+            return logger
+
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(opened, range(2)))
+
+    assert len(made) == 1
+    assert found == made * 2
