@@ -43,6 +43,10 @@ _LISTS = {
 """Formats that name other files and addresses, generate pictures, or take any text for a video."""
 
 
+_TAG_ERRORS = "surrogateescape"
+"""Tags of old AVI files are in the code page of some computer: their bytes are passed on as they are."""
+
+
 def open_media(path: Path) -> Any:
     """Open a file for reading. No other file and no network address is opened on its behalf.
 
@@ -51,12 +55,13 @@ def open_media(path: Path) -> Any:
     """
     av = pyav()
     allowed = ",".join(sorted(av.formats_available - _LISTS))
-    return av.open(f"file:{path}", options={"protocol_whitelist": "file", "format_whitelist": allowed})
+    options = {"protocol_whitelist": "file", "format_whitelist": allowed}
+    return av.open(f"file:{path}", options=options, metadata_errors=_TAG_ERRORS)
 
 
 def create_media(path: Path, options: dict[str, str] | None = None) -> Any:
     """Open a file for writing; its suffix names the container."""
-    return pyav().open(f"file:{path}", "w", options=options or {})
+    return pyav().open(f"file:{path}", "w", options=options or {}, metadata_errors=_TAG_ERRORS)
 
 
 def containers_of(codec: str) -> list[str]:

@@ -75,7 +75,7 @@ def _options(original: Any, output: Path) -> dict[str, str]:
 def lost_streams(source: Path, output: Path) -> list[str]:
     """Return a description of what the source carries and the container of the output has no place for."""
     with open_media(source) as original:
-        names = ", ".join(str(attachment.name) for attachment in original.streams.attachments)
+        names = ", ".join(map(_name, original.streams.attachments))
         covers = _covers(original)
     lost = []
     if names and not _takes_attachments(output):
@@ -83,6 +83,11 @@ def lost_streams(source: Path, output: Path) -> list[str]:
     if covers and output.suffix.lower() in _NO_COVERS:
         lost.append("the cover picture: write an .mkv or .mp4 to keep it")
     return lost
+
+
+def _name(attachment: Any) -> str:
+    """Return an attachment's name, with a mark for each byte that is no UTF-8: only such names can be written."""
+    return (attachment.name or "unnamed").encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _takes_attachments(output: Path) -> bool:
@@ -96,7 +101,7 @@ def _covers(container: Any) -> list[Any]:
 def _attachments(original: Any, source: Path) -> Iterator[tuple[str, str, bytes]]:
     """Yield name, MIME type and bytes of each attachment; in Matroska cover pictures are attachments too."""
     for attachment in original.streams.attachments:
-        yield attachment.name, attachment.mimetype, attachment.data
+        yield _name(attachment), attachment.mimetype or "application/octet-stream", attachment.data
     if not (indices := [cover.index for cover in _covers(original)]):
         return
     with open_media(source) as container:  # its packets are read from the start

@@ -114,7 +114,10 @@ def _differences(reader: VideoReader, made: Path, output: Path, encoding: Encodi
                 by_codec=True,
             )
         notes.append(f"not kept by {encoding.codec} in {output.suffix}: color {name} ({one} in H.273)")
-    if any(one & ~other for one, other in zip(before.dispositions, after.dispositions, strict=True)):
+    if len(after.dispositions) < len(before.dispositions):  # MP4 leaves out streams that hold nothing, or nothing yet
+        if empty := reader.survey.without_packets:
+            notes.append(f"not kept by {output.suffix}: streams without content ({', '.join(empty)})")
+    elif any(one & ~other for one, other in zip(before.dispositions, after.dispositions, strict=True)):
         notes.append(f"not kept by {output.suffix}: flags of streams, such as default or forced")
     if before.time_code not in (None, after.time_code):
         notes.append(f"not kept by {output.suffix}: the time code {before.time_code}")

@@ -84,7 +84,8 @@ def display_matrix(frame: Any) -> tuple[int, ...] | None:
 
 def scaled_matrix(matrix: tuple[int, ...], scale: Fraction) -> tuple[int, ...]:
     """Return a display matrix for a picture enlarged by `scale`: translations are in pixels."""
-    return (*matrix[:6], round(matrix[6] * scale), round(matrix[7] * scale), matrix[8])
+    moved = (max(-(1 << 31), min(round(value * scale), (1 << 31) - 1)) for value in matrix[6:8])
+    return (*matrix[:6], *moved, matrix[8])
 
 
 def same_orientation(one: tuple[int, ...] | None, other: tuple[int, ...] | None) -> bool:

@@ -27,6 +27,7 @@ class Survey:
         missing_seconds: how much earlier the packets end than the file states, where it states that. Matroska readers
             skip what they cannot read without an error, to the next cluster.
         unreadable_bytes: bytes amid the file that readers skip without an error.
+        without_packets: kinds of the streams of sound and subtitles that hold nothing.
     """
 
     packets: int
@@ -36,6 +37,7 @@ class Survey:
     damaged: int = 0
     missing_seconds: float = 0.0
     unreadable_bytes: int = 0
+    without_packets: tuple[str, ...] = ()
 
 
 def survey_video(path: Path) -> Survey:
@@ -51,10 +53,12 @@ def survey_video(path: Path) -> Survey:
         clock = PacketClock.of(container, video)
         shown = _Stamps()
         end = 0.0
+        seen: set[int] = set()
         try:
             for packet in container.demux([video, *copied_streams(container)]):
                 if not packet.size:
                     continue
+                seen.add(packet.stream.index)
                 clock.correct(packet)
                 if packet.pts is not None:
                     end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
@@ -65,6 +69,7 @@ def survey_video(path: Path) -> Survey:
                 f"{path} is damaged after {shown.packets} frames ({error.strerror})",
                 next_step="download or copy it again",
             ) from error
+        empty = tuple(stream.type for stream in copied_streams(container) if stream.index not in seen)
         times = shown.in_decoding_order(container.format.name, bool(video.codec_context.has_b_frames))
         # Other containers state an estimate, or FFmpeg calculates the duration from the packets.
         stated = (container.duration or 0) / 1e6 if "matroska" in container.format.name else 0.0
@@ -76,6 +81,7 @@ def survey_video(path: Path) -> Survey:
         shown.damaged,
         max(stated - end, 0.0),
         unreadable_bytes(path, container.format.name),
+        empty,
     )
 
 

@@ -269,6 +269,31 @@ def test_hidden_pixels_at_the_left_stay_hidden(up: Upscaler, clips: Any, tmp_pat
     assert np.abs(first[::2, ::2].astype(int) - numbered(0)[:, 24:56]).mean() < 4
 
 
+@pytest.mark.parametrize("output", ["out.mkv", "out.mp4"])
+def test_tags_in_another_encoding_are_passed_on(output: str, up: Upscaler, clips: Any, tmp_path: Path) -> None:
+    """As old programs wrote them, in the code page of some computer."""
+
+    def stamp(file: Any, stream: Any) -> None:
+        file.metadata["title"] = stream.metadata["title"] = "XXXX"
+        file.set_chapters(
+            [{"id": 1, "start": 0, "end": 9, "time_base": Fraction(1, 1000), "metadata": {"title": "XXXX"}}]
+        )
+        file.add_attachment("XXXX.ttf", "application/x-truetype-font", b"data")
+
+    source = clips.make(tmp_path / "a.mkv", range(2), prepare=stamp)
+    latin = "Été!".encode("latin-1")
+    source.write_bytes(source.read_bytes().replace(b"XXXX", latin))
+
+    upscale_video(up, source, tmp_path / output)
+
+    assert (tmp_path / output).read_bytes().count(latin) >= 3
+    with av.open(str(tmp_path / output), metadata_encoding="latin-1") as file:
+        assert {key.lower(): value for key, value in file.metadata.items()}["title"] == "Été!"
+        assert [attachment.name for attachment in file.streams.attachments] in (
+            [], ["\ufffdt\ufffd!.ttf".encode().decode("latin-1")],
+        )  # fmt: skip
+
+
 def test_place_of_a_phone_is_kept(up: Upscaler, clips: Any, tmp_path: Path) -> None:
     tags = {"com.apple.quicktime.location.ISO6709": "+48.2-012.3/", "com.apple.quicktime.make": "Apple"}
     source = clips.make(

@@ -123,6 +123,29 @@ def test_general_name_of_a_codec_is_that_of_its_encoder(up: Upscaler, clips: Any
         upscale_video(up, source, tmp_path / "out.mkv", VideoOptions(codec="aac"))
 
 
+@pytest.mark.parametrize("begin", [None, 12])
+def test_sound_that_begins_late_or_never(begin: int | None, up: Upscaler, clips: Any, tmp_path: Path) -> None:
+    """MP4 leaves out streams without packets, as in the rehearsal of sound that begins after hundreds of frames."""
+    whole = clips.make(tmp_path / "v.mkv", [number % 64 for number in range(320)], sound=True)
+    with av.open(str(whole)) as source, av.open(str(tmp_path / "a.mkv"), "w") as made:
+        streams = [made.add_stream_from_template(stream) for stream in source.streams]
+        for packet in source.demux():
+            late = packet.stream.type == "audio" and (begin is None or (packet.pts or 0) < 1000 * begin)
+            if packet.size and not late:
+                packet.stream = streams[packet.stream.index]
+                made.mux(packet)
+
+    report = upscale_video(up, tmp_path / "a.mkv", tmp_path / "out.mp4")
+
+    line = "not kept by .mp4: streams without content (audio)"
+    assert (line in report.notes) == (begin is None)
+    with av.open(str(tmp_path / "out.mp4")) as file:
+        assert len(file.streams.audio) == (begin is not None)
+        if begin is not None:
+            first = next(packet for packet in file.demux(audio=0))
+            assert float(first.pts * first.time_base) == pytest.approx(begin, abs=0.05)
+
+
 @pytest.mark.parametrize("sound", ["flac", "libopus"])
 def test_stream_that_the_header_refuses_is_named(sound: str, up: Upscaler, clips: Any, tmp_path: Path) -> None:
     """Some are refused when the header is written, not when they are added."""
