@@ -82,6 +82,19 @@ def test_what_engines_are_asked_for(user: User) -> None:
     user.runs("build good.onnx --engine onnxruntime -o a.engine")
 
 
+@pytest.mark.advice("runtime/engines/onnxruntime_cpu.py:OnnxRuntimeRunner.kernel_times", "open the ONNX file")
+@pytest.mark.advice("runtime/engines/openvino.py:OpenVinoRunner.kernel_times", "open the ONNX file, without --outputs")
+def test_the_times_of_kernels_of_what_was_built(user: User) -> None:
+    feeds = {"input": np.zeros((1, 3, 8, 8), np.float32)}
+    for engine in ("onnxruntime", "openvino"):
+        path = Path(f"{engine}.engine")
+        user.runs(f"build good.onnx --engine {engine} -o {path}")
+        with open_engine(path, threads=1) as built, pytest.raises(UsageError, match="cannot be profiled"):
+            built.kernel_times(feeds)  # type: ignore[attr-defined]
+        with open_engine(Path("good.onnx"), engine=engine, threads=1) as runner:
+            assert runner.kernel_times(feeds)  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     "engine",
     [
