@@ -1,5 +1,6 @@
 """Join finished segments with the other streams of the source, without encoding again."""
 
+import errno
 import heapq
 import itertools
 from collections import deque
@@ -139,7 +140,9 @@ def _write(joined: Any, packets: Iterator[tuple[Fraction, Any]]) -> None:
 
 def _raise_system_error(error: Any) -> None:
     """Raise errors such as of a full disk as those of the system, and pass over what FFmpeg says about media."""
-    if isinstance(error, OSError) and error.errno and not isinstance(error, pyav().InvalidDataError | ValueError):
+    unspecific = error.errno == errno.EPERM  # -1, which muxers return for whatever they have no number for
+    media = isinstance(error, pyav().InvalidDataError | ValueError)
+    if isinstance(error, OSError) and error.errno and not (unspecific or media):
         raise OSError(error.errno, error.strerror) from error
 
 

@@ -122,6 +122,8 @@ class PacketClock:
             video = self._streams.get(self.video)
             if video is not None and video.epoch != own.epoch:
                 self._enter(own, video.epoch)
+        if pts is not None and dts is not None and abs(pts - dts) > own.forward:  # one of them is damaged
+            pts, dts = (pts, pts) if own.jumps(dts) and not own.jumps(pts) else (dts, dts)
         stamp = dts if own.recent is None else pts
         if own.timed and stamp is not None:
             if own.jumps(stamp):

@@ -14,8 +14,10 @@ from clips import box, boxes_of
 from srdeploy.core.errors import InputError, UsageError
 from srdeploy.upscale.upscaler import Upscaler
 from srdeploy.upscale.video.job import VideoOptions, upscale_video
+from srdeploy.upscale.video.media import open_video
 from srdeploy.upscale.video.reader import VideoReader
 from srdeploy.upscale.video.survey import survey_video
+from srdeploy.upscale.video.timestamps import PacketClock
 
 av = pytest.importorskip("av")
 FRAME = Fraction(1, 25)
@@ -321,6 +323,25 @@ def test_clock_that_goes_on_is_not_corrected(clips: Any, tmp_path: Path) -> None
 
     assert survey.clock_jumps == 0
     assert list(survey.times) == [0, 40, 40_000]
+
+
+@pytest.mark.parametrize("name", ["pts", "dts"])
+def test_one_damaged_timestamp_of_a_broadcast_is_no_jump(name: str, clips: Any, tmp_path: Path) -> None:
+    source = clips.make(tmp_path / "a.ts", form="mpegts", options=REORDERED)
+    container, video = open_video(source)
+    with container:
+        whole, damaged = PacketClock.of(container, video), PacketClock.of(container, video)
+        for place, packet in enumerate(packet for packet in container.demux(video) if packet.size):
+            stated = packet.pts, packet.dts
+            whole.correct(packet)
+            right = packet.pts, packet.dts
+            packet.pts, packet.dts = stated
+            if place == 5:
+                setattr(packet, name, 2**33 - 90_000)
+            damaged.correct(packet)
+            assert max(abs(one - other) for one, other in zip((packet.pts, packet.dts), right, strict=True)) <= 3 * 3600
+
+    assert damaged.jumps == 0
 
 
 def test_rate_that_is_not_stated_is_measured(clips: Any, tmp_path: Path) -> None:
