@@ -24,7 +24,7 @@ class CompressOptions:
         target: the engine family that ranks are rounded for.
         time_budget_s: the search stops trying after so many seconds and takes the best found.
         precision: what the graph will be quantized to; INT8 only removes output channels: a mixture of channels is
-            one more tensor that 8 bits have to hold, with both signs, for which OpenVINO has no INT8 deconvolution.
+            one more tensor that 8 bits have to hold, and the errors of few mixtures reach every output.
     """
 
     bound: Bound

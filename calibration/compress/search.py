@@ -70,7 +70,7 @@ class CompressionSearch:
         self.points: list[Point] = []
         self.notes: list[str] = []
         self._options = options
-        self._factors = options.precision is not Precision.INT8  # OpenVINO runs no INT8 deconvolution of mixtures
+        self._factors = options.precision is not Precision.INT8  # 8 bits hold mixtures badly
         self._journal = journal
         self._progress = progress
         self._deadline = Deadline(options.time_budget_s)

@@ -17,6 +17,7 @@ from srdeploy.calibration.images.dataset import CalibrationSet
 from srdeploy.calibration.images.effort import select_rounding_windows
 from srdeploy.calibration.int8.arithmetic import (
     WEIGHT_TOPS,
+    Kind,
     QuantParams,
     params_for_range,
     quantize_weights,
@@ -166,12 +167,12 @@ class GraphBuilder:
         groups: dict[str, list[tuple[float, float]]] = {}
         for site in placement.sites:
             groups.setdefault(site.share, []).append(self._range(site.tensor, decisions))
-        kind = "float8e4m3fn" if self.precision == Precision.FP8 else self.recipe.kind
         params = {}
         for site in placement.sites:
             low = min(pair[0] for pair in groups[site.share])
             high = max(pair[1] for pair in groups[site.share])
             # An image has 8 bits itself: with the range 0..1 its codes are exact.
+            kind = self._kind(site.tensor)
             if site.tensor == INPUT and kind == "uint8":
                 low, high = 0.0, 1.0
             params[site.tensor] = params_for_range(low, high, kind)
@@ -222,7 +223,7 @@ class GraphBuilder:
         table = self._ranges.setdefault((decisions.strength, decisions.method), {})
         if tensor not in table:
             observation = self.observation(tensor, decisions.strength)
-            table[tensor] = compute_range(observation, decisions.method, self.recipe.kind)
+            table[tensor] = compute_range(observation, decisions.method, self._kind(tensor))
         return table[tensor]
 
     def mean(self, tensor: str, strength: float) -> NDArray[np.float64] | None:
@@ -266,7 +267,7 @@ class GraphBuilder:
 
         def rounded(layer: Layer) -> tuple[str, QuantWeight]:
             # The activation's own rounding is noise that no weight can compensate.
-            step = params_for_range(*self._range(layer.input, decisions), self.recipe.kind).scale
+            step = params_for_range(*self._range(layer.input, decisions), self._kind(layer.input)).scale
             scaled = scale_covariances(covariances[layer.name], factors.get(layer.input, np.ones(1)))
             noisy = [covariance + np.eye(len(covariance)) * step**2 / 12 for covariance in scaled]
             weights = graph.array(layer.weight)
@@ -301,6 +302,18 @@ class GraphBuilder:
             if tensor.name in corrected:
                 tensor.CopyFrom(numpy_helper.from_array(corrected[tensor.name], tensor.name))
         return model
+
+    def _kind(self, tensor: str) -> Kind:
+        """Return the type of an activation's codes.
+
+        OpenVINO computes a deconvolution of codes with an offset in FP32, and one of signed codes on integers.
+        """
+        if self.precision == Precision.FP8:
+            return "float8e4m3fn"
+        readers = {node.op_type for node in self.graph.consumers.get(tensor, [])}
+        if readers == {"ConvTranspose"} and tensor in self.seen and self.seen[tensor].low.min() < 0:
+            return "int8"
+        return self.recipe.kind
 
     def _is_concat(self, tensor: str) -> bool:
         node = self.graph.producer.get(tensor)

@@ -8,15 +8,17 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 
 from srdeploy.calibration.images.dataset import CalibrationSet
 from srdeploy.calibration.journal import Journal
 from srdeploy.calibration.options import QuantizeOptions
 from srdeploy.calibration.quantize import QuantizeResult, artifacts_folder, quantize
 from srdeploy.core.contract import ModelContract
+from srdeploy.core.environment import machine
 from srdeploy.core.errors import BuildError, GateError, InputError, SrdeployError, UsageError
 from srdeploy.core.manifest import read_verified
+from srdeploy.core.onnx_graph import Graph
 from srdeploy.core.precision import Precision, Target
 from srdeploy.core.runner import Runner
 
@@ -83,6 +85,40 @@ def test_what_was_asked_for_in_8_bits_runs_in_8_bits(
     assert contract.provenance["quantization"]["target"] == target.value
     assert {path.name for path in artifacts_folder(output).iterdir()} == {"set.json", "ranges.json", "sensitivity.json"}
     json.dumps(result.to_json(), allow_nan=False)
+
+
+def test_a_deconvolution_of_both_signs_reads_signed_codes(
+    networks: dict[str, Callable[..., onnx.ModelProto]], calibrations: Calibrations, tmp_path: Path
+) -> None:
+    """OpenVINO computes one of codes with an offset in FP32."""
+    model = networks["dense"]()
+    deconvolution = next(node for node in model.graph.node if node.op_type == "ConvTranspose")
+    activation = next(node for node in model.graph.node if node.output[0] == deconvolution.input[0])
+    assert activation.op_type == "Relu"
+    deconvolution.input[0] = activation.input[0]
+    model.graph.node.remove(activation)
+    onnx.save(model, tmp_path / "linear.onnx")
+
+    result = quantize(
+        tmp_path / "linear.onnx",
+        tmp_path / "int8.onnx",
+        precision=Precision.INT8,
+        target=Target.OPENVINO,
+        calibration=calibrations["dense"],
+        options=QUICK,
+        open_engine=openvino,
+    )
+
+    assert result.readback is not None
+    assert result.readback.macs == pytest.approx(1.0)
+    assert result.quality is not None
+    assert result.quality.fidelity_db > 30
+    if "avx512_vnni" in machine()["cpu_flags"]:
+        quantized = Graph(onnx.load(result.output))
+        (found,) = [node for node in quantized.model.graph.node if node.op_type == "ConvTranspose"]
+        codes = quantized.producer[found.input[0]]
+        assert numpy_helper.to_array(quantized.initializers[codes.input[2]]).dtype == np.int8
+        assert result.notes == ()
 
 
 def test_the_linear_end_becomes_one_layer_unless_a_part_of_it_is_kept(
