@@ -173,12 +173,12 @@ class EagerRunner:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._lock)
             stack.enter_context(torch.inference_mode())
-            stack.enter_context(ieee_fp32())
+            stack.enter_context(IEEE_FP32)
             if self._device.type == "cpu":
                 if torch.get_num_threads() != self._threads:
                     torch.set_num_threads(self._threads)
             elif self._form.cudnn_benchmark:
-                stack.enter_context(_cudnn_benchmark())
+                stack.enter_context(_CUDNN_BENCHMARK)
             if self._form.autocast:
                 stack.enter_context(torch.autocast(self._device.type, dtype=self._form.dtype))
             yield
@@ -266,44 +266,41 @@ def allocator_peak(function: Callable[[], object], device: Any, *, cuda: Any, he
     return peak - before + held_bytes
 
 
-@contextlib.contextmanager
-def _cudnn_benchmark() -> Iterator[None]:
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
+class _ForTheProcess:
+    """Change settings of the process for a block, and restore what was set before.
 
-
-class ieee_fp32:  # noqa: N801  # reads as a statement: with ieee_fp32()
-    """Switch TF32 (and oneDNN's reduced FP32 modes) off for a block, and restore what was set before.
-
-    These are settings of the process, and blocks of several threads overlap: the first one in saves, the last one out
-    restores. PyTorch refuses to export with a mixture of settings, which a wrong order would leave behind.
+    Blocks of several threads overlap: the first one in saves, the last one out restores. A wrong order would leave a
+    change behind; of the FP32 settings a mixture, with which PyTorch refuses to export.
     """
 
-    _lock = threading.Lock()
-    _inside = 0
-    _before: tuple[Any, ...] = ()
+    def __init__(self, settings: Callable[[], tuple[Any, ...]], name: str, value: Any) -> None:
+        self._settings = settings
+        self._name = name
+        self._value = value
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before: tuple[Any, ...] = ()
 
     def __enter__(self) -> None:
-        kind = type(self)
-        with kind._lock:
-            if kind._inside == 0:
-                kind._before = tuple(setting.fp32_precision for setting in _fp32_settings())
-                for setting in _fp32_settings():
-                    setting.fp32_precision = "ieee"
-            kind._inside += 1
+        with self._lock:
+            if self._inside == 0:
+                self._before = tuple(getattr(setting, self._name) for setting in self._settings())
+                for setting in self._settings():
+                    setattr(setting, self._name, self._value)
+            self._inside += 1
 
     def __exit__(self, *_: object) -> None:
-        kind = type(self)
-        with kind._lock:
-            kind._inside -= 1
-            if kind._inside == 0:
-                for setting, before in zip(_fp32_settings(), kind._before, strict=True):
-                    setting.fp32_precision = before
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                for setting, before in zip(self._settings(), self._before, strict=True):
+                    setattr(setting, self._name, before)
 
 
 def _fp32_settings() -> tuple[Any, ...]:
     return torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends.mkldnn.conv  # type: ignore[attr-defined]
+
+
+IEEE_FP32 = _ForTheProcess(_fp32_settings, "fp32_precision", "ieee")
+"""TF32 off, and oneDNN's reduced FP32 modes."""
+_CUDNN_BENCHMARK = _ForTheProcess(lambda: (torch.backends.cudnn,), "benchmark", True)

@@ -242,7 +242,9 @@ class OpenVinoRunner:
         """Return the milliseconds of each kernel (see `ProfiledRunner`)."""
         check_feeds(feeds, self._inputs, engine=self._info.name)
         if self._source is None:
-            raise UsageError(f"{self._info.name} cannot be profiled", next_step="open the ONNX file, without --outputs")
+            raise UsageError(
+                f"{self._info.name} cannot be profiled", next_step="open the ONNX file, with its own outputs"
+            )
         graph = tile_end(merge_end(read_graph(self._source))[0])
         configuration = {**_configuration(self._info.threads), "PERF_COUNT": True}
         compiled = shared_core().compile_model(shared_core().read_model(graph.serialized()), DEVICE, configuration)

@@ -14,7 +14,8 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 def test_the_benchmark_runs_and_names_its_gpu(
     machine: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [str(BENCHMARK), "--brief", "-o", str(tmp_path)])
+    # Minutes for a busy machine: by default it stops after eight.
+    monkeypatch.setattr(sys, "argv", [str(BENCHMARK), "--brief", "--minutes", "600", "-o", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(BENCHMARK), run_name="__main__")
 
@@ -22,7 +23,7 @@ def test_the_benchmark_runs_and_names_its_gpu(
     (path,) = tmp_path.glob("gpu-*.json")
     found = json.loads(path.read_text())
     assert ("simulated" in path.name) is (machine is not None)
-    assert found["command"] == f"python benchmarks/gpu.py --brief -o {tmp_path}"
+    assert found["command"] == f"python benchmarks/gpu.py --brief --minutes 600 -o {tmp_path}"
     assert found["brief"]
     assert {"torch", "onnxruntime"} <= set(found["versions"])
     assert found["stopped"] is None

@@ -83,7 +83,9 @@ def test_what_engines_are_asked_for(user: User) -> None:
 
 
 @pytest.mark.advice("runtime/engines/onnxruntime_cpu.py:OnnxRuntimeRunner.kernel_times", "open the ONNX file")
-@pytest.mark.advice("runtime/engines/openvino.py:OpenVinoRunner.kernel_times", "open the ONNX file, without --outputs")
+@pytest.mark.advice(
+    "runtime/engines/openvino.py:OpenVinoRunner.kernel_times", "open the ONNX file, with its own outputs"
+)
 def test_the_times_of_kernels_of_what_was_built(user: User) -> None:
     feeds = {"input": np.zeros((1, 3, 8, 8), np.float32)}
     for engine in ("onnxruntime", "openvino"):

@@ -1,6 +1,7 @@
 """The eager reference runner: exact, on the 0..1 scale, without effects on the network or on PyTorch's settings."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from srdeploy.core.runner import TimedRunner, run_image
 from srdeploy.models.checkpoint.load import Evidence, LoadedCheckpoint
 from srdeploy.models.networks.rcan import RcanConfig
 from srdeploy.models.networks.spec import network_of, spec_of
-from srdeploy.runtime.engines.eager import EagerForm, ieee_fp32, open_eager
+from srdeploy.runtime.engines.eager import _CUDNN_BENCHMARK, IEEE_FP32, EagerForm, open_eager
 
 BF16 = EagerForm("eager bf16", torch.bfloat16)
 NHWC = EagerForm("eager fp32 channels-last", channels_last=True)
@@ -77,19 +78,27 @@ def test_settings_of_pytorch_are_restored(checkpoint: LoadedCheckpoint) -> None:
     assert torch.is_grad_enabled()
 
 
-def test_overlapping_blocks_of_threads_restore_what_was_set_before_the_first() -> None:
-    place = torch.backends.cudnn.conv
-    before = place.fp32_precision
-    first, second = ieee_fp32(), ieee_fp32()
+@pytest.mark.parametrize(
+    ("change", "place", "name", "value"),
+    [
+        (IEEE_FP32, torch.backends.cudnn.conv, "fp32_precision", "ieee"),
+        (_CUDNN_BENCHMARK, torch.backends.cudnn, "benchmark", True),
+    ],
+    ids=["fp32", "benchmark"],
+)
+def test_overlapping_blocks_of_threads_restore_what_was_set_before_the_first(
+    change: Any, place: Any, name: str, value: object
+) -> None:
+    before = getattr(place, name)
 
-    first.__enter__()
-    second.__enter__()
-    first.__exit__()
-    inside = place.fp32_precision
-    second.__exit__()
+    change.__enter__()
+    change.__enter__()
+    change.__exit__()
+    inside = getattr(place, name)
+    change.__exit__()
 
-    assert inside == "ieee", "the block that is still open computes exactly"
-    assert place.fp32_precision == before != "ieee"
+    assert inside == value, "the block that is still open computes with it"
+    assert getattr(place, name) == before != value
 
 
 def test_channels_last_changes_the_layout_only(checkpoint: LoadedCheckpoint) -> None:
