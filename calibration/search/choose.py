@@ -284,7 +284,7 @@ def _meet_bound(
     done: list[Change] = []
     left = {entry.layers: entry.error for entry in sensitivities}
     total = max(sum(left.values()), 1e-30)
-    forecast = Forecast(first.deciding.fidelity_db)
+    forecast = Forecast(first.quality.fidelity_db)
     changes = [change for entry in sensitivities for change in entry.changes]
     with progress.task("searching the bound", total=len(changes)) as advance:
         while changes:
@@ -305,7 +305,7 @@ def _meet_bound(
             if changes and not options.bound.may_be_satisfied_by(first.deciding, forecast(share)):
                 continue
             points.append(measure(_apply_changes(decisions, done, total)))
-            forecast.learn(share, points[-1].deciding.fidelity_db)
+            forecast.learn(share, points[-1].quality.fidelity_db)
             advance(0, note=f"{points[-1].deciding.drop_db:.4f} dB")
             if options.bound.is_satisfied_by(points[-1].deciding):
                 taken = points[-1]
