@@ -3,7 +3,7 @@
 import tempfile
 from pathlib import Path
 
-from srdeploy.core.errors import UsageError
+from srdeploy.core.errors import InputError, UsageError
 from srdeploy.upscale.video.encoding import DEFAULT_QUALITY, choose_encoding
 from srdeploy.upscale.video.media import CONTAINERS, CannotHoldError
 from srdeploy.upscale.video.reader import VideoReader
@@ -57,6 +57,6 @@ def _takes(reader: VideoReader, size: tuple[int, int], codec: str | None, suffix
         try:
             encoding = choose_encoding(reader.info, output, size=size, codec=codec, quality=quality)
             rehearse(reader, encoding, size, output, Path(folder))
-        except (CannotHoldError, UsageError, OSError):
+        except (CannotHoldError, UsageError, InputError, OSError):
             return False
     return True

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from srdeploy.core.errors import InputError, UsageError
+from srdeploy.core.errors import UsageError
 from srdeploy.upscale.video.color import JPEG, LUMA_WEIGHTS, MPEG
 from srdeploy.upscale.video.encoding import Encoding
 from srdeploy.upscale.video.media import CannotHoldError, copied_streams, open_video, pyav, time_code
@@ -140,7 +140,8 @@ def _first_info(path: Path) -> VideoInfo:
     container, stream = open_video(path)
     with container:
         decoder = decoder_of(stream, path)
-        for packet in container.demux(stream):
-            for frame in decoder.decode(packet):
-                return info_of(container, stream, frame)
-    raise InputError(f"{path} holds no frame that can be decoded")
+        with contextlib.suppress(pyav().FFmpegError):
+            for packet in container.demux(stream):
+                for frame in decoder.decode(packet):
+                    return info_of(container, stream, frame)
+    raise CannotHoldError(f"a first frame that was written to {path.suffix} cannot be read back", by_codec=True)

@@ -11,6 +11,7 @@ import pytest
 from srdeploy.core.errors import UsageError
 from srdeploy.upscale.upscaler import Upscaler
 from srdeploy.upscale.video.job import VideoOptions, upscale_video
+from srdeploy.upscale.video.mux import join_segments
 
 av = pytest.importorskip("av")
 
@@ -109,6 +110,29 @@ def test_encoders_are_tried(
         upscale_video(up, source, tmp_path / output, VideoOptions(codec=codec))
 
     assert not computed
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_output_that_is_not_read_back_is_refused(
+    up: Upscaler, clips: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a damaged source did to it; the message names no file of the rehearsal."""
+    source = clips.make(tmp_path / "a.mp4", range(2))
+
+    def damaged(segments: Any, source: Path, output: Path, *args: Any, **options: Any) -> None:
+        join_segments(segments, source, output, *args, **options)
+        if output.suffix != ".mp4":
+            return
+        clips.make(output, range(2))
+        content = output.read_bytes()
+        start = content.find(b"mdat") + 4
+        output.write_bytes(content[:start] + b"\xff" * 700 + content[start + 700 :])
+
+    monkeypatch.setattr("srdeploy.upscale.video.rehearsal.join_segments", damaged)
+
+    with pytest.raises(UsageError, match=r"^a first frame that was written to \.mp4 cannot be read back"):
+        upscale_video(up, source, tmp_path / "out.mp4")
+
     assert list(tmp_path.iterdir()) == [source]
 
 
